@@ -1,0 +1,41 @@
+# Needs Python 3.11 or newer, make, and a network to the package index. Everything lives in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test check test-slow docs bench format
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/underpaint demo --out runs/demo
+
+check: install
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest -m "quick and not slow and not unhooked"
+
+test: install
+	$(BIN)/pytest -m "not slow and not unhooked"
+	$(BIN)/pytest -m "unhooked and not slow" -o addopts="-q --strict-markers -p no:cacheprovider"
+
+test-slow: install
+	$(BIN)/pytest -m "slow" -o addopts="-q --strict-markers -p no:cacheprovider" --durations 10
+
+# the documentation's examples, executed
+docs: install
+	$(BIN)/pytest tests/test_examples.py
+
+bench: install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev,bench]"
+	$(BIN)/python benchmarks/step.py --peers
+
+format: install
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks

@@ -1,0 +1,28 @@
+"""Encoders: the protocols that methods state their needs in, and adapters over timm."""
+
+from underpaint.backbones.build import (
+    create_arguments,
+    describe_encoder,
+    encoder,
+    from_arguments,
+    init_from,
+    load_encoder,
+    save_encoder,
+    standardize_for,
+)
+from underpaint.backbones.protocols import Backbone, Encoded, Features, TokenBackbone
+
+__all__ = [
+    "Backbone",
+    "Encoded",
+    "Features",
+    "TokenBackbone",
+    "create_arguments",
+    "describe_encoder",
+    "encoder",
+    "from_arguments",
+    "init_from",
+    "load_encoder",
+    "save_encoder",
+    "standardize_for",
+]

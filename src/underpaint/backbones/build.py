@@ -1,0 +1,314 @@
+"""Making encoders from timm names, starting them from other weights, and writing and reading them.
+
+An encoder on disk is `encoder.safetensors` (timm's own parameter names) and `encoder.json` (every argument that
+`timm.create_model` needs, the pooling, mean and deviation of its images, a format version).
+"""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from underpaint.backbones.maps import MapBackbone
+from underpaint.backbones.protocols import Backbone
+from underpaint.backbones.vit import ViT
+from underpaint.errors import InputError
+from underpaint.patches import Standardize
+
+FORMAT = 1
+
+
+def create_arguments(
+    name: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    channels: int = 3,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Every argument of `timm.create_model` for this encoder, as plain data.
+
+    `arguments` go to timm as they are (embed_dim, depth, num_heads, norm_layer="groupnorm", ...).
+
+    Raises:
+        InputError: timm has no such model, or the patch does not divide the image.
+    """
+    if not is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"near it: {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise InputError(f"encoder: timm has no model '{name}'; {hint}")
+    made: dict[str, Any] = {"model_name": name, "num_classes": 0, "in_chans": channels}
+    config = get_pretrained_cfg(name)
+    own_size: tuple[int, ...] = config.input_size if config else (3, 224, 224)
+    height, width = image_size or (own_size[1], own_size[2])
+    if is_model_in_modules(name, ["vision_transformer", "deit"]):
+        # the mean of the *normed* patch tokens; timm's default for "avg" would rename norm to fc_norm
+        made |= {"img_size": [height, width], "global_pool": "avg", "fc_norm": False}
+        if patch_size is not None:
+            made["patch_size"] = patch_size
+    elif config and config.fixed_input_size:
+        made["img_size"] = [height, width]
+        if patch_size is not None:
+            made["patch_size"] = patch_size
+    elif patch_size is not None:
+        raise InputError(f"patch_size: '{name}' has no patches; leave --patch-size away")
+    patch = made.get("patch_size", _own_patch_size(name))
+    if patch and (height % patch or width % patch):
+        raise InputError(
+            f"patch_size: {patch} px does not divide an image of {height}x{width}; "
+            f"such patch sizes do: {', '.join(map(str, _common_divisors(height, width)))}"
+        )
+    return made | arguments
+
+
+def encoder(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    channels: int = 3,
+    **arguments: Any,
+) -> Backbone:
+    """An untrained encoder on a timm model.
+
+    >>> import torch, underpaint
+    >>> vit = underpaint.encoder("vit_tiny_patch16_224", image_size=(32, 64), patch_size=8)
+    >>> features = vit(torch.zeros(2, 3, 32, 64))
+    >>> tuple(features.pooled.shape), tuple(features.patches.shape)
+    ((2, 192), (2, 32, 192))
+
+    Args:
+        name: any timm model.
+        image_size: pixels, one number or (height, width); the model's own size where None.
+        patch_size: pixels, for transformers.
+        channels: of the images.
+        arguments: further arguments of `timm.create_model`.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return from_arguments(
+        create_arguments(name, image_size=size, patch_size=patch_size, channels=channels, **arguments)
+    )
+
+
+def from_arguments(arguments: dict[str, Any]) -> Backbone:
+    """The encoder that `create_arguments` described."""
+    try:
+        model = timm.create_model(**arguments)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f"encoder: timm cannot build '{arguments['model_name']}': {error}") from error
+    if isinstance(model, VisionTransformer):
+        return ViT(model)
+    return MapBackbone(model, arguments["in_chans"])
+
+
+def _own_patch_size(name: str) -> int | None:
+    found = re.search(r"_patch(\d+)", name)
+    return int(found.group(1)) if found else None
+
+
+def _common_divisors(height: int, width: int) -> list[int]:
+    return [p for p in range(2, min(height, width) + 1) if height % p == 0 and width % p == 0]
+
+
+# -- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def save_encoder(folder: Path, backbone: Backbone, arguments: dict[str, Any], standardize: Standardize) -> None:
+    """Write `encoder.safetensors` and `encoder.json` into a folder, each atomically."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
+    temporary = folder / "encoder.safetensors.part"
+    save_file(weights, temporary)
+    temporary.replace(folder / "encoder.safetensors")
+    description = {
+        "format": FORMAT,
+        "create_model": arguments,
+        "pooling": "mean of the normed patch tokens" if isinstance(backbone, ViT) else "mean of the last map",
+        "mean": standardize.mean.flatten().tolist(),
+        "std": standardize.std.flatten().tolist(),
+    }
+    temporary = folder / "encoder.json.part"
+    temporary.write_text(json.dumps(description, indent=2) + "\n")
+    temporary.replace(folder / "encoder.json")
+
+
+def describe_encoder(path: str | Path) -> dict[str, Any]:
+    """The content of `encoder.json` for a run folder or an encoder file.
+
+    Raises:
+        InputError: there is none, or its format is newer than this version knows.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file = folder / "encoder.json"
+    if not file.is_file():
+        raise InputError(f"{path}: no encoder.json here; a run folder of 'underpaint pretrain' has one")
+    description = json.loads(file.read_text())
+    if description.get("format") != FORMAT:
+        raise InputError(f"{file}: format {description.get('format')}; this version reads format {FORMAT}")
+    return description
+
+
+def load_encoder(path: str | Path) -> Backbone:
+    """The pretrained encoder of a run, in eval mode. It takes standardised images (`standardize_for`)."""
+    description = describe_encoder(path)
+    backbone = from_arguments(description["create_model"])
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    backbone.model.load_state_dict(load_file(folder / "encoder.safetensors"))
+    backbone.eval()
+    return backbone
+
+
+def standardize_for(path: str | Path) -> Standardize:
+    """The transform from images in [0, 1] to what the encoder of this run takes."""
+    description = describe_encoder(path)
+    return Standardize(description["mean"], description["std"])
+
+
+# -- starting from other weights ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Matched:
+    """What became of the weights that `--init` named, by parameter name."""
+
+    equal: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # in the file, not taken
+    untouched: list[str] = field(default_factory=list)  # in the encoder, not in the file
+
+    def __str__(self) -> str:
+        text = f"{len(self.equal)} weights taken as they are, {len(self.adapted)} adapted"
+        for name, group in (("not taken", self.left_out), ("not in the file", self.untouched)):
+            if group:
+                text += f", {len(group)} {name} ({', '.join(group[:4])}{', ...' if len(group) > 4 else ''})"
+        return text
+
+
+def init_from(backbone: Backbone, start: str) -> tuple[Matched, dict[str, Any] | None]:
+    """Start an encoder from public or own weights: `timm:NAME`, a run folder, or a file of weights.
+
+    Files are safetensors, or state dicts read with `weights_only=True`. Positions are resampled to the grid, patch
+    embeddings to the patch size, first layers to the number of channels.
+
+    Returns:
+        What matched, and `{"mean": ..., "std": ...}` where the weights come with the statistics of their images.
+
+    Raises:
+        InputError: the weights cannot be read, or nothing matched.
+    """
+    statistics = None
+    if start.startswith("timm:"):
+        name = start.removeprefix("timm:")
+        if not is_model(name):
+            raise InputError(f"--init {start}: timm has no model '{name}'")
+        try:
+            public = timm.create_model(name, pretrained=True, num_classes=0)
+        except Exception as error:  # hub libraries raise many kinds: no network, no such file, no weights
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"--init {start}: the weights cannot be fetched: {reason}") from error
+        weights = public.state_dict()
+        config: dict[str, Any] = dict(getattr(public, "pretrained_cfg", None) or {})
+        if "mean" in config and backbone.channels == len(config["mean"]):
+            statistics = {"mean": list(config["mean"]), "std": list(config["std"])}
+    else:
+        weights = read_weights(Path(start))
+        if (description := Path(start).with_name("encoder.json")).is_file() or Path(start).is_dir():
+            described = describe_encoder(start if Path(start).is_dir() else description)
+            if len(described["mean"]) == backbone.channels:
+                statistics = {"mean": described["mean"], "std": described["std"]}
+    matched = fill(backbone.model, weights)
+    if not matched.equal and not matched.adapted:
+        raise InputError(
+            f"--init {start}: nothing matched; the file has {', '.join(list(weights)[:3])}, ... "
+            f"and the encoder {', '.join(list(backbone.model.state_dict())[:3])}, ..."
+        )
+    return matched, statistics
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from safetensors, or from a pickled file with nothing but tensors in it."""
+    if path.is_dir():
+        path = path / "encoder.safetensors"
+    if not path.is_file():
+        raise InputError(f"--init {path}: no such file; give timm:NAME, a run folder or a file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"--init {path}: not readable as weights: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if "weights" not in str(error).lower() and "pickle" not in type(error).__module__:
+            raise
+        raise InputError(f"--init {path}: holds more than tensors, so it is not read; save a state dict") from error
+    for key in ("state_dict", "model", "teacher", "encoder"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    weights = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    if not weights:
+        raise InputError(f"--init {path}: no tensors in it; save a state dict")
+    return weights
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: dict[str, Tensor]) -> Matched:
+    """Copy into a timm model every weight that fits by name, adapting what only differs in size."""
+    own = model.state_dict()
+    weights = _strip(weights, own)
+    matched = Matched()
+    for name, value in weights.items():
+        if name not in own:
+            matched.left_out.append(name)
+        elif value.shape == own[name].shape:
+            own[name].copy_(value)
+            matched.equal.append(name)
+        elif (fitted := _adapt(model, name, value, own[name])) is not None:
+            own[name].copy_(fitted)
+            matched.adapted.append(name)
+        else:
+            matched.left_out.append(name)
+    matched.untouched = [name for name in own if name not in weights or name in matched.left_out]
+    return matched
+
+
+def _strip(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix ("module.", "backbone.", ...) whose removal makes the most names match."""
+    candidates = {""} | {
+        name[: -len(known)] for name in weights for known in list(own)[:8] if name.endswith("." + known)
+    }
+
+    def hits(prefix: str) -> int:
+        return sum(name.removeprefix(prefix) in own for name in weights if name.startswith(prefix))
+
+    best = max(sorted(candidates), key=hits)
+    return {name.removeprefix(best): value for name, value in weights.items() if name.startswith(best)}
+
+
+def _adapt(model: nn.Module, name: str, value: Tensor, own: Tensor) -> Tensor | None:
+    """The value resampled to the shape that the model wants, or None where it differs in kind."""
+    if name == "pos_embed" and isinstance(model, VisionTransformer):
+        if value.ndim != 3 or value.shape[-1] != own.shape[-1]:
+            return None
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        side = round((value.shape[1] - prefix) ** 0.5)
+        if side * side != value.shape[1] - prefix:
+            return None
+        grid = list(model.patch_embed.grid_size)
+        return resample_abs_pos_embed(value, new_size=grid, old_size=[side, side], num_prefix_tokens=prefix)
+    if value.ndim == 4 and own.ndim == 4 and value.shape[0] == own.shape[0]:
+        if value.shape[1] != own.shape[1] and own.shape[1] != 3 and value.shape[1] == 3:
+            value = adapt_input_conv(own.shape[1], value)
+        if value.shape[1] == own.shape[1] and name.startswith("patch_embed"):
+            return resample_patch_embed(value, list(own.shape[-2:]))
+        return value if value.shape == own.shape else None
+    return None

@@ -1,0 +1,93 @@
+"""timm's plain vision transformers as token backbones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from underpaint.backbones.protocols import Encoded, Features, TokenBackbone
+from underpaint.blocks import sincos_positions
+from underpaint.patches import patchify, take
+
+
+class ViT(TokenBackbone):
+    """An adapter around timm's VisionTransformer (any name and size), which stays timm's: `model`.
+
+    Learned positions start from the fixed sin-cos ones of MAE and are trained on.
+    """
+
+    def __init__(self, model: VisionTransformer):
+        super().__init__()
+        if not isinstance(model.norm, nn.LayerNorm) or model.pos_embed is None:
+            raise ValueError("this vision transformer lacks a final norm or learned positions")
+        self.model: Any = model
+        self.dim = model.embed_dim
+        self.depth = len(model.blocks)
+        self.channels = model.in_chans
+        self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
+        self.image_size: tuple[int, int] = self.model.patch_embed.img_size
+        self.initialise_positions()
+
+    @torch.no_grad()
+    def initialise_positions(self) -> None:
+        """Positions of the patches to sin-cos; those of class and register tokens to 0."""
+        positions = sincos_positions(self.grid(*self.image_size), self.dim)
+        self.model.pos_embed.zero_()
+        self.model.pos_embed[0, -len(positions) :] = positions
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    def forward(self, images: Float[Tensor, "b c height width"]) -> Features:
+        """Patch tokens after the final norm, and their mean (the class token is not part of it)."""
+        patches = self.encode(self.embed(images)).tokens
+        return Features(patches.mean(1), patches)
+
+    def pyramid(self, images: Float[Tensor, "b c height width"]) -> list[tuple[Tensor, int]]:
+        """The outputs of four blocks spread over the depth, all at the patch's stride (a ViT has no other)."""
+        taps = sorted({max(0, (self.depth * quarter) // 4 - 1) for quarter in (1, 2, 3, 4)})
+        maps = self.encode(self.embed(images), taps=taps).taps
+        rows, columns = self.grid(*images.shape[-2:])
+        return [(m.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size[0]) for m in maps]
+
+    def embed(
+        self, images: Float[Tensor, "b c height width"], index: Int[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b k d"]:
+        if tuple(images.shape[-2:]) != self.image_size:
+            got, want = "x".join(map(str, images.shape[-2:])), "x".join(map(str, self.image_size))
+            raise ValueError(f"images are {got} pixels; this encoder was built for {want}")
+        embedding = self.model.patch_embed
+        patches = patchify(images, self.patch_size)
+        if index is not None:
+            patches = take(patches, index)  # hidden patches are never embedded
+        tokens = functional.linear(patches, embedding.proj.weight.flatten(1), embedding.proj.bias)
+        return embedding.norm(tokens)
+
+    def encode(
+        self,
+        tokens: Float[Tensor, "b k d"],
+        index: Int[Tensor, "b k"] | None = None,
+        taps: Sequence[int] = (),
+    ) -> Encoded:
+        model, prefix = self.model, self.model.num_prefix_tokens
+        positions = model.pos_embed
+        embedded_prefix = 0 if model.no_embed_class else prefix
+        places = positions[:, embedded_prefix:]
+        tokens = tokens + (places if index is None else take(places.expand(len(tokens), -1, -1), index))
+        if prefix:
+            special = [t for t in (model.cls_token, model.reg_token) if t is not None]
+            first = torch.cat(special, dim=1)
+            if embedded_prefix:
+                first = first + positions[:, :prefix]
+            tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        tokens = model.norm_pre(model.pos_drop(tokens))
+        tapped = []
+        for number, block in enumerate(model.blocks):
+            tokens = block(tokens)
+            if number in taps:
+                tapped.append(tokens[:, prefix:])
+        return Encoded(model.norm(tokens)[:, prefix:], tapped)

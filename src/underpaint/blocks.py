@@ -1,0 +1,67 @@
+"""The trainable pieces that methods share."""
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from underpaint.masking import Mask
+from underpaint.patches import take
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n d"]:
+    """Fixed position embeddings of a grid (rows, columns): half the width codes the row, half the column.
+
+    Frequencies fall geometrically from 1 to 1/10000 (Vaswani et al. 2017; two-dimensional as in MAE). Where `dim` is
+    not a multiple of 4 the rest stays 0.
+    """
+    quarter = dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / max(quarter, 1))
+    rows = torch.arange(grid[0], dtype=torch.float64).outer(frequencies)
+    columns = torch.arange(grid[1], dtype=torch.float64).outer(frequencies)
+    row_part = torch.cat([rows.sin(), rows.cos()], dim=1).repeat_interleave(grid[1], dim=0)
+    column_part = torch.cat([columns.sin(), columns.cos()], dim=1).repeat(grid[0], 1)
+    positions = torch.zeros(grid[0] * grid[1], dim)
+    positions[:, : 4 * quarter] = torch.cat([row_part, column_part], dim=1).float()
+    return positions
+
+
+class MaskedDecoder(nn.Module):
+    """Predict something at every hidden place from the tokens of the visible ones.
+
+    Visible tokens, narrowed to `dim`, and one learned mask token for each hidden place get fixed positions and go
+    through `depth` transformer blocks together. Attention does not mind the order, so nothing is sorted back into
+    the grid, and the norm and the head run on hidden places only.
+    """
+
+    positions: Tensor
+
+    def __init__(self, encoder_dim: int, grid: tuple[int, int], dim: int, depth: int, outputs: int):
+        super().__init__()
+        heads = max(1, dim // 32)  # 32 wide, as in MAE's 512 with 16 heads
+        if dim % heads:
+            raise ValueError(f"decoder_dim is {dim}; it must be below 32 or a multiple of 32")
+        self.narrow = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
+        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, outputs)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.apply(_xavier)
+
+    def forward(self, latent: Float[Tensor, "b v e"], mask: Mask) -> Float[Tensor, "b h outputs"]:
+        positions = self.positions.expand(len(latent), -1, -1)
+        visible = self.narrow(latent) + take(positions, mask.visible)
+        hidden = self.mask_token + take(positions, mask.hidden)
+        tokens = torch.cat([visible, hidden.to(visible.dtype)], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens[:, visible.shape[1] :]))
+
+
+def _xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,207 @@
+"""The command line: each command is a plain function of the library."""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+import underpaint
+from underpaint.errors import InputError, NotFinite
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors are one line and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; '{self.prog} --help' lists what there is")
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    return int(height), int(width or height)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not PATH=VALUE")
+    return path, _value(value)
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return yaml.safe_load(text) if text.isalpha() else text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command; each command's function is its `run` default."""
+    top = _Parser(prog="underpaint", description=underpaint.__doc__)
+    top.add_argument("--version", action="version", version=underpaint.__version__)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example: underpaint {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    made = command(
+        "demo", _demo, "pretrain, judge and report on crops of photographs, no download", "demo --out runs/demo"
+    )
+    made.add_argument("--out", type=Path, required=True, help="the run folder")
+
+    made = command(
+        "pretrain",
+        _pretrain,
+        "pretrain an encoder on a folder of images; go on where the run exists",
+        "pretrain photos/ --out runs/first --method mae --image-size 64 --patch-size 8 --minutes 30",
+    )
+    made.add_argument("data", help="folder, .zip, .tar, parquet, hf:NAME[:SPLIT] or wds:PATTERN")
+    made.add_argument("--out", type=Path, required=True, help="the run folder")
+    given: dict[str, Any] = {"default": argparse.SUPPRESS}  # what is not said comes from the recipe
+    made.add_argument("--recipe", help="a shipped name ('underpaint recipes') or a YAML file", **given)
+    made.add_argument("--method", help="energy or mae (default energy)", **given)
+    made.add_argument("--encoder", help="any timm name (default vit_small_patch16_224)", **given)
+    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default 224)", **given)
+    made.add_argument("--patch-size", type=int, help="pixels (default: the encoder's own)", **given)
+    length = made.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, help="passes over the images (default 100)", **given)
+    length.add_argument("--steps", type=int, help="optimiser steps", **given)
+    length.add_argument("--minutes", type=float, help="of training, probes not counted", **given)
+    made.add_argument("--batch-size", type=int, help="images a step, over all devices (default 256)", **given)
+    made.add_argument("--seed", type=int, help="of everything random (default 0)", **given)
+    made.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="PATH=VALUE", help="any value of the recipe"
+    )
+    made.add_argument("--init", help="weights to start from: timm:NAME, a run or a file", **given)
+    made.add_argument("--labels", help="labelled images for the probes", **given)
+    made.add_argument("--groups", metavar="REGEX", help="images of one group stay on one side of a hold-out", **given)
+    made.add_argument("--probe-every", type=int, help="steps (default: a quarter of the run)", **given)
+    made.add_argument("--checkpoint-every", type=int, help="steps (default: about two minutes)", **given)
+    made.add_argument("--devices", type=int, help="GPUs, or processes on a CPU (default: all GPUs, or 1)", **given)
+    made.add_argument("--nodes", type=int, help="machines (default 1)", **given)
+    made.add_argument("--precision", choices=("auto", "32", "bf16", "16"), help="(default auto)", **given)
+    made.add_argument("--workers", type=int, help="processes that decode images (default 0)", **given)
+
+    made = command(
+        "restore",
+        _restore,
+        "a picture: original, corrupted, restored",
+        "restore runs/first a.jpg b.jpg --out sheet.png",
+    )
+    made.add_argument("run_folder", metavar="RUN", type=Path)
+    made.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    made.add_argument("--out", type=Path, required=True, help="a PNG file")
+
+    made = command(
+        "score", _score, "rank images by energy or restoration error", "score runs/first photos/ --out scores.csv"
+    )
+    made.add_argument("run_folder", metavar="RUN", type=Path)
+    made.add_argument("data", help="images, as for pretrain")
+    made.add_argument("--out", type=Path, required=True, help="a CSV file: path, score, rank; most unusual first")
+
+    made = command("report", _report, "write the HTML page of a run", "report runs/first")
+    made.add_argument("run_folder", metavar="RUN", type=Path)
+
+    made = command("check", _check, "what would be read, and how it was understood; no training", "check photos/")
+    made.add_argument("data", help="images, as for pretrain")
+
+    command("methods", _methods, "the pretraining methods, a line each", "methods")
+    command("recipes", _recipes, "the shipped recipes, a line each", "recipes")
+    return top
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from underpaint.demo import demo
+
+    demo(given.out)
+
+
+def _pretrain(given: argparse.Namespace) -> None:
+    from underpaint.train import FLAGS, pretrain
+
+    flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
+    pretrain(given.data, given.out, recipe=getattr(given, "recipe", None), settings=dict(given.set), **flags)
+
+
+def _restore(given: argparse.Namespace) -> None:
+    from underpaint.use import restore
+
+    restore(given.run_folder, given.images, given.out)
+    print(given.out)
+
+
+def _score(given: argparse.Namespace) -> None:
+    from underpaint.use import score
+
+    rows = score(given.run_folder, given.data)
+    with open(given.out, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "score", "rank"])
+        writer.writerows((path, f"{value:.6g}", rank) for rank, (path, value) in enumerate(rows, start=1))
+    print(f"{given.out}: {len(rows)} images, most unusual first")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from underpaint.report import write_report
+    from underpaint.runs import Run
+
+    Run(given.run_folder).recipe()  # says in one line when this is no run
+    print(write_report(given.run_folder))
+
+
+def _check(given: argparse.Namespace) -> None:
+    from underpaint.data import check, format_check
+
+    print(format_check(check(given.data)))
+
+
+def _methods(_: argparse.Namespace) -> None:
+    for name, method in underpaint.METHODS.items():
+        print(f"{name:<10} {method.paper}")
+
+
+def _recipes(_: argparse.Namespace) -> None:
+    from underpaint.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name:<22} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Exit status: 0 done; 2 usage or input; 3 not finite; 128 + signal where interrupted."""
+    try:
+        given = parser().parse_args(arguments)
+        given.run(given)
+        return 0
+    except InputError as error:
+        print(f"underpaint: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except NotFinite as error:
+        print(f"underpaint: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        number = getattr(error, "signal_number", None)
+        if number is None:
+            raise
+        print("underpaint: interrupted; the same command goes on from the checkpoint", file=sys.stderr)
+        return 128 + number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""`underpaint demo`: pretraining, judgement and page on crops of photographs that two libraries carry along."""
+
+from pathlib import Path
+
+from underpaint.demo_images import write_demo_images
+from underpaint.progress import say
+from underpaint.runs import Run
+from underpaint.train import pretrain
+
+
+def demo(out: Path) -> Run:
+    """Make the images beside the run (`OUT-images`), pretrain on them for two minutes, and judge."""
+    folder = out.with_name(out.name + "-images")
+    names = write_demo_images(folder)
+    say(f"crops of {len(names)} photographs: {', '.join(names)}")
+    say("left parts are for training, right parts for testing; the label is the photograph a crop is from")
+    run = pretrain(folder, out, recipe="mae-tiny-32", minutes=2)
+    say(f"look at {run.path / 'report.html'}")
+    return run

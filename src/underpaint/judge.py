@@ -1,0 +1,224 @@
+"""What an encoder is worth while it trains and at the end, on images it is judged by.
+
+The untrained encoder gets the same probe with the same choices; nothing is chosen on the test part. Without labels
+there is the effective rank of the features (RankMe, arXiv 2210.02885).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from underpaint.backbones import Backbone
+from underpaint.data import Batch, ImageSet, Source, eval_batches, labelled_indices
+from underpaint.evaluate import (
+    Features,
+    Probe,
+    attentive,
+    effective_rank,
+    extract,
+    gain,
+    hog,
+    knn,
+    linear,
+    majority,
+    raw_pixels,
+    stratified,
+)
+from underpaint.patches import Standardize
+
+QUICK_TRAIN, QUICK_TEST = 5_000, 2_000  # images of a probe while training
+FULL_TRAIN, FULL_TEST = 50_000, 10_000  # of the probe at the end
+ATTENTIVE_TRAIN = 10_000  # the attentive probe holds every patch token, so it sees fewer images at the end
+TOKEN_MEMORY = 1.5e9  # bytes of patch tokens that are held at once
+
+
+@dataclass
+class Part:
+    """Some labelled images of a set."""
+
+    images: ImageSet
+    indices: list[int]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.array([self.images.labels[k] for k in self.indices])
+
+    def subset(self, count: int, seed: int) -> "Part":
+        chosen = stratified(self.labels, count, seed)
+        return Part(self.images, [self.indices[k] for k in chosen])
+
+
+@dataclass
+class Judge:
+    """The images to judge by: labelled parts, or none."""
+
+    pool: ImageSet  # what is pretrained on: for the rank and the pictures
+    parts: tuple[Part, Part] | None  # to train a probe on, and to test it on
+    size: tuple[int, int]
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        load: Callable[[Source, list[int]], ImageSet],
+        pool: ImageSet,
+        pool_indices: Sequence[int],
+        size: tuple[int, int],
+        seed: int,
+    ) -> "Judge":
+        """Labelled images of `source`, read by `load`; `pool` is used again where it holds the training part."""
+        found = labelled_indices(source, seed)
+        if found is None:
+            return cls(pool, None, size, seed)
+        parts = []
+        for indices in found:
+            chosen = list(indices)
+            images = pool if chosen == list(pool_indices) and source.classes == pool.classes else load(source, chosen)
+            parts.append(Part(images, list(range(len(images)))))
+        return cls(pool, (parts[0], parts[1]), size, seed)
+
+    def shown(self, device: torch.device | str) -> Tensor:
+        """The same few images for every picture, in [0, 1]."""
+        few = list(range(min(6, len(self.pool))))
+        return next(iter(eval_batches(self.pool, size=self.size, indices=few))).images.to(device)
+
+    def _pixels(self, part: Part) -> tuple[Tensor, np.ndarray]:
+        """Images in [0, 1] and the labels of those that could be read."""
+        batches = list(eval_batches(part.images, size=self.size, indices=part.indices))
+        labels = np.array([part.images.labels[k] for batch in batches for k in batch.samples])
+        return torch.cat([batch.images.cpu() for batch in batches]), labels
+
+    def quick(self, encoder: Backbone, standardize: Standardize) -> dict[str, float]:
+        """Named numbers for a line of metrics."""
+        device = standardize.mean.device
+        if self.parts is None:
+            few = list(range(min(QUICK_TEST, len(self.pool))))
+            batches = eval_batches(self.pool, size=self.size, indices=few, device=device)
+            pooled = extract(encoder, batches, transform=standardize, with_patches=False).pooled
+            return {"rank": effective_rank(pooled)}
+        train = self.parts[0].subset(self._most(encoder, QUICK_TRAIN), self.seed)
+        test = self.parts[1].subset(self._most(encoder, QUICK_TEST), self.seed)
+        x, x_labels = self._features(encoder, standardize, train, True)
+        y, y_labels = self._features(encoder, standardize, test, True)
+        probes = {
+            "linear": linear(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed),
+            "attentive": attentive(x.patches, x_labels, y.patches, y_labels, seed=self.seed),
+            "knn": knn(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed),
+        }
+        numbers = {"rank": effective_rank(x.pooled[:QUICK_TEST])}
+        for name, probe in probes.items():
+            numbers |= {name: probe.accuracy, f"{name}_error": probe.standard_error}
+        return numbers
+
+    def final(
+        self, encoder: Backbone, untrained: Backbone, standardize: Standardize, shout: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """All probes in full, of the encoder, of what it started from, and of the floors; told in plain words."""
+        if self.parts is None:
+            ranks = {
+                "encoder": self.quick(encoder, standardize)["rank"],
+                "untrained": self.quick(untrained, standardize)["rank"],
+                "dim": encoder.dim,
+            }
+            shout(
+                f"no labels: effective rank {ranks['encoder']:.1f} of {encoder.dim} (untrained {ranks['untrained']:.1f}); "
+                "give --labels to know what the encoder is worth"
+            )
+            return {"rank": ranks}
+        shout("judging the encoder, the untrained one, raw pixels and HOG ...")
+        train = self.parts[0].subset(FULL_TRAIN, self.seed)
+        test = self.parts[1].subset(FULL_TEST, self.seed)
+        found = {
+            "encoder": self._all(encoder, standardize, train, test),
+            "untrained": self._all(untrained, standardize, train, test),
+        }
+        pixels, labels = self._pixels(train.subset(QUICK_TRAIN, self.seed))
+        test_pixels, test_labels = self._pixels(test)
+        for name, floor in (("raw_pixels", raw_pixels), ("hog", hog)):
+            x, y = floor(pixels), floor(test_pixels)
+            found[name] = {
+                "linear": linear(x, labels, y, test_labels, seed=self.seed),
+                "knn": knn(x, labels, y, test_labels, seed=self.seed),
+            }
+        gains = {name: gain(found["encoder"][name], found["untrained"][name]) for name in found["encoder"]}
+        classes = len(np.unique(train.labels))
+        _tell(found, gains, shout)
+        return {
+            "train": len(train.indices),
+            "test": len(test.indices),
+            "classes": classes,
+            "chance": 1 / classes,
+            **{who: {name: probe.numbers() for name, probe in probes.items()} for who, probes in found.items()},
+            "floors_train": len(labels),
+            "majority": majority(train.labels, test_labels).numbers(),
+            "gain": {name: {"difference": d, "standard_error": e} for name, (d, e) in gains.items()},
+        }
+
+    def _all(self, encoder: Backbone, standardize: Standardize, train: Part, test: Part) -> dict[str, Probe]:
+        x, x_labels = self._features(encoder, standardize, train, False)
+        y, y_labels = self._features(encoder, standardize, test, False)
+        few = train.subset(self._most(encoder, ATTENTIVE_TRAIN), self.seed)
+        some = test.subset(self._most(encoder, FULL_TEST), self.seed)
+        tokens, token_labels = self._features(encoder, standardize, few, True)
+        test_tokens, test_token_labels = self._features(encoder, standardize, some, True)
+        return {
+            "linear": linear(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed),
+            "attentive": attentive(
+                tokens.patches, token_labels, test_tokens.patches, test_token_labels, seed=self.seed
+            ),
+            "knn": knn(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed),
+        }
+
+    def _features(
+        self, encoder: Backbone, standardize: Standardize, part: Part, with_patches: bool
+    ) -> tuple[Features, np.ndarray]:
+        device = standardize.mean.device
+        seen: list[int] = []
+
+        def noted() -> Iterator[Batch]:
+            for batch in eval_batches(part.images, size=self.size, indices=part.indices, device=device):
+                seen.extend(batch.samples)
+                yield batch
+
+        features = extract(encoder, noted(), transform=standardize, with_patches=with_patches)
+        return features, np.array([part.images.labels[k] for k in seen])
+
+    def _most(self, encoder: Backbone, count: int) -> int:
+        """At most `count` images, fewer where their patch tokens would not fit."""
+        rows, columns = encoder.grid(*self.size)
+        return min(count, int(TOKEN_MEMORY / (4 * rows * columns * encoder.dim)))
+
+
+def _tell(found: dict[str, dict[str, Probe]], gains: dict[str, tuple[float, float]], shout: Any) -> None:
+    """The table and the verdict that end a run."""
+    shout(f"{'':<22}{'linear':>16}{'attentive':>16}{'kNN':>16}")
+    names = {
+        "encoder": "pretrained encoder",
+        "untrained": "untrained encoder",
+        "raw_pixels": "raw pixels",
+        "hog": "HOG",
+    }
+    for who, label in names.items():
+        cells = [
+            f"{found[who][kind].accuracy:.3f} +- {found[who][kind].standard_error:.3f}" if kind in found[who] else "-"
+            for kind in ("linear", "attentive", "knn")
+        ]
+        shout(f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells))
+    difference, error = gains["linear"]
+    if difference > 2 * error:
+        shout(
+            f"pretraining helped: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe over the untrained encoder"
+        )
+    else:
+        shout(
+            f"pretraining did not measurably help: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe "
+            "over the untrained encoder"
+        )
+    best_floor = max(("raw_pixels", "hog"), key=lambda who: found[who]["linear"].accuracy)
+    if found["encoder"]["linear"].accuracy <= found[best_floor]["linear"].accuracy:
+        shout(f"note: {names[best_floor]} without any network do as well or better here")

@@ -1,0 +1,199 @@
+"""What this machine does with this run: seconds a step, memory, and whether compiling pays.
+
+Measured on real batches with a throwaway copy of the state: afterwards weights and optimiser are as before.
+"""
+
+import copy
+import os
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from underpaint.data import Batch
+from underpaint.errors import InputError
+from underpaint.step import Session, session, update
+
+COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+
+
+def measure(
+    current: Session,
+    batches: Sequence[Batch],
+    compiled: bool | None,
+    steps_for: Callable[[float], int],
+    shout: Callable[[str], None],
+) -> dict[str, Any]:
+    """Seconds a step, memory in GiB, and whether to compile.
+
+    Args:
+        compiled: True or False as the recipe says, None to find out.
+        steps_for: how many steps the run will have at so many seconds a step.
+
+    Raises:
+        InputError: the batch does not fit; the line names one that does.
+    """
+    _check_fit(current, batches[0])
+    seconds = _seconds(current, batches)
+    worth = seconds * steps_for(seconds) > COMPILE_WORTH_TRYING and current.fabric.world_size == 1
+    pays = False
+    if compiled or (compiled is None and worth):
+        if not _compiler():
+            shout("no C++ compiler on this machine: not compiling")
+        elif compiled:
+            pays = True
+        else:
+            began = time.perf_counter()
+            other = session(current.fabric, current.recipe, current.method, current.standardize, compiled=True)
+            try:
+                faster = _seconds(other, batches)
+                cost = time.perf_counter() - began
+                steps = steps_for(seconds)
+                pays = faster * steps + cost < 0.98 * seconds * steps
+                shout(
+                    f"compiled {faster:.3f} s a step, as it is {seconds:.3f} s: {'compiling' if pays else 'not compiling'}"
+                )
+                seconds = faster if pays else seconds
+            except TorchDynamoException as error:
+                shout(f"cannot be compiled here: {str(error).splitlines()[0]}")
+    return {
+        "seconds_per_step": round(seconds, 6),
+        "memory_gib": round(_memory(current) / 2**30, 2),
+        "compile": pays,
+    }
+
+
+def _seconds(current: Session, batches: Sequence[Batch], limit: float = 6.0) -> float:
+    """The median time of a step, data wait not counted; state and gradients are put back."""
+    with _throwaway(current):
+        for batch in batches[:2]:
+            _timed(current, batch)
+        times: list[float] = []
+        began = time.perf_counter()
+        while len(times) < 12 and (len(times) < 3 or time.perf_counter() - began < limit):
+            times.append(_timed(current, batches[len(times) % len(batches)]))
+    return statistics.median(times)
+
+
+def _timed(current: Session, batch: Batch) -> float:
+    began = time.perf_counter()
+    update(current, batch, 0, 1e-6)
+    if current.fabric.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+class _throwaway:
+    """Steps inside leave no trace in weights, optimiser or gradients."""
+
+    def __init__(self, current: Session):
+        self.current = current
+
+    def __enter__(self) -> None:
+        self.weights = copy.deepcopy(self.current.method.state_dict())
+
+    def __exit__(self, *_: Any) -> None:
+        self.current.method.load_state_dict(self.weights)
+        self.current.optimiser.state.clear()
+        self.current.optimiser.zero_grad(set_to_none=True)
+
+
+def _check_fit(current: Session, batch: Batch) -> None:
+    """Try the batch; where memory does not suffice, find by halving what does.
+
+    A CPU's memory is not refused, it ends the process: so an eighth of the batch is tried first, and the whole is
+    extrapolated from what it took.
+    """
+    full = current.local_batch
+    parts = current.recipe.optimiser.accumulation
+    if current.fabric.device.type == "cpu" and full // parts >= 64:
+        before = _resident()
+        small = _rows(current, batch, max(parts, full // 8 // parts * parts))
+        grown = (_memory(current) - before) * full / len(small.images) if _runs(current, small) else 0
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
+        if grown > 0.9 * free:
+            fits = max(1, int(full * 0.8 * free / grown))
+            raise _too_large(current, 2 ** (fits.bit_length() - 1))
+    size = full
+    while not _runs(current, _rows(current, batch, size)):
+        size //= 2
+        if size < parts:
+            raise InputError("out of memory with a batch of 1: a smaller encoder or image size is needed")
+    if size < full:
+        raise _too_large(current, size)
+
+
+def _too_large(current: Session, fits: int) -> InputError:
+    batch = current.recipe.optimiser.batch_size
+    return InputError(
+        f"out of memory with a batch of {batch}; {fits * current.fabric.world_size} fits: "
+        f"--batch-size {fits * current.fabric.world_size}"
+    )
+
+
+def _rows(current: Session, batch: Batch, count: int) -> Batch:
+    return Batch(batch.images[:count], batch.samples[:count])
+
+
+def _runs(current: Session, batch: Batch) -> bool:
+    """Whether a step on these images fits into memory."""
+    recipe = current.recipe
+    whole = recipe.optimiser.batch_size
+    try:
+        recipe.optimiser.batch_size = len(batch.images) * current.fabric.world_size
+        with _throwaway(current):
+            update(current, batch, 0, 1e-6)
+        return True
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    finally:
+        recipe.optimiser.batch_size = whole
+    if current.fabric.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
+
+
+def _memory(current: Session) -> int:
+    """Peak memory of this process in bytes: the GPU's where there is one."""
+    if current.fabric.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident() -> int:
+    """Memory that this process holds now, in bytes; its peak where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _cached() -> int:
+    """File cache that the system would give back, in bytes."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("Cached:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def _compiler() -> bool:
+    names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
+    return any(name and shutil.which(name) for name in names)

@@ -1,0 +1,229 @@
+"""A recipe: every setting of a run as plain, checked data. `recipe.yaml` in a run folder is one."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from underpaint.errors import InputError
+from underpaint.methods import METHODS
+
+FORMAT = 1
+
+
+@dataclass
+class Data:
+    """What is read, and how it is cut."""
+
+    path: str | None = None
+    labels: str | None = None  # labelled images for the probes, where they lie apart
+    groups: str | None = None  # pattern: images of one group (patient, slide) stay on one side of a hold-out
+    image_size: tuple[int, int] = (224, 224)  # pixels, height and width
+    channels: int = 3
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a random crop covers
+    flip: bool = True
+    cache_limit: float = 2.0  # GiB of decoded images up to which a set is kept decoded
+    max_pixels: int = 200_000_000  # larger images are skipped
+    workers: int = 0  # processes that decode
+
+
+@dataclass
+class Optimiser:
+    """AdamW, warm-up and cosine."""
+
+    rate: float = 1.5e-4  # peak learning rate per 256 images
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: float = 0.05  # share of the run
+    clip: float = 1.0  # largest norm of the gradient
+    batch_size: int = 256  # images a step, over all devices
+    accumulation: int = 1  # parts that a batch is computed in, to save memory
+
+
+@dataclass
+class Length:
+    """How long, and what happens on the way. One of epochs, steps and minutes."""
+
+    epochs: float | None = None
+    steps: int | None = None
+    minutes: float | None = None  # of training; turned into steps by measuring first
+    seed: int = 0
+    precision: Literal["auto", "32", "bf16", "16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    devices: int | None = None  # all GPUs, or one process on a CPU, where None
+    nodes: int = 1
+    probe_every: int | None = None  # steps; a quarter of the run where None
+    checkpoint_every: int | None = None  # steps; about every two minutes where None
+    log_every: int | None = None  # steps; about 200 lines a run where None
+    loggers: list[str] = field(default_factory=list)  # wandb, mlflow beside TensorBoard
+
+
+@dataclass
+class Recipe:
+    """A named run. `method` and `encoder` hold a `name` and the settings that go to its constructor."""
+
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "energy"})
+    encoder: dict[str, Any] = field(default_factory=lambda: {"name": "vit_small_patch16_224"})
+    init: str | None = None  # weights to start from: timm:NAME, a run, or a file
+    data: Data = field(default_factory=Data)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    run: Length = field(default_factory=Length)
+    measured: dict[str, Any] = field(default_factory=dict)  # decided at the start of the run
+    format: int = FORMAT
+
+
+SECTIONS: dict[str, type] = {"data": Data, "optimiser": Optimiser, "run": Length}
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as nested dicts, lists, numbers and strings."""
+
+    def listed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: listed(inner) for key, inner in value.items()}
+        return [listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    return listed(asdict(recipe))
+
+
+def method_settings(name: str) -> dict[str, Any]:
+    """The settings of a method with their defaults: its constructor's keyword arguments."""
+    parameters = list(inspect.signature(_method(name)).parameters.values())[1:]  # without the encoder
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _method(name: str) -> type:
+    if name not in METHODS:
+        raise InputError(f"method: there is no '{name}'; there are: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def override(settings: dict[str, Any], path: str, value: Any) -> None:
+    """Set one value of a plain recipe in place: `override(settings, "method.hidden_ratio", 0.6)`."""
+    section, _, name = path.partition(".")
+    if section not in settings or section in ("measured", "format") or (name == "") != (section == "init"):
+        known = ", ".join(f"{s}.NAME" for s in ("method", "encoder", *SECTIONS))
+        raise InputError(f"--set {path}: no such setting; paths are {known}, init")
+    if section == "init":
+        settings["init"] = value
+    elif section == "method" and name == "name":
+        if value != settings["method"]["name"]:
+            settings["method"] = {"name": value}  # another method has other settings
+    else:
+        settings[section][name] = value
+
+
+def checked(settings: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, every name and type checked, every default filled in.
+
+    Raises:
+        InputError: an unknown name (the known ones are listed) or a value of the wrong type.
+    """
+    settings = copy.deepcopy(dict(settings))
+    if settings.get("format", FORMAT) != FORMAT:
+        raise InputError(f"recipe: format {settings['format']}; this version reads format {FORMAT}")
+    _only_known("recipe", settings, [f.name for f in fields(Recipe)])
+    method = dict(settings.get("method") or {"name": "energy"})
+    encoder = dict(settings.get("encoder") or {"name": "vit_small_patch16_224"})
+    for section, value in (("method", method), ("encoder", encoder)):
+        if not isinstance(value.get("name"), str):
+            raise InputError(f"{section}: has no name")
+    _only_known("method", method, ["name", *method_settings(method["name"])])
+    for section, kind in SECTIONS.items():
+        _only_known(section, settings.get(section) or {}, [f.name for f in fields(kind)])
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    for section, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, section)
+    parser.add_class_arguments(_method(method["name"]), "method", skip={"encoder"})
+    given = {section: dict(settings.get(section) or {}) for section in SECTIONS}
+    given["method"] = {key: value for key, value in method.items() if key != "name"}
+    try:
+        parsed = parser.parse_object(given, defaults=True).as_dict()
+    except Exception as error:
+        raise InputError(f"recipe: {_one_line(error)}") from error
+    lengths = [name for name in ("epochs", "steps", "minutes") if parsed["run"][name] is not None]
+    if len(lengths) > 1:
+        raise InputError(f"give one of --epochs, --steps and --minutes, not {' and '.join(lengths)}")
+    for name in lengths:
+        if parsed["run"][name] <= 0:
+            raise InputError(f"run.{name}: {parsed['run'][name]}; it must be above 0")
+    recipe = Recipe(
+        method={"name": method["name"], **(parsed.get("method") or {})},
+        encoder=encoder,
+        init=settings.get("init"),
+        data=Data(**parsed["data"]),
+        optimiser=Optimiser(**parsed["optimiser"]),
+        run=Length(**parsed["run"]),
+        measured=dict(settings.get("measured") or {}),
+    )
+    recipe.data.image_size = tuple(recipe.data.image_size)  # pyright: ignore[reportAttributeAccessIssue]
+    _in_range(recipe)
+    return recipe
+
+
+def _in_range(recipe: Recipe) -> None:
+    optimiser, data = recipe.optimiser, recipe.data
+    for name, value, low in (
+        ("optimiser.batch_size", optimiser.batch_size, 1),
+        ("optimiser.accumulation", optimiser.accumulation, 1),
+        ("data.channels", data.channels, 1),
+        ("data.workers", data.workers, 0),
+        ("data.image_size", min(data.image_size), 4),
+    ):
+        if value < low:
+            raise InputError(f"{name}: {value}; it must be at least {low}")
+    if optimiser.batch_size % optimiser.accumulation:
+        raise InputError(
+            f"optimiser.accumulation: {optimiser.accumulation} does not divide the batch of {optimiser.batch_size}"
+        )
+
+
+def _only_known(where: str, given: Mapping[str, Any], known: list[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where}: is {given!r}; it must be a mapping of {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise InputError(f"{where}: no setting '{name}'; there are: {', '.join(known)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Plain settings of a shipped recipe or a YAML file; what is left out has its default."""
+    from underpaint.recipes import RECIPES
+
+    if name in RECIPES:
+        return plain(RECIPES[name]())
+    file = Path(name)
+    if not file.is_file():
+        raise InputError(f"--recipe {name}: neither a file nor one of {', '.join(sorted(RECIPES))}")
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--recipe {name}: not YAML: {_one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--recipe {name}: holds no settings")
+    return plain(checked(found))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """What two recipes differ in, a line each, except what may change when a run goes on."""
+    free = {"run": {"epochs", "steps", "minutes", "devices", "nodes", "loggers"}, "data": {"workers"}}
+    lines = []
+    before, after = plain(old), plain(new)
+    for section in ("method", "encoder", "data", "optimiser", "run"):
+        names = {**before[section], **after[section]}
+        for name in names:
+            was, now = before[section].get(name), after[section].get(name)
+            if was != now and name not in free.get(section, ()):
+                lines.append(f"{section}.{name}: {was} in the run, {now} now")
+    if before["init"] != after["init"]:
+        lines.append(f"init: {before['init']} in the run, {after['init']} now")
+    return lines

@@ -1,0 +1,212 @@
+"""The run folder: what it holds, written so that a kill at any moment loses nothing that was promised.
+
+Every file is written under a temporary name and renamed. A checkpoint is a folder with `state.safetensors` (all
+tensors) and `state.json` (plain numbers and the checksum of the tensors); no pickle. `metrics.jsonl` is appended to;
+a resume first drops the lines that lie after its checkpoint, since those steps are made again.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from underpaint.errors import InputError
+from underpaint.recipes.recipe import Recipe, checked, plain
+
+
+class Run:
+    """A run folder on disk, by its documented paths."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "recipe.yaml").is_file()
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder.
+
+        Raises:
+            InputError: the path holds something that is not a run, which is never written over.
+        """
+        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not self.exists):
+            raise InputError(f"--out {self.path}: exists and is not a run folder; choose another path")
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.path / "pictures").mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.path}: cannot be made: {error.strerror}") from error
+        self.write_recipe(recipe)
+
+    # -- plain files ------------------------------------------------------------------------------------------------
+
+    def recipe(self) -> Recipe:
+        try:
+            return checked(yaml.safe_load((self.path / "recipe.yaml").read_text()))
+        except OSError as error:
+            raise InputError(f"{self.path}: no recipe.yaml here, so it is not a run folder") from error
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_atomically(self.path / "recipe.yaml", yaml.safe_dump(plain(recipe), sort_keys=False))
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, json.dumps(finite(value), indent=2) + "\n")
+
+    def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to a .jsonl file, flushed to disk."""
+        text = "".join(json.dumps(finite(line)) + "\n" for line in lines)
+        with open(self.path / name, "a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a .jsonl file; a last line cut off by a kill is left out."""
+        file = self.path / name
+        if not file.is_file():
+            return []
+        whole = file.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in whole]
+
+    def drop_after(self, name: str, step: int) -> None:
+        """Keep the lines of steps up to `step`."""
+        kept = [line for line in self.lines(name) if line["step"] <= step]
+        write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*[0-9]"))
+
+    def save(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], keep: Iterable[int]) -> None:
+        """Write a checkpoint; then delete all but the last two and those of the steps in `keep`."""
+        final = self.path / "checkpoints" / f"step-{step:09d}"
+        part = final.with_name(final.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "state.safetensors")
+        description = {"format": 1, "step": step, "sha256": _sha256(part / "state.safetensors"), **numbers}
+        (part / "state.json").write_text(json.dumps(description) + "\n")
+        for file in (*part.iterdir(), part):
+            _sync(file)
+        if final.exists():  # a step that was rolled back to and made again
+            shutil.rmtree(final)
+        part.rename(final)
+        _sync(final.parent)
+        kept = {f"step-{k:09d}" for k in keep} | {c.name for c in self.checkpoints()[-2:]}
+        for old in self.checkpoints():
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint that is whole, or None where there is none."""
+        for folder in reversed(self.checkpoints()):
+            try:
+                numbers = json.loads((folder / "state.json").read_text())
+                if _sha256(folder / "state.safetensors") != numbers["sha256"]:
+                    raise ValueError("its checksum is wrong")
+                return load_file(folder / "state.safetensors"), numbers
+            except (OSError, ValueError, KeyError) as error:
+                print(f"{folder.name} is damaged ({error}); trying the one before", file=sys.stderr)
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """Plain data with numbers that JSON cannot hold (not finite) as None."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def training_state(method: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and optimiser state as one flat dict of tensors, named by parameter."""
+    tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
+    for name, parameter in method.named_parameters():
+        for key, value in optimiser.state.get(parameter, {}).items():
+            tensors[f"optimiser.{name}:{key}"] = value
+    return tensors
+
+
+def restore_state(method: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `training_state` took, in place."""
+    weights = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
+    method.load_state_dict(weights)
+    optimiser.state.clear()
+    parameters = dict(method.named_parameters())
+    for key, value in tensors.items():
+        if key.startswith("optimiser."):
+            name, _, kind = key.removeprefix("optimiser.").rpartition(":")
+            parameter = parameters[name]
+            # AdamW's step counts stay float32, whatever the weights are
+            optimiser.state[parameter][kind] = value.clone().to(parameter.device)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, threads and the command line."""
+    import lightning
+    import timm
+    import torchvision
+
+    import underpaint
+
+    described = {
+        "underpaint": underpaint.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "lightning": lightning.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(sys.argv),
+    }
+    return described
+
+
+def processor() -> str:
+    """The name of the CPU where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,145 @@
+"""One optimiser step, as the loop, the measurement at the start and the benchmarks make it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
+
+from underpaint.data import Batch
+from underpaint.masking import Mask
+from underpaint.methods import Method
+from underpaint.patches import Standardize
+from underpaint.recipes.recipe import Recipe
+
+
+def step_seed(seed: int, step: int, stream: int) -> int:
+    """A seed for one purpose in one step."""
+    state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
+    return int(state) >> 1
+
+
+def learning_rate(progress: float, peak: float, warmup: float) -> float:
+    """Linear warm-up, then a cosine to 0; `progress` is the share of the run that is done."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))))
+
+
+def make_optimiser(method: Method, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with timm's decay groups: no decay on biases, norms, positions, class and mask tokens."""
+    names = getattr(method.encoder.model, "no_weight_decay", set)()
+    listed = {f"encoder.model.{name}" for name in names}
+    groups = param_groups_weight_decay(method, recipe.optimiser.weight_decay, no_weight_decay_list=listed)
+    device = next(method.parameters()).device
+    return torch.optim.AdamW(groups, lr=1.0, betas=recipe.optimiser.betas, fused=device.type in ("cpu", "cuda"))
+
+
+@dataclass
+class Session:
+    """What one step needs."""
+
+    fabric: Fabric
+    recipe: Recipe
+    method: Method
+    model: Any  # the method as Fabric (and the compiler) wrap it
+    optimiser: torch.optim.AdamW
+    stepper: Any  # the optimiser as Fabric wraps it
+    standardize: Standardize
+    compiled: bool
+    seed: int  # of the run, moved on by every roll-back
+
+    @property
+    def local_batch(self) -> int:
+        return self.recipe.optimiser.batch_size // self.fabric.world_size
+
+    def draws(self, batch: Batch, step: int) -> Mask:
+        """What is random in a step: drawn for the global batch, so that it does not depend on the processes."""
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step, 0))
+        drawn = self.method.draw(
+            self.recipe.optimiser.batch_size, batch.images.shape[2], batch.images.shape[3], generator
+        )
+        first = self.fabric.global_rank * self.local_batch
+        return drawn.rows(slice(first, first + self.local_batch)).to(self.fabric.device)
+
+
+def session(fabric: Fabric, recipe: Recipe, method: Method, standardize: Standardize, compiled: bool) -> Session:
+    standardize = standardize.to(fabric.device)
+    method = method.to(fabric.device)
+    optimiser = make_optimiser(method, recipe)
+    wrapped = torch.compile(method) if compiled else method
+    model, stepper = fabric.setup(wrapped, optimiser)  # pyright: ignore[reportArgumentType]
+    return Session(fabric, recipe, method, model, optimiser, stepper, standardize, compiled, recipe.run.seed)
+
+
+def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step. Returns its numbers and a flag, all still on the device: nothing here waits for it.
+
+    The flag is 1 where the gradient was not finite; the update then changed nothing (fused AdamW skips by flag).
+    """
+    fabric, optimiser = session.fabric, session.recipe.optimiser
+    draws = session.draws(batch, step)
+    torch.manual_seed(step_seed(session.seed, step, 1 + fabric.global_rank))  # dropout and drop path, where used
+    with torch.no_grad():
+        images = session.standardize(batch.images)
+    for group in session.optimiser.param_groups:
+        group["lr"] = rate
+    part = session.local_batch // optimiser.accumulation
+    numbers: dict[str, Tensor] = {}
+    for k in range(optimiser.accumulation):
+        rows = slice(k * part, (k + 1) * part)
+        with fabric.no_backward_sync(session.model, enabled=k + 1 < optimiser.accumulation):
+            objective = session.model(images[rows], draws.rows(rows))
+            fabric.backward(objective.loss / optimiser.accumulation)
+        for name, value in {"loss": objective.loss.detach(), **objective.terms}.items():
+            numbers[name] = numbers.get(name, 0.0) + value.double() / optimiser.accumulation
+    norm = fabric.clip_gradients(session.model, session.stepper, max_norm=optimiser.clip, error_if_nonfinite=False)
+    assert norm is not None
+    # float16's scaler meets overflows by itself and lowers its scale; only a loss that is not finite counts there
+    watched = numbers["loss"] if session.recipe.measured.get("precision") == "16" else norm
+    bad = (~torch.isfinite(watched)).float()
+    if session.recipe.measured.get("precision") != "16":
+        session.optimiser.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+    session.stepper.step()
+    session.stepper.zero_grad(set_to_none=True)
+    numbers["gradient_norm"] = norm.double()
+    return numbers, bad
+
+
+class Window:
+    """Means of the numbers of the steps since the last line of metrics; part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+
+    def add(self, numbers: dict[str, Tensor], bad: Tensor) -> None:
+        self.names = list(numbers)
+        values = torch.stack([*numbers.values(), torch.ones_like(bad, dtype=torch.float64)])
+        kept = torch.where(bad > 0, torch.zeros_like(values), values)
+        self.sums = kept if self.sums is None else self.sums + kept
+
+    def means(self, fabric: Fabric) -> dict[str, float]:
+        if self.sums is None:
+            return {}
+        sums = self.sums
+        if fabric.world_size > 1:
+            sums = fabric.all_reduce(sums, reduce_op="sum")
+            assert isinstance(sums, Tensor)
+        *totals, count = sums.tolist()
+        return {name: total / count if count else math.nan for name, total in zip(self.names, totals, strict=True)}
+
+    def reset(self) -> None:
+        self.sums = None
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.sums is None else {"window": self.sums}
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device) -> None:
+        self.names = list(numbers["window"])
+        self.sums = tensors["window"].to(device) if "window" in tensors else None

@@ -1,0 +1,577 @@
+"""From images to a pretrained encoder: one loop on Lightning Fabric.
+
+Everything random in a step is a function of (seed, step), so a run that was killed and started again makes exactly
+the steps that it would have made. What was measured at the start is written into the recipe; a resumed run decides
+nothing again.
+"""
+
+import copy
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch.utils.tensorboard import SummaryWriter
+
+from underpaint.backbones import create_arguments, from_arguments, init_from, save_encoder
+from underpaint.data import Batch, ImageSet, load_images, open_source, pretraining_indices, train_batches
+from underpaint.errors import InputError, NotFinite
+from underpaint.judge import Judge
+from underpaint.measure import measure, out_of_memory
+from underpaint.methods import METHODS, Method
+from underpaint.patches import Standardize
+from underpaint.pictures import sheet
+from underpaint.progress import Bar, say
+from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
+from underpaint.report import write_report
+from underpaint.runs import Run, environment, finite, restore_state, training_state
+from underpaint.step import Session, Window, learning_rate, session, update
+
+# flag of the command line and keyword of `pretrain` -> place in the recipe
+FLAGS = {
+    "method": "method.name",
+    "encoder": "encoder.name",
+    "patch_size": "encoder.patch_size",
+    "image_size": "data.image_size",
+    "labels": "data.labels",
+    "groups": "data.groups",
+    "workers": "data.workers",
+    "batch_size": "optimiser.batch_size",
+    "init": "init",
+    "epochs": "run.epochs",
+    "steps": "run.steps",
+    "minutes": "run.minutes",
+    "seed": "run.seed",
+    "precision": "run.precision",
+    "devices": "run.devices",
+    "nodes": "run.nodes",
+    "probe_every": "run.probe_every",
+    "checkpoint_every": "run.checkpoint_every",
+}
+DEFAULT_EPOCHS = 100
+ROLL_BACK_AFTER, STOP_AFTER = 3, 10  # steps in a row without a finite gradient; such steps in all
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM came; a checkpoint was written."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"interrupted by signal {signal_number}")
+        self.signal_number = signal_number
+
+
+def resolve(
+    data: str | Path, run: Run, recipe: str | None, flags: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[Recipe, bool]:
+    """The recipe of a run, and whether it goes on from an earlier start.
+
+    Raises:
+        InputError: settings that differ from those of the run that is to be resumed, each in a line.
+    """
+    stored = run.recipe() if run.exists else None
+    base = read_recipe(recipe) if recipe else plain(stored) if stored else plain(checked({}))
+    chosen = copy.deepcopy(base)
+    if any(flags.get(name) is not None for name in ("epochs", "steps", "minutes")):
+        for name in ("epochs", "steps", "minutes"):
+            chosen["run"][name] = None
+    for name, value in flags.items():
+        if value is not None:
+            override(chosen, FLAGS[name], value)
+    for path, value in settings.items():
+        override(chosen, path, value)
+    chosen["data"]["path"] = str(data)
+    if all(chosen["run"][name] is None for name in ("epochs", "steps", "minutes")):
+        chosen["run"]["epochs"] = DEFAULT_EPOCHS
+    if stored is None:
+        if chosen != base:
+            chosen["measured"] = {}  # measured for other settings or other data
+        return checked(chosen), False
+    chosen["measured"] = plain(stored)["measured"]
+    result = checked(chosen)
+    if changed := differences(stored, result):
+        raise InputError(
+            f"--out {run.path}: holds a run with other settings ({'; '.join(changed)}); "
+            "give its own settings to go on, or another path"
+        )
+    if (stored.run.minutes != result.run.minutes and stored.measured) or (stored.run.epochs, stored.run.steps) != (
+        result.run.epochs,
+        result.run.steps,
+    ):
+        result.measured.pop("steps", None)
+    return result, True
+
+
+def build(recipe: Recipe, images: ImageSet) -> tuple[Method, Standardize, dict[str, Any], str]:
+    """The untrained method of a recipe, a function of the recipe's seed; also what `--init` matched, as text."""
+    torch.manual_seed(recipe.run.seed)
+    settings = dict(recipe.encoder)
+    arguments = create_arguments(
+        settings.pop("name"),
+        image_size=recipe.data.image_size,
+        patch_size=settings.pop("patch_size", None),
+        channels=recipe.data.channels,
+        **settings,
+    )
+    backbone = from_arguments(arguments)
+    mean, std, matched = images.mean, images.std, ""
+    if recipe.init:
+        report, statistics = init_from(backbone, recipe.init)
+        matched = f"started from {recipe.init}: {report}"
+        if statistics:
+            mean, std = statistics["mean"], statistics["std"]
+    options = {key: value for key, value in recipe.method.items() if key != "name"}
+    if "step_size" in recipe.measured:
+        options["step_size"] = recipe.measured["step_size"]
+    try:
+        method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
+        method.draw(1, *recipe.data.image_size)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"method {recipe.method['name']}: {error}") from error
+    return method, Standardize(list(mean), list(std)), arguments, matched
+
+
+@contextmanager
+def watched_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM fill a list instead of ending the process; a second one ends it as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    watched = (signal.SIGINT, signal.SIGTERM)
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in watched}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in watched:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number in watched:
+            signal.signal(number, previous[number])
+
+
+def pretrain(
+    data: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> Run:
+    """Pretrain an encoder on the images in `data`; where `out` holds a run, go on with it.
+
+    Args:
+        data: a folder, archive, parquet file, `hf:NAME[:SPLIT]` or `wds:PATTERN`.
+        out: the run folder.
+        recipe: a shipped name or a YAML file.
+        settings: any values of the recipe by path, `{"method.hidden_ratio": 0.6}`.
+        flags: the common ones by short name: method, encoder, patch_size, image_size, labels, groups, workers,
+            batch_size, init, epochs, steps, minutes, seed, precision, devices, nodes, probe_every,
+            checkpoint_every.
+
+    Raises:
+        InputError: settings or data that cannot be used, in one line.
+        NotFinite: the loss stayed not finite; the last good checkpoint is kept.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    if unknown := sorted(set(flags) - set(FLAGS)):
+        raise InputError(f"pretrain: no argument '{unknown[0]}'; there are: {', '.join(FLAGS)}")
+    if isinstance(size := flags.get("image_size"), int):
+        flags["image_size"] = (size, size)
+    run = Run(out)
+    chosen, resumed = resolve(data, run, recipe, flags, settings or {})
+    fabric = make_fabric(chosen)
+    world = fabric.world_size * chosen.optimiser.accumulation
+    if chosen.optimiser.batch_size % world:
+        raise InputError(
+            f"optimiser.batch_size: {chosen.optimiser.batch_size} does not divide among "
+            f"{fabric.world_size} processes x {chosen.optimiser.accumulation} parts"
+        )
+    main = fabric.is_global_zero
+    shout = say if main else _silent
+    with fabric.rank_zero_first():  # the first one fills the cache, the others find it
+        images, judge = _data(chosen, shout)
+    method, standardize, arguments, matched = build(chosen, images)
+    if matched:
+        shout(matched)
+    if main:
+        run.create(chosen)
+        known = {line["path"] for line in run.lines("skipped.jsonl")}
+        run.append("skipped.jsonl", [line for line in images.skipped if line["path"] not in known])
+        run.write_json("environment.json", environment())
+    chosen.measured["value_range"] = list(images.value_range)
+    fabric.barrier()
+    try:
+        with watched_signals() as received:
+            _train(fabric, run, chosen, resumed, images, judge, method, standardize, arguments, received)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        half = max(1, chosen.optimiser.batch_size // 2)
+        raise InputError(
+            f"out of memory with a batch of {chosen.optimiser.batch_size}; try --batch-size {half} in a new --out, "
+            "or --set optimiser.accumulation=2"
+        ) from error
+    return run
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def make_fabric(recipe: Recipe) -> Fabric:
+    """Devices, precision and processes."""
+    cuda = torch.cuda.is_available()
+    precision = recipe.measured.get("precision") or recipe.run.precision
+    if precision == "auto":
+        # bfloat16 on a CPU without native support is many times slower than float32
+        precision = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+    recipe.measured["precision"] = precision
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    devices: int | str = recipe.run.devices or ("auto" if cuda else 1)
+    several = recipe.run.nodes > 1 or (devices if isinstance(devices, int) else torch.cuda.device_count()) > 1
+    kinds: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+    fabric = Fabric(
+        accelerator="cuda" if cuda else "cpu",
+        devices=devices,
+        num_nodes=recipe.run.nodes,
+        strategy="ddp" if several else "auto",
+        precision=kinds[precision],
+    )
+    fabric.launch()
+    return fabric
+
+
+def _data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
+    """The images to pretrain on and, where there are labels, those to judge by; says what was understood."""
+    settings = recipe.data
+    assert settings.path is not None
+    source = open_source(settings.path, groups=settings.groups, seed=recipe.run.seed)
+    for note in source.notes:
+        shout(note)
+
+    def load(opened: Any, indices: list[int]) -> ImageSet:
+        return load_images(
+            opened,
+            indices,
+            size=settings.image_size,
+            channels=settings.channels,
+            cache_limit=settings.cache_limit,
+            max_pixels=settings.max_pixels,
+            workers=settings.workers,
+        )
+
+    indices = pretraining_indices(source)
+    images = load(source, indices)
+    images.skipped[:0] = source.skipped
+    shout(
+        f"{len(images)} images to pretrain on, {'kept decoded' if images.cached else 'decoded as they are needed'}"
+        + (f"; {len(images.skipped)} files skipped (skipped.jsonl)" if images.skipped else "")
+    )
+    labelled = open_source(settings.labels, groups=settings.groups, seed=recipe.run.seed) if settings.labels else source
+    if settings.labels:
+        for note in labelled.notes:
+            shout(f"labels: {note}")
+    return images, Judge.of(labelled, load, images, indices, settings.image_size, recipe.run.seed)
+
+
+def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
+    """How many steps the recipe's length comes to."""
+    length = recipe.run
+    if length.steps:
+        return length.steps
+    if length.minutes:
+        return max(1, round(length.minutes * 60 / seconds_per_step))
+    return max(1, round((length.epochs or DEFAULT_EPOCHS) * images / recipe.optimiser.batch_size))
+
+
+def _decide(fabric: Fabric, recipe: Recipe, images: ImageSet, current: Session, shout: Any) -> Session:
+    """Measure what the machine can do, and write what follows from it into the recipe."""
+    measured, length = recipe.measured, recipe.run
+    if "seconds_per_step" not in measured:
+        batches = _batches(current, images, 0, None)
+        seen = [next(batches) for _ in range(4)]
+        batches.close()
+        calibrated = current.method.calibrate(current.standardize(seen[0].images), current.draws(seen[0], 0))
+        wanted = {"on": True, "off": False, "auto": None}[length.compile]
+        found = measure(current, seen, wanted, lambda seconds: planned_steps(recipe, len(images), seconds), shout)
+        measured |= fabric.broadcast({**calibrated, **found})
+    if "steps" not in measured:
+        steps = planned_steps(recipe, len(images), measured["seconds_per_step"])
+        measured |= {
+            "steps": steps,
+            "log_every": length.log_every or max(1, steps // 200),
+            "probe_every": length.probe_every or max(1, -(-steps // 4)),
+            "checkpoint_every": length.checkpoint_every or max(1, round(120 / measured["seconds_per_step"])),
+        }
+    seconds = measured["seconds_per_step"] * measured["steps"]
+    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
+    shout(
+        f"{recipe.optimiser.batch_size / measured['seconds_per_step']:.0f} images/s, {measured['memory_gib']:.1f} GiB; "
+        f"{measured['steps']} steps of {recipe.optimiser.batch_size} take {seconds / 60:.1f} min, "
+        f"probes not counted; it would end about {end}"
+    )
+    if measured["compile"] and not current.compiled:
+        return session(fabric, recipe, current.method, current.standardize, compiled=True)
+    return current
+
+
+def _batches(current: Session, images: ImageSet, first: int, on_skip: Any) -> Generator[Batch, None, None]:
+    recipe, fabric = current.recipe, current.fabric
+    return train_batches(
+        images,
+        size=recipe.data.image_size,
+        batch_size=recipe.optimiser.batch_size,
+        seed=current.seed,
+        first_batch=first,
+        workers=recipe.data.workers,
+        crop_scale=recipe.data.crop_scale,
+        flip=recipe.data.flip,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        device=fabric.device,
+        on_skip=on_skip,
+    )
+
+
+def _train(
+    fabric: Fabric,
+    run: Run,
+    recipe: Recipe,
+    resumed: bool,
+    images: ImageSet,
+    judge: Judge,
+    method: Method,
+    standardize: Standardize,
+    arguments: dict[str, Any],
+    received: list[int],
+) -> None:
+    """The loop, from the start or the last checkpoint to the end of the run."""
+    main, shout = fabric.is_global_zero, (say if fabric.is_global_zero else _silent)
+    untrained = copy.deepcopy(method.encoder)
+    current = session(fabric, recipe, method, standardize, bool(recipe.measured.get("compile")))
+    current = _decide(fabric, recipe, images, current, shout)
+    measured, window = recipe.measured, Window()
+    total, batch_size = measured["steps"], recipe.optimiser.batch_size
+    state: dict[str, Any] = {
+        "step": 0,
+        "seconds": 0.0,
+        "bad": 0,
+        "rollbacks": 0,
+        "best": None,
+        "best_step": None,
+    }
+    if main:
+        run.write_recipe(recipe)
+
+    def load() -> bool:
+        """Take up the last checkpoint, if there is one."""
+        found = run.load()
+        if found is None:
+            return False
+        tensors, numbers = found
+        restore_state(method, current.optimiser, tensors)
+        window.load(tensors, numbers, fabric.device)
+        state.update({key: numbers[key] for key in state})
+        if main:
+            run.drop_after("metrics.jsonl", state["step"])
+        return True
+
+    going_on = load() if resumed else False
+    fabric.barrier()
+    if main and not going_on:
+        run.drop_after("metrics.jsonl", -1)
+    if going_on:
+        shout(f"going on from step {state['step']} of {total}")
+    board = Boards(run, recipe, state["step"] if going_on else None) if main else None
+    reported = {line["path"] for line in run.lines("skipped.jsonl")} if main else set()
+
+    def note_skip(line: dict[str, Any]) -> None:
+        if main and line["path"] not in reported:
+            reported.add(line["path"])
+            run.append("skipped.jsonl", [line])
+            bar.above(f"skipped {line['path']}: {line['reason']}")
+
+    def save() -> None:
+        if main:
+            tensors = training_state(method, current.optimiser) | window.state()
+            keep = [k for k in (state["best_step"],) if k is not None]
+            run.save(state["step"], tensors, {**state, "window": window.names}, keep)
+            save_encoder(run.path, method.encoder, arguments, standardize)
+        fabric.barrier()
+
+    def log(step: int, waited: float, since: float, steps: int, probe: dict[str, float] | None) -> None:
+        """One line of metrics; the window's means, or nothing but the probe at step 0."""
+        means = window.means(fabric)
+        window.reset()
+        if not main:
+            return
+        spent = max(since, 1e-9)
+        line = {
+            "step": step,
+            "images": step * batch_size,
+            "seconds": round(state["seconds"], 3),
+            "loss": means.pop("loss", None),
+            "gradient_norm": means.pop("gradient_norm", None),
+            "terms": means,
+            "learning_rate": learning_rate(step / total, peak, recipe.optimiser.warmup),
+            "images_per_second": round(steps * batch_size / spent, 1),
+            "data_wait": round(waited / spent, 4),
+        }
+        if probe:
+            line["probe"] = probe
+            if (value := probe.get("linear", -(line["loss"] or float("inf")))) > (state["best"] or float("-inf")):
+                state.update(best=value if np.isfinite(value) else None, best_step=step)
+        run.append("metrics.jsonl", [line])
+        assert board is not None
+        board.write(finite(line))
+        bar.line(line)
+
+    peak = recipe.optimiser.rate * batch_size / 256
+    bar = Bar(total, state["step"], enabled=main)
+    try:
+        if not going_on:
+            log(0, 0.0, 0.0, 0, _look(run, judge, current, 0, main))
+            save()
+        while state["step"] < total:  # once, and again after every roll-back
+            state_seed = recipe.run.seed + 1_000_003 * state["rollbacks"]  # other batches than those that failed
+            current.seed = state_seed
+            in_a_row, pending, waited, since, steps = 0, [], 0.0, 0.0, 0
+            batches = _batches(current, images, state["step"], note_skip)
+            rolled = False
+            try:
+                while state["step"] < total and not rolled:
+                    began = time.perf_counter()
+                    batch = next(batches)
+                    waited += time.perf_counter() - began
+                    step = state["step"]
+                    rate = learning_rate(step / total, peak, recipe.optimiser.warmup)
+                    numbers, bad = update(current, batch, step, rate)
+                    window.add(numbers, bad)
+                    state["step"] = step = step + 1
+                    pending.append((step, bad, batch.samples))
+                    ending = step == total or bool(received)
+                    logging = step % measured["log_every"] == 0 or ending
+                    probing = step % measured["probe_every"] == 0 or step == total
+                    saving = step % measured["checkpoint_every"] == 0 or probing or ending
+                    # flags are read a step late, so that a GPU never waits for Python, unless the step ends here
+                    while len(pending) > (0 if logging or probing or saving else 1):
+                        in_a_row = _count_bad(run, images, pending.pop(0), in_a_row, state, bar)
+                        rolled = rolled or in_a_row >= ROLL_BACK_AFTER
+                    spent = time.perf_counter() - began
+                    state["seconds"] += spent
+                    since, steps = since + spent, steps + 1
+                    bar.step(step)
+                    if rolled:
+                        break
+                    if logging or probing:
+                        log(
+                            step,
+                            waited,
+                            since,
+                            steps,
+                            _look(run, judge, current, step, main) if probing else None,
+                        )
+                        waited, since, steps = 0.0, 0.0, 0
+                    if saving:
+                        save()
+                    if received and step < total:
+                        raise Interrupted(received[0])
+            finally:
+                batches.close()
+            if rolled:
+                failed = {"bad": state["bad"], "rollbacks": state["rollbacks"] + 1}
+                step = state["step"]
+                if not load():
+                    raise NotFinite("the loss is not finite from the first step on; try a lower --set optimiser.rate")
+                state.update(failed)
+                bar.above(f"step {step}: {ROLL_BACK_AFTER} steps in a row not finite; back to step {state['step']}")
+                save()  # so that a kill from here on does not forget that the data moved on
+    finally:
+        bar.close()
+        if board is not None:
+            board.close()
+    if main:
+        report = judge.final(method.encoder, untrained.to(fabric.device), current.standardize, shout)
+        run.write_json("probes.json", report)
+        write_report(run.path)
+        shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")
+    fabric.barrier()
+
+
+def _count_bad(run: Run, images: ImageSet, seen: Any, in_a_row: int, state: dict[str, Any], bar: Bar) -> int:
+    """How many steps in a row had no finite gradient, this one included; names the images of such a step."""
+    step, bad, samples = seen
+    if not bad.item():
+        return 0
+    state["bad"] += 1
+    names = [images.names[k] for k in samples]
+    run.append("not-finite.jsonl", [{"step": step, "paths": names}])
+    bar.above(f"step {step}: not finite, batch left out ({', '.join(names[:3])}, ...; all in not-finite.jsonl)")
+    if state["bad"] >= STOP_AFTER:
+        raise NotFinite(
+            f"the loss stayed not finite ({state['bad']} batches, the last at step {step}); the last good checkpoint is "
+            f"kept in {run.path / 'checkpoints'}; try a lower --set optimiser.rate"
+        )
+    return in_a_row + 1
+
+
+@torch.no_grad()
+def _look(run: Run, judge: Judge, current: Session, step: int, main: bool) -> dict[str, float] | None:
+    """A probe and a picture of where the run stands; training's randomness is not touched."""
+    if not main:
+        return None
+    images = current.standardize(judge.shown(current.fabric.device))
+    was = current.method.training
+    current.method.eval()
+    frames = current.method.restore(images)
+    current.method.train(was)
+    sheet(
+        {caption: current.standardize.inverse(frame) for caption, frame in frames.items()},
+        run.path / "pictures" / f"restore-{step:08d}.png",
+    )
+    return judge.quick(current.method.encoder, current.standardize)
+
+
+class Boards:
+    """TensorBoard always; Weights & Biases and MLflow where the recipe asks for them."""
+
+    def __init__(self, run: Run, recipe: Recipe, resumed_at: int | None):
+        purge = None if resumed_at is None else resumed_at + 1
+        self.writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge)
+        self.others: list[Any] = []
+        for name in recipe.run.loggers:
+            try:
+                from lightning.pytorch import loggers
+
+                kinds = {"wandb": loggers.WandbLogger, "mlflow": loggers.MLFlowLogger}
+                if name not in kinds:
+                    raise InputError(f"run.loggers: no logger '{name}'; there are: {', '.join(kinds)}")
+                self.others.append(kinds[name](save_dir=str(run.path), name=run.path.name))
+            except ImportError as error:
+                raise InputError(f"run.loggers: {name} is not installed; pip install underpaint[{name}]") from error
+
+    def write(self, line: dict[str, Any]) -> None:
+        flat = {key: line[key] for key in ("loss", "learning_rate", "gradient_norm", "images_per_second", "data_wait")}
+        flat |= {f"terms/{key}": value for key, value in line["terms"].items()}
+        flat |= {f"probe/{key}": value for key, value in line.get("probe", {}).items()}
+        numbers = {key: value for key, value in flat.items() if value is not None}
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, line["step"])
+        for other in self.others:
+            other.log_metrics(numbers, step=line["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+        for other in self.others:
+            other.finalize("success")

@@ -1,0 +1,56 @@
+"""Run the command line and kill this process with SIGKILL at a chosen moment.
+
+Arguments: the moment (step, save, probe or never), the count of the event at which to die, then those of `underpaint`.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from underpaint import judge, runs, train
+from underpaint.cli import main
+
+seen = 0
+
+
+def dying(function: Any, count: int, before_dying: Any = None) -> Any:
+    """`function`, whose `count`-th call is the last thing that this process does."""
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        global seen
+        seen += 1
+        if seen == count:
+            if before_dying:
+                before_dying(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+def half_a_file(_: Any, path: Path) -> None:
+    Path(path).write_bytes(b"half of a checkpoint")
+
+
+if __name__ == "__main__":
+    moment, count = sys.argv[1], int(sys.argv[2])
+    if moment == "step":
+        train.update = dying(train.update, count)
+    elif moment == "save":
+        runs.save_file = dying(runs.save_file, count, half_a_file)
+    elif moment == "probe":
+        judge.Judge.quick = dying(judge.Judge.quick, count)
+    elif moment == "term":
+        real, calls = train.update, 0
+
+        def told(*arguments: Any) -> Any:
+            global calls
+            calls += 1
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*arguments)
+
+        train.update = told
+    sys.exit(main(sys.argv[3:]))

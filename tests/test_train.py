@@ -1,0 +1,308 @@
+"""The loop: what a run leaves, and that nothing which ends it early changes what it would have become."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+from safetensors.torch import load_file
+
+from underpaint import load_encoder, train
+from underpaint.cli import main
+from underpaint.errors import InputError, NotFinite
+from underpaint.methods import METHODS, Objective
+from underpaint.runs import Run
+from underpaint.step import learning_rate
+from underpaint.train import pretrain
+
+TINY: dict[str, Any] = {
+    "encoder": "vit_tiny_patch16_224",
+    "image_size": 16,
+    "patch_size": 4,
+    "batch_size": 16,
+}
+SMALL = {"encoder.embed_dim": 32, "encoder.depth": 2, "encoder.num_heads": 2, "run.log_every": 2}
+TIMINGS = ("seconds", "images_per_second", "data_wait")
+COMMAND = [
+    *("--encoder", "vit_tiny_patch16_224", "--image-size", "16", "--patch-size", "4", "--batch-size", "16"),
+    *("--set", "encoder.embed_dim=32", "--set", "encoder.depth=2", "--set", "encoder.num_heads=2"),
+]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics without what a clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def last_state(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(Run(run).checkpoints()[-1] / "state.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_run_leaves_what_is_promised(name: str, pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    run = pretrain(pictures, tmp_path / "run", method=name, steps=8, settings=SMALL, probe_every=4, **TINY)
+    said = capsys.readouterr().out
+    assert "90 images" in said
+    assert "images/s" in said
+    assert "pretrained encoder" in said
+    assert "untrained encoder" in said
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
+    for line in lines[1:]:
+        assert set(line) >= {"images", "loss", "terms", "learning_rate", "gradient_norm", *TIMINGS}
+        assert np.isfinite(line["loss"])
+        assert line["terms"]["baseline"] > 0
+    assert [line["step"] for line in lines if "probe" in line] == [0, 4, 8]
+    assert set(lines[-1]["probe"]) >= {"linear", "linear_error", "attentive", "knn", "rank"}
+    for file in (
+        *("recipe.yaml", "environment.json", "encoder.safetensors", "encoder.json", "skipped.jsonl"),
+        *("report.html", "probes.json", "tensorboard", "pictures/restore-00000008.png"),
+    ):
+        assert (run.path / file).exists(), file
+    probes = json.loads((run.path / "probes.json").read_text())
+    assert set(probes) >= {"encoder", "untrained", "raw_pixels", "hog", "majority", "chance", "gain"}
+    assert not list(run.path.rglob("*.part"))
+    trained, start = run.load(), load_file(run.path / "encoder.safetensors")
+    assert trained is not None
+    assert torch.equal(trained[0]["method.encoder.model.norm.weight"], start["norm.weight"])
+    assert load_encoder(run.path)(torch.zeros(1, 3, 16, 16)).pooled.shape == (1, 32)
+
+
+def test_the_same_recipe_repeats_the_run(pictures: Path, tmp_path: Path) -> None:
+    first = pretrain(pictures, tmp_path / "first", steps=4, settings=SMALL, **TINY)
+    again = pretrain(pictures, tmp_path / "again", recipe=str(first.path / "recipe.yaml"))
+    assert metrics(first.path) == metrics(again.path)
+    other = pretrain(pictures, tmp_path / "other", recipe=str(first.path / "recipe.yaml"), seed=1)
+    assert metrics(other.path) != metrics(first.path)
+
+
+def start(moment: str, count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, killed at a moment."""
+    command = [sys.executable, str(Path(__file__).with_name("killed.py")), moment, str(count), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
+    """A run of each method that nothing ended early."""
+    runs = {}
+    for name in METHODS:
+        runs[name] = tmp_path_factory.mktemp("unbroken") / name
+        done = start("never", 0, *resumable(name, pictures, runs[name]))
+        assert done.returncode == 0, done.stderr
+    return runs
+
+
+def resumable(name: str, pictures: Path, out: Path) -> list[str]:
+    return [
+        *("pretrain", str(pictures), "--out", str(out), "--method", name, "--steps", "12", *COMMAND),
+        *("--workers", "2", "--checkpoint-every", "3", "--probe-every", "6"),
+        *("--set", "optimiser.accumulation=2", "--set", "run.log_every=2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "moment", "count"),
+    [
+        ("energy", "step", 17),  # measuring takes some calls too
+        ("energy", "save", 3),  # calls 1, 2: step 0 and step 3
+        ("energy", "probe", 2),  # call 1: step 0
+        ("mae", "step", 26),
+        ("mae", "save", 4),
+    ],
+)
+def test_killed_at_any_moment_is_never_killed(
+    name: str, moment: str, count: int, pictures: Path, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    died = start(moment, count, *resumable(name, pictures, out))
+    assert died.returncode == -9, died.stderr
+    assert len(metrics(out)) < len(metrics(unbroken[name]))
+    resumed = start("never", 0, *resumable(name, pictures, out))
+    assert resumed.returncode == 0, resumed.stderr
+    began = int(resumed.stdout.partition("going on from step ")[2].partition(" ")[0])
+    assert began > 0
+    assert metrics(out) == metrics(unbroken[name])
+    ours, theirs = last_state(out), last_state(unbroken[name])
+    assert set(ours) == set(theirs)
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key  # weights and optimiser state, bit for bit
+    assert (out / "encoder.safetensors").read_bytes() == (unbroken[name] / "encoder.safetensors").read_bytes()
+
+
+def test_sigterm_saves_first_and_goes_on_from_there(pictures: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stopped = start("term", 20, *resumable("energy", pictures, out))
+    assert stopped.returncode == 143, stopped.stderr
+    assert "interrupted" in stopped.stderr
+    found = Run(out).load()
+    assert found is not None
+    step = found[1]["step"]
+    assert step > 0
+    resumed = start("never", 0, *resumable("energy", pictures, out))
+    assert f"going on from step {step} of 12" in resumed.stdout
+    assert torch.equal(last_state(out)["method.head.weight"], last_state(unbroken["energy"])["method.head.weight"])
+
+
+def test_two_processes_make_the_loss_of_one(pictures: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
+    for name, alone in unbroken.items():
+        out = tmp_path / name
+        done = start("never", 0, *resumable(name, pictures, out), "--devices", "2")
+        assert done.returncode == 0, done.stderr
+        for ours, theirs in zip(metrics(out), metrics(alone), strict=True):
+            if ours["loss"] is not None:
+                assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
+                assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=2e-3)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    run = pretrain(pictures, tmp_path / "run", steps=4, settings=SMALL, checkpoint_every=2, **TINY)
+    newest = run.checkpoints()[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-8] + b"12345678")
+    found = run.load()
+    assert found is not None
+    assert found[1]["step"] < 4
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_more_steps_extend_a_run_and_other_settings_are_refused(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    pretrain(pictures, out, steps=4, settings=SMALL, **TINY)
+    before = metrics(out)
+    pretrain(pictures, out, steps=6)
+    assert "going on from step 4 of 6" in capsys.readouterr().out
+    assert metrics(out)[: len(before)] == before
+    assert metrics(out)[-1]["step"] == 6
+    with pytest.raises(InputError, match=r"optimiser.batch_size: 16 in the run, 8 now.*method.name|method.name.*batch"):
+        pretrain(pictures, out, batch_size=8, method="mae")
+    assert main(["pretrain", str(pictures), "--out", str(out), "--seed", "5"]) == 2
+    assert "run.seed: 0 in the run, 5 now" in capsys.readouterr().err
+
+
+def test_bad_batches_are_left_out_named_and_rolled_back(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, bad_steps = train.update, {2, 5, 6, 7}
+    seen: list[int] = []
+
+    def sometimes_bad(current: Any, batch: Any, step: int, rate: float) -> Any:
+        seen.append(step)
+        if step in bad_steps and current.seed == 0:
+            batch = batch._replace(images=batch.images * float("nan"))
+        before = {key: value.clone() for key, value in current.method.state_dict().items()}
+        result = real(current, batch, step, rate)
+        if step in bad_steps and current.seed == 0:
+            for key, value in current.method.state_dict().items():
+                assert torch.equal(value, before[key])  # the batch changed nothing
+        return result
+
+    monkeypatch.setattr(train, "update", sometimes_bad)
+    run = pretrain(pictures, tmp_path / "run", steps=10, settings=SMALL, checkpoint_every=4, probe_every=100, **TINY)
+    named = run.lines("not-finite.jsonl")
+    assert [line["step"] for line in named] == [3, 6, 7, 8]  # counted from 1, as in the metrics
+    assert len(named[0]["paths"]) == 16
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8, 9]  # back to the checkpoint of step 4, other batches
+    assert [line["step"] for line in metrics(run.path)] == [0, 2, 4, 6, 8, 10]
+    assert all(line["loss"] is not None for line in metrics(run.path)[1:])
+
+
+def test_a_loss_that_stays_not_finite_ends_with_status_3(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = train.update
+
+    def always_bad(current: Any, batch: Any, step: int, rate: float) -> Any:
+        return real(current, batch._replace(images=batch.images * float("nan")) if step > 3 else batch, step, rate)
+
+    monkeypatch.setattr(train, "update", always_bad)
+    out = tmp_path / "run"
+    command = ["pretrain", str(pictures), "--out", str(out), *COMMAND, "--steps", "20", "--checkpoint-every", "2"]
+    assert main(command) == 3
+    assert "stayed not finite (10 batches" in capsys.readouterr().err
+    found = Run(out).load()
+    assert found is not None
+    assert all(torch.isfinite(value).all() for value in found[0].values())
+
+
+def test_out_of_memory_names_a_batch_that_fits(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = METHODS["energy"].forward
+
+    def greedy(self: Any, images: torch.Tensor, mask: Any = None) -> Objective:
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, images, mask)
+
+    monkeypatch.setattr(METHODS["energy"], "forward", greedy)
+    status = main(["pretrain", str(pictures), "--out", str(tmp_path / "run"), *COMMAND, "--steps", "4"])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert "out of memory with a batch of 16; 4 fits: --batch-size 4" in error
+    assert error.count("\n") == 1
+
+
+def test_minutes_become_steps_by_measuring(pictures: Path, tmp_path: Path) -> None:
+    run = pretrain(pictures, tmp_path / "run", minutes=0.01, settings=SMALL, **TINY)
+    measured = run.recipe().measured
+    assert measured["steps"] == max(1, round(0.6 / measured["seconds_per_step"]))
+    assert metrics(run.path)[-1]["step"] == measured["steps"]
+
+
+def test_sixty_broken_files_among_a_thousand_are_named_and_not_fatal(tmp_path: Path) -> None:
+    from test_data_decode import broken_files  # the ten kinds
+
+    folder = write_pictures(tmp_path / "images", 1000, size=20)
+    names = []
+    kinds = list(broken_files().items())[:10]
+    for k, (kind, (data, _)) in enumerate(kinds * 6):
+        name = f"class{k % 3}/broken{k}-{kind}"
+        (folder / name).write_bytes(data)
+        names.append(name)
+    assert len(names) == 60
+    run = pretrain(folder, tmp_path / "run", steps=4, settings=SMALL, **{**TINY, "batch_size": 64})
+    skipped = {line["path"]: line["reason"] for line in run.lines("skipped.jsonl")}
+    assert sorted(skipped) == sorted(names)
+    assert all(skipped.values())
+    assert metrics(run.path)[-1]["step"] == 4
+
+
+def test_init_from_a_run_starts_where_it_ended(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    first = pretrain(pictures, tmp_path / "first", steps=4, settings=SMALL, **TINY)
+    pretrain(pictures, tmp_path / "second", init=str(first.path), steps=1, settings=SMALL, method="mae", **TINY)
+    assert "weights taken as they are, 0 adapted" in capsys.readouterr().out
+    ended, began = metrics(first.path)[-1]["probe"], metrics(tmp_path / "second")[0]["probe"]
+    assert began["linear"] == ended["linear"]
+
+
+def test_no_labels_gives_the_rank(tmp_path: Path, capsys: Any) -> None:
+    write_pictures(tmp_path / "images", 40, classes=1)
+    run = pretrain(tmp_path / "images", tmp_path / "run", steps=2, settings=SMALL, **TINY)
+    assert json.loads((run.path / "probes.json").read_text())["rank"]["dim"] == 32
+    assert "give --labels" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    assert learning_rate(0.0, 2.0, 0.1) == 0
+    assert learning_rate(0.05, 2.0, 0.1) == 1
+    assert learning_rate(0.1, 2.0, 0.1) == 2
+    assert learning_rate(0.55, 2.0, 0.1) == pytest.approx(1)
+    assert learning_rate(1.0, 2.0, 0.1) == pytest.approx(0)
+    assert learning_rate(0.0, 2.0, 0.0) == 2
+
+
+def test_nan_everywhere_from_the_first_step(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = train.update
+    monkeypatch.setattr(train, "update", lambda c, b, s, r: real(c, b._replace(images=b.images * float("nan")), s, r))
+    with pytest.raises(NotFinite):
+        pretrain(pictures, tmp_path / "run", steps=40, settings=SMALL, **TINY)
