@@ -1,0 +1,30 @@
+"""Images from disk to batches: sources, decoding, the cache, crops, loading."""
+
+from underpaint.data.check import check, format_check
+from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
+from underpaint.data.decode import Unreadable, decode, read_header
+from underpaint.data.images import ImageSet, load_images
+from underpaint.data.loader import Batch, eval_batches, steps_per_epoch, train_batches
+from underpaint.data.sources import Entry, Source, labelled_indices, open_source, pretraining_indices
+
+__all__ = [
+    "Batch",
+    "Entry",
+    "ImageSet",
+    "Source",
+    "Unreadable",
+    "centre_boxes",
+    "check",
+    "crop_resize",
+    "decode",
+    "draw_crops",
+    "eval_batches",
+    "format_check",
+    "labelled_indices",
+    "load_images",
+    "open_source",
+    "pretraining_indices",
+    "read_header",
+    "steps_per_epoch",
+    "train_batches",
+]

@@ -1,0 +1,483 @@
+"""The images of a run: decoded once into a memory-mapped cache where they fit, else decoded as they are needed."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from underpaint.data.decode import (
+    MAX_PIXELS,
+    Header,
+    Unreadable,
+    alpha_weighted_sum,
+    decode,
+    full_scale,
+    read_header,
+)
+from underpaint.data.parallel import ordered_map
+from underpaint.data.sources import Source, cache_root
+from underpaint.errors import InputError
+
+CACHE_VERSION = 1
+SAMPLED_HEADERS = 512  # read to estimate sizes and to choose the data set's type
+SAMPLED_IMAGES = 2_000  # decoded for mean, std and range; a quarter of it where nothing is cached
+CHUNK = 32  # images a worker decodes at a time
+STD_FLOOR = 1e-3
+Statistics = tuple[tuple[float, float], list[float], list[float]]  # value range, mean, std
+RANKS = {"uint8": 0, "uint16": 1, "float32": 2}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How every image of a set is brought to one form."""
+
+    channels: int
+    max_pixels: int
+    dtype: str
+    background: tuple[float, ...]  # what shows through alpha, fractions of full range
+    limit: int  # cached images have at most this short side, in pixels
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An image of which only the size is known so far; `pixels(reduce_to)` decodes it."""
+
+    size: tuple[int, int]
+    pixels: Callable[[int | None], np.ndarray]
+
+
+class Pixels:
+    """Decoded images of unlike sizes, one after the other in a flat file (or array) with offsets and shapes."""
+
+    def __init__(self, flat: Path | np.ndarray, dtype: str, shapes: np.ndarray):
+        self._flat = flat
+        self._dtype = dtype
+        self.shapes = shapes  # [n, 3]: height, width, channels
+        self._offsets = np.concatenate([[0], shapes.astype(np.int64).prod(axis=1).cumsum()])
+        self._opened: np.ndarray | None = None
+        self.uniform = len(shapes) > 0 and bool((shapes == shapes[0]).all())
+
+    def _values(self) -> np.ndarray:
+        if self._opened is None:
+            flat = self._flat
+            self._opened = flat if isinstance(flat, np.ndarray) else np.memmap(flat, dtype=self._dtype, mode="r")
+        return self._opened
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """A view [h, w, c]."""
+        return self._values()[self._offsets[index] : self._offsets[index + 1]].reshape(self.shapes[index])
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[b, h, w, c], where all images have one shape."""
+        return self._values().reshape(-1, *self.shapes[0])[np.asarray(indices)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # a memory map would be pickled as its whole content
+
+
+class ImageSet:
+    """Images by number, cached or streamed; made by `load_images`.
+
+    Attributes:
+        names, labels, classes: of the images, in order; images that could not be read are left out of a cached set.
+        channels: of every image.
+        skipped: {"path", "reason"} of the images that could not be read.
+        cached: whether images come from the cache; a streamed set finds unreadable images only as it meets them.
+        value_range: the values that become 0 and 1: (0, 255) for 8 bit, else the range met in the data set.
+        mean, std: per channel of images in [0, 1], each image counting the same; std is at least 1e-3.
+        notes: what was decided, one line each.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Sequence[int],
+        decoding: Decoding,
+        pixels: Pixels | None,
+        skipped: list[dict[str, str]],
+        statistics: Statistics,
+        notes: list[str],
+    ):
+        self.names = [source.entries[i].name for i in indices]
+        self.labels = [source.entries[i].label for i in indices]
+        self.classes = source.classes
+        self.channels = decoding.channels
+        self.skipped = skipped
+        self.cached = pixels is not None
+        self.value_range, self.mean, self.std = statistics
+        self.notes = notes
+        self.pixels = pixels
+        self._source = source
+        self._indices = list(indices)
+        self._decoding = decoding
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def dtype(self) -> str:
+        """Type of every image: "uint8", "uint16" or "float32"."""
+        return self._decoding.dtype
+
+    def raw(self, index: int, reduce_to: int | None = None) -> np.ndarray:
+        """Pixels [h, w, c] in the data set's type and units, from the cache or decoded now.
+
+        `reduce_to` is the short side wanted; a streamed JPEG is decoded at a fraction of its size not below it.
+
+        Raises:
+            Unreadable: a streamed image cannot be decoded.
+        """
+        if self.pixels is not None:
+            return np.array(self.pixels[index])
+        return decode_as(self._source.read(self._indices[index]), self._decoding, reduce_to)
+
+    def pending(self, index: int) -> Pending:
+        """An image's size now and its pixels later: a crop chosen in between decides how far a JPEG is reduced.
+
+        Raises:
+            Unreadable: the header is damaged. `Pending.pixels` raises it for the rest.
+        """
+        pixels = self.pixels
+        if pixels is not None:
+            height, width, _ = pixels.shapes[index]
+            return Pending((int(height), int(width)), lambda reduce_to: pixels[index])
+        data = self._source.read(self._indices[index])
+        header = read_header(data, max_pixels=self._decoding.max_pixels)
+        decoding = self._decoding
+        return Pending((header.height, header.width), lambda reduce_to: decode_as(data, decoding, reduce_to))
+
+
+def load_images(
+    source: Source,
+    indices: Sequence[int],
+    *,
+    size: tuple[int, int],
+    channels: int = 3,
+    cache_limit: float = 2.0,
+    max_pixels: int = MAX_PIXELS,
+    cache_dir: Path | None = None,
+    workers: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ImageSet:
+    """Make the entries `indices` of a source ready for training and evaluation at `size`.
+
+    Args:
+        size: height and width of the images wanted, in pixels; cached images keep at most twice its short side.
+        channels: of every image: 1 and 3 convert between grey and colour, other numbers must be the files' own.
+        cache_limit: GiB; a set estimated to be larger is streamed.
+        max_pixels: larger images are refused.
+        cache_dir: place of the cache; default `$UNDERPAINT_CACHE` or `~/.cache/underpaint`.
+        workers: processes that decode.
+        on_progress: called with (images done, images in all) while the cache is written.
+
+    Raises:
+        InputError: no image at all could be read.
+    """
+    if not indices:
+        raise InputError(f"{source.location}: no images to load")
+    indices = list(indices)
+    limit = 2 * min(size)
+    root = cache_root(cache_dir)
+    key = _key(source, indices, channels, limit, max_pixels)
+    allowed = cache_limit * 2**30
+    for folder in (root / key, root / f"{key}-streamed"):
+        stored = _stored(folder)
+        if stored is not None and (stored["estimate"] > allowed) == stored["streamed"]:
+            return _from_store(source, indices, folder, stored)
+    decoding, estimate = _survey(source, indices, channels, max_pixels, limit)
+    if estimate > allowed:
+        return _stream(source, indices, decoding, root / f"{key}-streamed", estimate)
+    return _build(source, indices, decoding, root / key, estimate, workers, on_progress)
+
+
+def decode_as(data: bytes, decoding: Decoding, reduce_to: int | None) -> np.ndarray:
+    """Decode an image and bring it to the channels and the type of its data set.
+
+    Raises:
+        Unreadable: as `decode`.
+    """
+    array = decode(
+        data,
+        channels=decoding.channels,
+        max_pixels=decoding.max_pixels,
+        reduce_to=reduce_to,
+        background=decoding.background,
+    )
+    if array.dtype == decoding.dtype:
+        return array
+    # 8 and 16 bit in one set meet at full scale: 255 becomes 65535
+    if array.dtype == np.float32:  # in units of its own, met too late to choose the set's type by it
+        raise Unreadable(f"a float image in a set of {decoding.dtype} images")
+    values = array.astype(np.float32) * (full_scale(decoding.dtype) / full_scale(array.dtype))
+    return (values if decoding.dtype == "float32" else np.rint(values)).astype(decoding.dtype)
+
+
+def _reduced(array: np.ndarray, limit: int) -> np.ndarray:
+    """[h, w, c] with a short side of at most `limit`, antialiased."""
+    height, width, _ = array.shape
+    scale = limit / min(height, width)
+    if scale >= 1:
+        return array
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return resize(array, size)
+
+
+def resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[h, w, c] resized with antialiasing, in its own type."""
+    # copied: torch takes no read-only array, and the cache is mapped read-only
+    values = np.array(array, dtype=np.uint8 if array.dtype == np.uint8 else np.float32)
+    tensor = torch.from_numpy(values).permute(2, 0, 1)[None]
+    resized = functional.interpolate(tensor, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    if array.dtype == np.uint16:
+        resized = np.rint(resized)
+    return np.ascontiguousarray(resized.astype(array.dtype))
+
+
+def _key(source: Source, indices: list[int], channels: int, limit: int, max_pixels: int) -> str:
+    settings = f"{CACHE_VERSION} {source.fingerprint()} {channels} {limit} {max_pixels} "
+    return hashlib.sha256(settings.encode() + np.asarray(indices, dtype="<i8").tobytes()).hexdigest()[:32]
+
+
+def _spread(indices: list[int], count: int) -> list[int]:
+    """At most `count` of the indices, evenly spaced."""
+    places = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
+    return [indices[p] for p in places]
+
+
+def _survey(source: Source, indices: list[int], channels: int, max_pixels: int, limit: int) -> tuple[Decoding, float]:
+    """From a sample of headers: the set's type, the colour behind alpha, and its size in bytes once decoded."""
+    headers: list[Header] = []
+    total, weight = np.zeros(channels), 0.0
+    transparent = False
+    sampled = _spread(indices, SAMPLED_HEADERS)
+    for i in sampled:
+        try:
+            header = read_header(source.read(i), max_pixels=max_pixels)
+        except Unreadable:
+            continue
+        headers.append(header)
+        transparent |= header.alpha
+    if transparent:
+        for i in _spread(indices, SAMPLED_HEADERS // 4):
+            try:
+                part, alpha = alpha_weighted_sum(source.read(i), channels=channels, max_pixels=max_pixels)
+            except Unreadable:
+                continue
+            total, weight = total + part, weight + alpha
+    background = tuple((total / weight).tolist()) if weight > 0 else (0.5,) * channels
+    dtype = max((header.dtype for header in headers), key=RANKS.__getitem__, default="uint8")
+    sizes = [_cached_bytes(header, channels, limit, dtype) for header in headers]
+    estimate = float(np.mean(sizes)) * len(indices) if sizes else 0.0
+    return Decoding(channels, max_pixels, dtype, background, limit), estimate
+
+
+def _cached_bytes(header: Header, channels: int, limit: int, dtype: str) -> float:
+    scale = min(1.0, limit / min(header.height, header.width))
+    return header.height * header.width * scale**2 * channels * np.dtype(dtype).itemsize
+
+
+class _DecodeChunk:
+    """Decodes the n-th chunk of entries; a class of its own, so that it pickles into workers."""
+
+    def __init__(self, source: Source, indices: list[int], decoding: Decoding):
+        self._source = source
+        self._indices = indices
+        self._decoding = decoding
+
+    def __call__(self, chunk: int) -> list[np.ndarray | str]:
+        results: list[np.ndarray | str] = []
+        for i in self._indices[chunk * CHUNK : (chunk + 1) * CHUNK]:
+            try:
+                array = decode_as(self._source.read(i), self._decoding, self._decoding.limit)
+                results.append(_reduced(array, self._decoding.limit))
+            except Unreadable as error:
+                results.append(str(error))
+        return results
+
+
+class _Building:
+    """A folder written under a temporary name and renamed when complete; nothing is left after a failure."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __enter__(self) -> Path:
+        root = self._folder.parent
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(f"{self._folder.name}.*"):  # of a run that was killed
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
+        self._partial = Path(tempfile.mkdtemp(dir=root, prefix=self._folder.name + "."))
+        return self._partial
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                if self._folder.exists():  # of another cache limit, damaged, or made meanwhile by another process
+                    shutil.rmtree(self._folder, ignore_errors=True)
+                os.rename(self._partial, self._folder)
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _build(
+    source: Source,
+    indices: list[int],
+    decoding: Decoding,
+    folder: Path,
+    estimate: float,
+    workers: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> ImageSet:
+    """Decode every image once, into a file where the cache folder can be written, else into memory."""
+
+    def decode_into(write: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
+        return _decode_all(source, indices, decoding, workers, on_progress, write)
+
+    try:
+        with _Building(folder) as partial:
+            with (partial / "pixels.bin").open("wb") as file:
+                shapes, kept, skipped = decode_into(lambda array: file.write(array.tobytes()))
+            pixels = Pixels(partial / "pixels.bin", decoding.dtype, shapes)
+            stored = _to_store(decoding, estimate, _cached_statistics(pixels, decoding), skipped, [])
+            np.savez(partial / "index.npz", shapes=shapes, kept=np.asarray(kept))
+            (partial / "set.json").write_text(json.dumps(stored))
+        return _from_store(source, indices, folder, stored)
+    except OSError as error:
+        note = f"the cache folder cannot be written ({error.strerror}); decoded images are held in memory"
+    chunks: list[np.ndarray] = []
+    shapes, kept, skipped = decode_into(lambda array: chunks.append(array.reshape(-1)))
+    pixels = Pixels(np.concatenate(chunks), decoding.dtype, shapes)
+    statistics = _cached_statistics(pixels, decoding)
+    return ImageSet(source, [indices[place] for place in kept], decoding, pixels, skipped, statistics, [note])
+
+
+def _stream(source: Source, indices: list[int], decoding: Decoding, folder: Path, estimate: float) -> ImageSet:
+    """Measure a sample; its statistics are kept, so that a second run starts at once."""
+    skipped: list[dict[str, str]] = []
+    sample: list[np.ndarray] = []
+    for i in _spread(indices, SAMPLED_IMAGES // 4):
+        try:
+            sample.append(_reduced(decode_as(source.read(i), decoding, decoding.limit), decoding.limit))
+        except Unreadable as error:
+            skipped.append({"path": source.entries[i].name, "reason": str(error)})
+    if not sample:
+        raise _none_readable(source, skipped)
+    notes = [f"streamed: about {estimate / 2**30:.2f} GiB decoded, more than the limit of the cache"]
+    stored = _to_store(decoding, estimate, _statistics(sample, decoding.dtype), skipped, notes)
+    stored["streamed"] = True
+    try:
+        with _Building(folder) as partial:
+            (partial / "set.json").write_text(json.dumps(stored))
+    except OSError as error:
+        notes.append(f"the cache folder cannot be written ({error.strerror}); a second run measures again")
+    return _from_store(source, indices, folder, stored)
+
+
+def _decode_all(
+    source: Source,
+    indices: list[int],
+    decoding: Decoding,
+    workers: int,
+    on_progress: Callable[[int, int], None] | None,
+    write: Callable[[np.ndarray], Any],
+) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
+    """Give every readable image to `write`, in order; shapes [n, 3], places among `indices`, and what was skipped."""
+    shapes: list[tuple[int, ...]] = []
+    kept: list[int] = []
+    skipped: list[dict[str, str]] = []
+    done = 0
+    decode_chunk = _DecodeChunk(source, indices, decoding)
+    for results in ordered_map(decode_chunk, range(math.ceil(len(indices) / CHUNK)), workers):
+        for result in results:
+            if isinstance(result, str):
+                skipped.append({"path": source.entries[indices[done]].name, "reason": result})
+            else:
+                write(result)
+                shapes.append(result.shape)
+                kept.append(done)
+            done += 1
+        if on_progress is not None:
+            on_progress(done, len(indices))
+    if not kept:
+        raise _none_readable(source, skipped)
+    return np.asarray(shapes, dtype=np.int64), kept, skipped
+
+
+def _none_readable(source: Source, skipped: list[dict[str, str]]) -> InputError:
+    first = f"{skipped[0]['path']}: {skipped[0]['reason']}"
+    return InputError(f"{source.location}: none of {len(skipped)} images could be read, the first: {first}")
+
+
+def _cached_statistics(pixels: Pixels, decoding: Decoding) -> Statistics:
+    sample = [pixels[i] for i in _spread(list(range(len(pixels.shapes))), SAMPLED_IMAGES)]
+    return _statistics(sample, decoding.dtype)
+
+
+def _statistics(sample: list[np.ndarray], dtype: str) -> Statistics:
+    """Value range, mean and std of a sample; images count the same whatever their size, as crops of them do."""
+    if dtype == "uint8":
+        low, high = 0.0, 255.0
+    else:
+        low, high = float(min(a.min() for a in sample)), float(max(a.max() for a in sample))
+        high = high if high > low else low + 1.0
+    means, squares = [], []
+    for array in sample:
+        flat = (array.reshape(-1, array.shape[2]).astype(np.float32) - low) / (high - low)
+        means.append(flat.mean(axis=0, dtype=np.float64))
+        squares.append((flat**2).mean(axis=0, dtype=np.float64))
+    mean = np.mean(means, axis=0)
+    std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 0))
+    return (low, high), mean.tolist(), np.maximum(std, STD_FLOOR).tolist()
+
+
+def _to_store(
+    decoding: Decoding, estimate: float, statistics: Statistics, skipped: list[dict[str, str]], notes: list[str]
+) -> dict[str, Any]:
+    return {
+        "streamed": False,
+        "estimate": estimate,
+        "decoding": asdict(decoding),
+        "statistics": statistics,
+        "skipped": skipped,
+        "notes": notes,
+    }
+
+
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """What a cache folder says about its set; None where there is none, or it is damaged (it is made again then)."""
+    try:
+        stored = json.loads((folder / "set.json").read_text())
+        if not stored["streamed"]:
+            with np.load(folder / "index.npz") as index:
+                values = int(index["shapes"].prod(axis=1).sum())
+            expected = values * np.dtype(stored["decoding"]["dtype"]).itemsize
+            if (folder / "pixels.bin").stat().st_size != expected:
+                return None
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return None
+    return stored
+
+
+def _from_store(source: Source, indices: list[int], folder: Path, stored: dict[str, Any]) -> ImageSet:
+    decoding = Decoding(**{**stored["decoding"], "background": tuple(stored["decoding"]["background"])})
+    pixels = None
+    if not stored["streamed"]:
+        with np.load(folder / "index.npz") as index:
+            shapes, kept = index["shapes"], index["kept"].tolist()
+        pixels = Pixels(folder / "pixels.bin", decoding.dtype, shapes)
+        indices = [indices[place] for place in kept]
+    (low, high), mean, std = stored["statistics"]
+    return ImageSet(source, indices, decoding, pixels, stored["skipped"], ((low, high), mean, std), stored["notes"])

@@ -1,0 +1,269 @@
+"""Batches: which images and which crops batch k holds is a pure function of (seed, k)."""
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
+from underpaint.data.decode import Unreadable
+from underpaint.data.images import ImageSet, resize
+from underpaint.data.parallel import ordered_map
+from underpaint.errors import InputError
+
+REPLACEMENTS = 100  # other samples tried in place of one that cannot be decoded
+OVERSIZE = 2  # a cut-out of more than this times the target is reduced before it is padded into the batch
+
+
+class Batch(NamedTuple):
+    """Images [b, c, h, w] in [0, 1] on the device, and their numbers in the `ImageSet`."""
+
+    images: Float[Tensor, "b c h w"]
+    samples: list[int]
+
+
+class _Cutouts(NamedTuple):
+    """What a worker hands over: stretches of images padded to one size, and the boxes still to be cut from them."""
+
+    pixels: Tensor  # [b, height, width, c] in the data set's type
+    boxes: Tensor  # [b, 4] within `pixels`
+    flips: Tensor  # [b]
+    samples: list[int]
+    skipped: list[dict[str, str]]
+
+
+def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
+    """Whole batches in one pass over the images; at least 1."""
+    return max(1, len(images) // batch_size)
+
+
+def train_batches(
+    images: ImageSet,
+    *,
+    size: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    first_batch: int = 0,
+    workers: int = 0,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    flip: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    device: str | torch.device = "cpu",
+    on_skip: Callable[[dict[str, str]], None] | None = None,
+) -> Generator[Batch, None, None]:
+    """Endless batches of random crops. Close the iterator to end the workers.
+
+    Each epoch is a permutation by (seed, epoch) cut into whole batches, the rest dropped; a set smaller than the
+    batch goes on in the next epoch's permutation within a batch.
+
+    Args:
+        size: height and width, in pixels.
+        batch_size: of the global batch, over all ranks.
+        first_batch: the number of the first batch given; a resumed run starts here, nothing is replayed.
+        workers: processes that read ahead; the batches do not depend on it.
+        crop_scale: range of a crop's share of the image's area.
+        rank, world: this process gets rows rank * batch_size / world and on of each batch.
+        on_skip: told {"path", "reason"} once for each file of a streamed set that cannot be decoded; another sample,
+            always the same, stands in for it.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of `world`.
+    """
+    if batch_size % world or batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is not a multiple of the {world} processes")
+    prepare = _TrainRows(images, size, batch_size, seed, crop_scale, flip, rank, world)
+    return _batches(prepare, itertools.count(first_batch), images, size, workers, torch.device(device), on_skip)
+
+
+def eval_batches(
+    images: ImageSet,
+    *,
+    size: tuple[int, int],
+    batch_size: int = 256,
+    indices: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+) -> Generator[Batch, None, None]:
+    """Each image once, in order: the short side resized so that the target fits, then the centre.
+
+    `Batch.samples` tells which images a batch holds: those of a streamed set that cannot be decoded are left out.
+
+    Args:
+        indices: which images; default all.
+    """
+    chosen = list(range(len(images))) if indices is None else list(indices)
+    prepare = _EvalRows(images, size, batch_size, chosen)
+    numbers = range(math.ceil(len(chosen) / batch_size))
+    return _batches(prepare, numbers, images, size, workers, torch.device(device), None)
+
+
+def _batches(
+    prepare: Callable[[int], _Cutouts],
+    numbers: Iterator[int] | range,
+    images: ImageSet,
+    size: tuple[int, int],
+    workers: int,
+    device: torch.device,
+    on_skip: Callable[[dict[str, str]], None] | None,
+) -> Generator[Batch, None, None]:
+    low, high = images.value_range
+    told: set[str] = set()
+    pin = device.type == "cuda"
+    with closing(ordered_map(prepare, numbers, workers, pin and workers > 0)) as prepared:
+        for cutouts in prepared:
+            for skip in cutouts.skipped:
+                if on_skip is not None and skip["path"] not in told:
+                    on_skip(skip)
+                told.add(skip["path"])
+            if not cutouts.samples:
+                continue
+            pixels, boxes, flips = (part.to(device, non_blocking=True) for part in cutouts[:3])
+            cropped = crop_resize(pixels.permute(0, 3, 1, 2), boxes, flips, size)
+            yield Batch(cropped.sub_(low).div_(high - low).clamp_(0, 1), cutouts.samples)
+
+
+class _TrainRows:
+    """This rank's cut-outs of batch k."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        size: tuple[int, int],
+        batch_size: int,
+        seed: int,
+        scale: tuple[float, float],
+        flip: bool,
+        rank: int,
+        world: int,
+    ):
+        self._images = images
+        self._size = size
+        self._batch_size = batch_size
+        self._seed = seed
+        self._scale = scale
+        self._flip = flip
+        self._rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __call__(self, batch: int) -> _Cutouts:
+        epochs, samples = self._samples(batch)
+
+        def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return draw_crops(
+                self._seed, epochs[rows], chosen, sizes, scale=self._scale, flip=self._flip, target=self._size
+            )
+
+        return _cut(self._images, samples, self._size, draw, self._stand_ins)
+
+    def _stand_ins(self, sample: int) -> Iterator[int]:
+        generator = np.random.default_rng([self._seed % 2**64, sample])
+        for _ in range(REPLACEMENTS):
+            yield int(generator.integers(len(self._images)))
+        raise InputError(f"{self._images.names[sample]} and {REPLACEMENTS} images drawn in its place cannot be read")
+
+    def _samples(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and sample of each of this rank's rows."""
+        count, size = len(self._images), self._batch_size
+        if count >= size:
+            epoch, step = divmod(batch, count // size)
+            order = self._permutation(epoch)[step * size : (step + 1) * size]
+            return np.full(size, epoch)[self._rows], order[self._rows]
+        places = np.arange(batch * size, (batch + 1) * size)[self._rows]
+        epochs = places // count
+        orders = {epoch: self._permutation(epoch) for epoch in np.unique(epochs).tolist()}
+        samples = [orders[epoch][place] for epoch, place in zip(epochs.tolist(), places % count, strict=True)]
+        return epochs, np.asarray(samples)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            generator = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, epoch]))
+            self._order = (epoch, generator.permutation(len(self._images)))
+        return self._order[1]
+
+
+class _EvalRows:
+    """The centres of the n-th stretch of the chosen images."""
+
+    def __init__(self, images: ImageSet, size: tuple[int, int], batch_size: int, indices: list[int]):
+        self._images = images
+        self._size = size
+        self._batch_size = batch_size
+        self._indices = indices
+
+    def __call__(self, batch: int) -> _Cutouts:
+        def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return centre_boxes(sizes, self._size), np.zeros(len(sizes), dtype=bool)
+
+        samples = np.asarray(self._indices[batch * self._batch_size : (batch + 1) * self._batch_size])
+        return _cut(self._images, samples, self._size, draw, lambda sample: iter(()))
+
+
+def _cut(
+    images: ImageSet,
+    samples: np.ndarray,
+    target: tuple[int, int],
+    draw: Callable[[slice, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    stand_ins: Callable[[int], Iterator[int]],
+) -> _Cutouts:
+    """The stretches of the images that their boxes need; `draw(rows, samples, sizes)` gives boxes and flips."""
+    pixels = images.pixels
+    if pixels is not None:
+        boxes, flips = draw(slice(None), samples, pixels.shapes[samples, :2])
+        if pixels.uniform:
+            whole = torch.from_numpy(pixels.gather(samples))
+            return _Cutouts(whole, torch.from_numpy(boxes), torch.from_numpy(flips), samples.tolist(), [])
+        pieces = [_piece(pixels[int(s)], box, None, target) for s, box in zip(samples, boxes, strict=True)]
+        return _padded(pieces, flips, samples.tolist(), [])
+    pieces, mirrored, used, skipped = [], [], [], []
+    for row, wanted in enumerate(samples.tolist()):
+        for sample in itertools.chain([wanted], stand_ins(wanted)):
+            try:
+                pending = images.pending(sample)
+                rows = slice(row, row + 1)
+                boxes, flips = draw(rows, np.asarray([sample]), np.asarray([pending.size]))
+                reduction = min(boxes[0, 2] / target[0], boxes[0, 3] / target[1])
+                reduce_to = math.ceil(min(pending.size) / reduction) if reduction > 1 else None
+                pieces.append(_piece(pending.pixels(reduce_to), boxes[0], pending.size, target))
+            except Unreadable as error:
+                skipped.append({"path": images.names[sample], "reason": str(error)})
+                continue
+            mirrored.append(flips[0])
+            used.append(sample)
+            break
+    return _padded(pieces, np.asarray(mirrored, dtype=bool), used, skipped)
+
+
+def _piece(
+    array: np.ndarray, box: np.ndarray, full_size: tuple[int, int] | None, target: tuple[int, int]
+) -> np.ndarray:
+    """The part of `array` in a box, which is given in pixels of the full size; not much larger than the target."""
+    height, width, _ = array.shape
+    scale = (height / full_size[0], width / full_size[1]) if full_size else (1.0, 1.0)
+    top, left = round(box[0] * scale[0]), round(box[1] * scale[1])
+    bottom = min(height, max(top + 1, round((box[0] + box[2]) * scale[0])))
+    right = min(width, max(left + 1, round((box[1] + box[3]) * scale[1])))
+    piece = array[min(top, bottom - 1) : bottom, min(left, right - 1) : right]
+    reduction = min(piece.shape[0] / target[0], piece.shape[1] / target[1]) / OVERSIZE
+    if reduction > 1:
+        piece = resize(piece, (math.ceil(piece.shape[0] / reduction), math.ceil(piece.shape[1] / reduction)))
+    return piece
+
+
+def _padded(pieces: list[np.ndarray], flips: np.ndarray, samples: list[int], skipped: list[dict[str, str]]) -> _Cutouts:
+    """Pieces of unlike sizes in one zero-padded array; the boxes say how far each one goes."""
+    if not pieces:
+        return _Cutouts(torch.empty(0), torch.empty(0), torch.empty(0), [], skipped)
+    sizes = np.asarray([piece.shape[:2] for piece in pieces])
+    height, width = sizes.max(axis=0)
+    padded = np.zeros((len(pieces), height, width, pieces[0].shape[2]), dtype=pieces[0].dtype)
+    for row, piece in enumerate(pieces):
+        padded[row, : piece.shape[0], : piece.shape[1]] = piece
+    boxes = np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.float32)
+    return _Cutouts(torch.from_numpy(padded), torch.from_numpy(boxes), torch.from_numpy(flips), samples, skipped)

@@ -1,0 +1,390 @@
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from underpaint.data import (
+    Batch,
+    ImageSet,
+    Unreadable,
+    centre_boxes,
+    crop_resize,
+    draw_crops,
+    eval_batches,
+    load_images,
+    open_source,
+    pretraining_indices,
+    steps_per_epoch,
+    train_batches,
+)
+from underpaint.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_data_decode import write_broken
+
+pytestmark = pytest.mark.quick
+SIZE = (16, 16)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("UNDERPAINT_CACHE", str(folder))
+    return folder
+
+
+def write_images(folder: Path, count: int = 24, ragged: bool = True, kind: str = "png") -> Path:
+    draws = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(count):
+        height, width = draws.integers(12, 60, 2) if ragged else (20, 20)
+        Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{n:03}.{kind}")
+    return folder
+
+
+def load(data: Path, **options) -> ImageSet:
+    source = open_source(data)
+    return load_images(source, pretraining_indices(source), **{"size": SIZE, **options})
+
+
+def first(images: ImageSet, count: int = 5, **options) -> list[Batch]:
+    batches = train_batches(images, **{"size": SIZE, "batch_size": 8, "seed": 1, **options})
+    taken = list(itertools.islice(batches, count))
+    batches.close()  # type: ignore[attr-defined]
+    return taken
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.samples == b.samples
+        assert torch.equal(a.images, b.images)
+
+
+# Crops
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 31), (40, 50)])
+def test_crop_resize_is_antialiased_interpolation_of_the_box(size):
+    images = torch.rand(4, 3, 37, 45)
+    boxes = torch.tensor([[0, 0, 37, 45], [5, 7, 20, 11], [36, 44, 1, 1], [3, 0, 30, 45]], dtype=torch.float32)
+    flips = torch.tensor([False, True, False, True])
+    result = crop_resize(images, boxes, flips, size)
+    for n, (top, left, height, width) in enumerate(boxes.int().tolist()):
+        cut = images[n : n + 1, :, top : top + height, left : left + width]
+        expected = functional.interpolate(cut, size, mode="bilinear", antialias=True, align_corners=False)[0]
+        torch.testing.assert_close(result[n], expected.flip(2) if flips[n] else expected, atol=1e-4, rtol=0)
+
+
+def test_crop_resize_never_reads_outside_the_box():
+    images = torch.full((1, 1, 20, 20), math.inf)
+    images[:, :, 4:10, 3:12] = 0.25
+    images[images.isinf()] = 1e6
+    result = crop_resize(images, torch.tensor([[4.0, 3.0, 6.0, 9.0]]), torch.tensor([False]), (8, 8))
+    torch.testing.assert_close(result, torch.full((1, 1, 8, 8), 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_crop_resize_of_a_whole_image_is_the_image(dtype):
+    images = torch.randint(0, 256, (2, 3, 8, 8)).to(dtype)
+    boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0]] * 2)
+    result = crop_resize(images, boxes, torch.zeros(2, dtype=torch.bool), (8, 8))
+    assert torch.equal(result, images.float())
+
+
+def test_crops_are_a_function_of_seed_epoch_and_sample_alone():
+    samples, sizes = list(range(50)), [(30 + n, 70 - n) for n in range(50)]
+    boxes, flips = draw_crops(3, 2, samples, sizes, target=SIZE)
+    for n in (0, 7, 49):
+        box, flip = draw_crops(3, 2, [n], [sizes[n]], target=SIZE)
+        np.testing.assert_array_equal(box[0], boxes[n])
+        assert flip[0] == flips[n]
+    for seed, epoch in ((4, 2), (3, 1)):
+        assert (draw_crops(seed, epoch, samples, sizes, target=SIZE)[0] != boxes).any(axis=1).mean() > 0.9
+
+
+def test_crops_keep_to_their_ranges():
+    sizes = [(100, 150)] * 4000
+    boxes, flips = draw_crops(0, 0, range(4000), sizes, scale=(0.3, 0.6), target=(10, 20))
+    area = boxes[:, 2] * boxes[:, 3] / 15_000
+    aspect = boxes[:, 3] / boxes[:, 2] / 2
+    assert area.min() > 0.28
+    assert area.max() < 0.62
+    assert aspect.min() > 0.72
+    assert aspect.max() < 1.4
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= (100, 150)).all()
+    assert (boxes == np.rint(boxes)).all()
+    assert 0.45 < flips.mean() < 0.55
+    assert not draw_crops(0, 0, [0, 1], sizes[:2], flip=False, target=SIZE)[1].any()
+    long, _ = draw_crops(0, 0, range(200), [(10, 400)] * 200, scale=(0.9, 1.0), target=SIZE)
+    assert (long[:, 2:] <= (10, 14)).all()
+    assert len(np.unique(long[:, 1])) > 50  # a strip too long for the target is still cut at random places
+
+
+def test_whole_image_can_be_asked_for():
+    boxes, _ = draw_crops(0, 0, range(9), [(32, 32)] * 9, scale=(1.0, 1.0), ratio=(1.0, 1.0), target=SIZE)
+    assert (boxes == (0, 0, 32, 32)).all()
+
+
+def test_centre_boxes():
+    np.testing.assert_array_equal(centre_boxes([(20, 40), (40, 20)], (8, 8)), [[0, 10, 20, 20], [10, 0, 20, 20]])
+    np.testing.assert_array_equal(centre_boxes([(30, 30)], (8, 16)), [[7, 0, 15, 30]])
+
+
+# Image sets
+
+
+def test_cache_holds_the_images(tmp_path, cache):
+    progress = []
+    images = load(write_images(tmp_path), on_progress=lambda done, total: progress.append((done, total)))
+    assert images.cached
+    assert len(images) == 24
+    assert images.names[0] == "000.png"
+    assert images.value_range == (0, 255)
+    assert progress[-1] == (24, 24)
+    for n in range(24):
+        original = np.asarray(Image.open(tmp_path / images.names[n]))
+        raw = images.raw(n)
+        assert min(raw.shape[:2]) <= 32
+        if min(original.shape[:2]) <= 32:
+            np.testing.assert_array_equal(raw, original)
+    assert len(images.mean) == len(images.std) == 3
+    assert all(abs(m - 0.5) < 0.02 for m in images.mean)
+    assert [p.name for p in cache.iterdir() if "." in p.name] == []
+
+
+def test_cache_is_used_again_and_made_again(tmp_path, cache, monkeypatch):
+    data = write_images(tmp_path / "data")
+    write_broken(data)
+    images = load(data)
+    calls = []
+    monkeypatch.setattr("underpaint.data.images.decode", lambda *a, **k: calls.append(1))
+    again = load(data)
+    assert calls == []
+    assert (again.names, again.skipped, again.mean, again.std) == (
+        images.names,
+        images.skipped,
+        images.mean,
+        images.std,
+    )
+    expected = images.raw(3)
+    np.testing.assert_array_equal(again.raw(3), expected)
+    monkeypatch.undo()
+    monkeypatch.setenv("UNDERPAINT_CACHE", str(cache))
+    (folder,) = cache.iterdir()
+    with (folder / "pixels.bin").open("r+b") as file:
+        file.truncate(100)
+    np.testing.assert_array_equal(load(data).raw(3), expected)
+    (folder / "set.json").write_text("{")
+    np.testing.assert_array_equal(load(data).raw(3), expected)
+    os.utime(data / "000.png", (1, 1))
+    load(data)
+    assert len(list(cache.iterdir())) == 2  # a changed file makes another set
+
+
+def test_workers_build_the_same_cache(tmp_path):
+    data = write_images(tmp_path / "data", 70)
+    one, two = (load(data, workers=w, cache_dir=tmp_path / f"cache{w}") for w in (0, 2))
+    assert all(np.array_equal(one.raw(n), two.raw(n)) for n in range(70))
+
+
+@pytest.mark.parametrize("cache_limit", [2.0, 0.0])
+def test_broken_files_are_reported_and_never_fatal(tmp_path, cache_limit):
+    data = write_images(tmp_path / "data")
+    broken = write_broken(data)
+    source = open_source(data)
+    images = load_images(source, pretraining_indices(source), size=SIZE, cache_limit=cache_limit)
+    reported = {skip["path"] for skip in source.skipped + images.skipped}
+    assert reported == set(broken)
+    assert all(skip["reason"] for skip in images.skipped)
+    told: list[dict] = []
+    for batch in first(images, 30, on_skip=told.append):
+        assert batch.images.shape == (8, 3, 16, 16)
+        assert not {images.names[s] for s in batch.samples} & reported
+    assert len({skip["path"] for skip in told}) == len(told)
+    assert ({skip["path"] for skip in told} == set()) == images.cached
+    seen = [s for batch in eval_batches(images, size=SIZE, batch_size=5) for s in batch.samples]
+    assert [images.names[s] for s in seen] == [f"{n:03}.png" for n in range(24)]
+
+
+@pytest.mark.parametrize("cache_limit", [2.0, 0.0])
+def test_no_readable_image_is_an_input_error(tmp_path, cache_limit):
+    for n in range(3):
+        (tmp_path / f"{n}.jpg").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"none of 3 images could be read, the first: 0\.jpg: not a JPEG"):
+        load(tmp_path, cache_limit=cache_limit)
+
+
+def test_unwritable_cache_falls_back_to_memory(tmp_path):
+    data = write_images(tmp_path / "data")
+    (tmp_path / "file").touch()
+    images = load(data, cache_dir=tmp_path / "file" / "below")
+    assert images.cached
+    assert "held in memory" in images.notes[0]
+    assert_same(first(images), first(load(data)))
+    streamed = load(data, cache_limit=0.0, cache_dir=tmp_path / "file" / "below")
+    assert "measures again" in streamed.notes[1]
+
+
+def test_deep_and_float_images_are_scaled_once(tmp_path):
+    draws = np.random.default_rng(0)
+    for n in range(4):
+        tifffile.imwrite(
+            tmp_path / f"{n}.tif",
+            draws.integers(1000, 5000, (20, 20, 5), dtype=np.uint16),
+            photometric="minisblack",
+            planarconfig="contig",
+        )
+    for limit in (2.0, 0.0):
+        images = load(tmp_path, channels=5, cache_limit=limit)
+        assert images.dtype == "uint16"
+        assert images.value_range[0] < 1050
+        assert 4950 < images.value_range[1] < 5000
+        assert all(abs(m - 0.5) < 0.05 for m in images.mean)
+        (batch,) = first(images, 1, batch_size=4)
+        assert batch.images.shape == (4, 5, 16, 16)
+        assert 0 <= batch.images.min() < batch.images.max() <= 1
+    real = tmp_path / "real"
+    real.mkdir()
+    tifffile.imwrite(real / "0.tif", draws.normal(20, 5, (20, 20)).astype(np.float32))
+    images = load(real, channels=1)
+    (batch,) = first(images, 1)
+    assert images.dtype == "float32"
+    assert 0 <= batch.images.min() < batch.images.max() <= 1
+
+
+def test_8_and_16_bit_in_one_set_meet_at_full_scale(tmp_path):
+    white = np.full((20, 20), 255, np.uint8)
+    Image.fromarray(white).save(tmp_path / "0.png")
+    tifffile.imwrite(tmp_path / "1.tif", white.astype(np.uint16))
+    images = load(tmp_path, channels=1)
+    assert images.raw(0).max() == 65535
+    assert images.raw(1).max() == 255
+
+
+def test_alpha_is_composed_on_the_mean_of_the_set(tmp_path):
+    red = np.zeros((20, 20, 4), np.uint8)
+    red[:10, :, 0], red[:10, :, 3] = 200, 255
+    Image.fromarray(red).save(tmp_path / "0.png")
+    raw = load(tmp_path).raw(0)
+    np.testing.assert_allclose(raw[15, 15], [200, 0, 0], atol=1)
+
+
+# Batches
+
+
+@pytest.fixture(params=["uniform", "ragged", "streamed", "streamed jpeg"])
+def images(request, tmp_path) -> ImageSet:
+    kind = request.param
+    data = write_images(tmp_path / "data", ragged=kind != "uniform", kind="jpeg" if "jpeg" in kind else "png")
+    if kind == "streamed":
+        write_broken(data)
+    return load(data, cache_limit=0.0 if "streamed" in kind else 2.0)
+
+
+def test_batches_are_in_range_and_of_the_right_shape(images):
+    for batch in first(images):
+        assert batch.images.shape == (8, 3, 16, 16)
+        assert batch.images.dtype == torch.float32
+        assert batch.images.min() >= 0
+        assert batch.images.max() <= 1
+        assert len(batch.samples) == 8
+
+
+def test_workers_do_not_change_batches(images):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    ours = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    one, two = (first(images, 7, workers=w) for w in (0, 2))
+    assert_same(one, two)
+    assert torch.equal(state, torch.get_rng_state())
+    assert ours == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert multiprocessing.active_children() == []
+
+
+def test_resumed_batches_are_the_unbroken_ones(images):
+    unbroken = first(images, 9)
+    assert_same(unbroken[5:], first(images, 4, first_batch=5))
+
+
+def test_ranks_rows_make_up_the_batch(images):
+    whole = first(images, 4)
+    parts = [first(images, 4, rank=rank, world=2) for rank in range(2)]
+    for batch, left, right in zip(whole, *parts, strict=True):
+        assert batch.samples == left.samples + right.samples
+        torch.testing.assert_close(batch.images, torch.cat([left.images, right.images]), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="batch_size 8"):
+        train_batches(images, size=SIZE, batch_size=8, seed=0, world=3)
+
+
+def test_a_pickled_set_gives_the_same(images):
+    assert_same(first(images), first(pickle.loads(pickle.dumps(images))))
+
+
+def test_epochs_are_permutations(tmp_path):
+    images = load(write_images(tmp_path, 24))
+    assert steps_per_epoch(images, 8) == 3
+    batches = first(images, 6)
+    epochs = [[s for batch in batches[e : e + 3] for s in batch.samples] for e in (0, 3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
+    assert epochs[0] != epochs[1]
+    seeds = [first(images, 1, seed=seed)[0].samples for seed in (1, 2)]
+    assert seeds[0] != seeds[1]
+
+
+def test_a_set_smaller_than_the_batch_repeats(tmp_path):
+    images = load(write_images(tmp_path, 3))
+    assert steps_per_epoch(images, 8) == 1
+    batches = first(images, 3)
+    samples = [s for batch in batches for s in batch.samples]
+    for epoch in range(8):
+        assert sorted(samples[3 * epoch : 3 * epoch + 3]) == [0, 1, 2]
+    assert not torch.equal(batches[0].images[0], batches[0].images[samples[3:6].index(samples[0]) + 3])
+
+
+def test_eval_batches_resize_and_crop_the_centre(images):
+    batches = list(eval_batches(images, size=SIZE, batch_size=7))
+    samples = [s for batch in batches for s in batch.samples]
+    assert samples == [n for n in range(len(images)) if images.names[n][:3].isdigit()]
+    assert_same(batches, list(eval_batches(images, size=SIZE, batch_size=7, workers=2)))
+    (batch,) = eval_batches(images, size=SIZE, indices=samples[3:5])
+    assert batch.samples == samples[3:5]
+    raw = torch.from_numpy(images.raw(samples[3])).permute(2, 0, 1)[None].float() / 255
+    top, left, height, width = centre_boxes([(raw.shape[2], raw.shape[3])], SIZE)[0].astype(int).tolist()
+    cut = raw[:, :, top : top + height, left : left + width]
+    expected = functional.interpolate(cut, SIZE, mode="bilinear", antialias=True)[0]
+    assert (batch.images[0] - expected).abs().mean() < (0.01 if images.cached else 0.03)
+
+
+def test_streamed_large_jpegs_are_reduced_to_the_same_picture(tmp_path):
+    y, x = np.mgrid[:600, :800]
+    smooth = np.stack([127 + 120 * np.sin(x / 60), 127 + 120 * np.cos(y / 50), (x + y) / 6], axis=2).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "0.jpg", quality=95)
+    streamed = load(tmp_path, cache_limit=0.0)
+    (batch,) = eval_batches(streamed, size=(32, 32))
+    cut = torch.from_numpy(smooth[:, 100:700]).permute(2, 0, 1)[None].float() / 255
+    expected = functional.interpolate(cut, (32, 32), mode="bilinear", antialias=True)
+    assert (batch.images - expected).abs().max() < 0.05
+
+
+def test_what_cannot_be_streamed_raises_in_raw(tmp_path):
+    data = write_images(tmp_path / "data")
+    (data / "text.png").write_bytes(b"text")
+    images = load(data, cache_limit=0.0)
+    assert images.raw(0).ndim == 3
+    with pytest.raises(Unreadable):
+        images.raw(images.names.index("text.png"))
+    assert json.loads(json.dumps(images.skipped)) == images.skipped

@@ -1,0 +1,522 @@
+"""The report page and its verdict, on made runs whose truth is known."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from underpaint.errors import InputError
+from underpaint.plots import Line, line_plot, number_text, thin
+from underpaint.report import Verdict, is_falling, verdict, write_report
+
+pytestmark = pytest.mark.quick
+
+VOID = {"meta", "link", "img", "input", "br", "hr"}
+RECIPE = """method:
+  name: mae
+  hidden_ratio: 0.75
+encoder:
+  name: vit_tiny_patch16_224
+data:
+  path: made/<images> & "more"
+optimizer:
+  learning_rate: 0.00015
+measured:
+  rate: 3
+"""
+
+
+def made_metrics(
+    losses: list[float],
+    *,
+    rate: float = 1.5e-4,
+    gradient: float = 1.0,
+    data_wait: float = 0.05,
+    baseline: float | None = 1.0,
+    probes: dict[int, dict[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """The log of a run whose losses are given, one each ten steps, after a line for the untrained encoder."""
+    probes = probes or {}
+    generator = np.random.default_rng(0)
+    lines: list[dict[str, Any]] = [{"step": 0, "images": 0, "seconds": 0.0, "loss": None}]
+    for position, loss in enumerate(losses, start=1):
+        terms = {"pixels": loss if math.isfinite(loss) else None}
+        lines.append(
+            {
+                "step": 10 * position,
+                "images": 640 * position,
+                "seconds": 4.2 * position,
+                "loss": loss if math.isfinite(loss) else None,
+                "terms": terms if baseline is None else {**terms, "baseline": baseline},
+                "learning_rate": rate * min(1.0, position / 10),
+                "gradient_norm": gradient * float(generator.uniform(0.8, 1.2)),
+                "images_per_second": 150 + float(generator.normal(0, 5)),
+                "data_wait": min(1.0, max(0.0, data_wait + float(generator.normal(0, 0.02)))),
+            }
+        )
+    for position, probe in probes.items():
+        lines[position]["probe"] = probe
+    return lines
+
+
+def falling_losses(count: int = 100, end: float = 0.4) -> list[float]:
+    """Losses that start above 1, fall quickly, then slowly, to `end`."""
+    generator = np.random.default_rng(1)
+    curve = end + (1.2 - end) * np.exp(-np.arange(count) / (count / 6))
+    return (curve + generator.normal(0, 0.01, count)).tolist()
+
+
+def flat_losses(count: int = 100, level: float = 1.3) -> list[float]:
+    """Losses of a model that does not change, on batches that differ."""
+    return np.random.default_rng(2).normal(level, 0.02, count).tolist()
+
+
+def made_probe(linear: float, rank: float = 40.0) -> dict[str, float]:
+    """What a probe during training logs."""
+    return {
+        "linear": linear,
+        "linear_error": 0.012,
+        "attentive": linear + 0.05,
+        "attentive_error": 0.012,
+        "knn": linear - 0.1,
+        "knn_error": 0.013,
+        "rank": rank,
+    }
+
+
+def made_final(linear: float, untrained: float, error: float = 0.009) -> dict[str, Any]:
+    """What the probes at the end of a run write."""
+
+    def three(base: float) -> dict[str, Any]:
+        shifts = {"linear": 0.0, "attentive": 0.05, "knn": -0.1}
+        return {
+            name: {"accuracy": base + shift, "standard_error": 0.012, "chosen": 1e-3} for name, shift in shifts.items()
+        }
+
+    return {
+        "train": 5000,
+        "test": 1250,
+        "classes": 13,
+        "chance": 1 / 13,
+        "encoder": three(linear),
+        "untrained": three(untrained),
+        "raw_pixels": {
+            name: {"accuracy": value, "standard_error": 0.013} for name, value in (("linear", 0.37), ("knn", 0.36))
+        },
+        "hog": {
+            name: {"accuracy": value, "standard_error": 0.013} for name, value in (("linear", 0.45), ("knn", 0.41))
+        },
+        "majority": {"accuracy": 0.09, "standard_error": 0.008},
+        "gain": {
+            name: {"difference": linear - untrained, "standard_error": error} for name in ("linear", "attentive", "knn")
+        },
+    }
+
+
+def make_run(
+    folder: Path,
+    metrics: list[dict[str, Any]],
+    *,
+    probes: dict[str, Any] | None = None,
+    pictures: int = 0,
+    size: tuple[int, int] = (960, 420),
+    skipped: int = 0,
+    environment: dict[str, Any] | None = None,
+    recipe: str = RECIPE,
+) -> Path:
+    """A run folder with these files in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    if probes is not None:
+        (folder / "probes.json").write_text(json.dumps(probes))
+    if skipped:
+        lines = [{"path": f"bad/<b>{n}</b>.jpg", "reason": "cut header & more"} for n in range(skipped)]
+        (folder / "skipped.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if environment is not None:
+        (folder / "environment.json").write_text(json.dumps(environment))
+    for position in range(pictures):
+        (folder / "pictures").mkdir(exist_ok=True)
+        made_picture(size, position).save(folder / "pictures" / f"restore-{100 * position:08d}.png")
+    return folder
+
+
+def made_picture(size: tuple[int, int], seed: int) -> Image.Image:
+    """Noise, which no format makes small, under captions."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((0, 0, size[0], 18), fill="white")
+    for column, caption in enumerate(("original", "corrupted", "restored")):
+        draw.text((column * size[0] // 3 + 4, 3), f"{caption} {seed}", fill="black")
+    return picture
+
+
+def learning_run(folder: Path) -> Path:
+    """A run that learns, with everything a run folder may hold."""
+    probes = {0: made_probe(0.40), 30: made_probe(0.43, 44), 60: made_probe(0.45, 50), 100: made_probe(0.461, 52)}
+    return make_run(
+        folder,
+        made_metrics(falling_losses(), probes=probes),
+        probes=made_final(0.461, 0.40),
+        pictures=5,
+        skipped=60,
+        environment={"python": "3.11.2", "command": "underpaint pretrain <data>", "threads": 2},
+    )
+
+
+class Balance(HTMLParser):
+    """Checks that tags close in the order they opened, and collects what a browser would fetch or follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.names: list[str] = []
+        self.frames: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for key, value in attrs:
+            if key in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.addresses.append(value or "")
+            if key == "id":
+                self.names.append(value or "")
+            if key == "class" and "frame" in (value or "").split():
+                self.frames.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def checked(path: Path) -> tuple[str, Balance]:
+    """The text of a page, once it has been found whole, self-contained and small."""
+    assert path.stat().st_size < 5_000_000
+    text = path.read_text(encoding="utf-8").replace("\u00a0", " ")
+    page = Balance()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    assert len(page.names) == len(set(page.names))
+    for address in page.addresses:
+        assert address.startswith(("data:", "#")), address[:80]
+    assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttpRequest", text)
+    assert not re.search(r"https?://", text)
+    for reference in re.findall(r'(?:href="#|url\(#)([^")]+)', text):
+        assert reference in page.names
+    return text, page
+
+
+def test_a_learning_run_makes_the_whole_page(tmp_path):
+    run = learning_run(tmp_path / "run <one>")
+    path = write_report(run)
+    assert path == run / "report.html"
+    text, page = checked(path)
+    found = verdict(run)
+    assert found.word == "learning"
+    assert "The linear probe rose by 6.1 points ± 0.9 over the untrained encoder." in found.sentence
+    assert "The linear probe rose by 6.1 points ± 0.9 over the untrained encoder." in text
+    for heading in ("Training", "What the features are worth", "Restorations", "Skipped files", "Recipe"):
+        assert f"<h2>{heading}</h2>" in text
+    assert len(page.frames) == 5
+    assert [frame for frame in page.frames if "shown" in frame] == [page.frames[-1]]
+    assert text.count("cut header &amp; more") == 50
+    assert "60 files could not be read" in text
+    assert not list(run.glob("*.partial"))
+
+
+def test_what_comes_from_files_is_escaped(tmp_path):
+    run = learning_run(tmp_path / "run <one>")
+    text, _ = checked(write_report(run))
+    assert "<h1>run &lt;one&gt;</h1>" in text
+    assert "bad/&lt;b&gt;0&lt;/b&gt;.jpg" in text
+    assert "made/&lt;images&gt; &amp; &quot;more&quot;" in text
+    assert "underpaint pretrain &lt;data&gt;" in text
+    assert "<one>" not in text
+    assert "<b>0" not in text
+
+
+def test_a_hostile_recipe_stays_text(tmp_path):
+    attack = "method: {name: '</style><script>alert(1)</script>'}\noptimizer: {learning_rate: '<img src=x>'}\n"
+    run = make_run(tmp_path / "run", made_metrics(flat_losses()), recipe=attack)
+    text, page = checked(write_report(run))
+    assert "<script>alert" not in text
+    assert "x" not in page.addresses
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    run = learning_run(tmp_path / "run")
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+def test_a_learning_rate_of_zero_is_stalled_and_named(tmp_path):
+    found = verdict(make_run(tmp_path / "run", made_metrics(flat_losses(), rate=0.0)))
+    assert found.word == "stalled"
+    assert "learning rate was zero" in found.advice
+    assert "--set optimizer.learning_rate=" in found.advice
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_alone_is_not_taken_for_learning(tmp_path, seed):
+    losses = np.random.default_rng(seed).normal(1.0, 0.02, 60).tolist()
+    assert verdict(make_run(tmp_path / "run", made_metrics(losses))).word == "stalled"
+
+
+def test_the_baseline_reached_and_kept_is_stalled(tmp_path):
+    losses = [*np.linspace(1.5, 1.0, 30).tolist(), *flat_losses(70, 0.995)]
+    found = verdict(make_run(tmp_path / "run", made_metrics(losses)))
+    assert found.word == "stalled"
+    assert "rate" in found.advice
+    assert "--steps" in found.advice
+
+
+def test_above_the_baseline_but_falling_is_learning(tmp_path):
+    losses = np.linspace(3.0, 1.5, 100).tolist()
+    found = verdict(make_run(tmp_path / "run", made_metrics(losses)))
+    assert found.word == "learning"
+    assert "still falling" in found.sentence
+
+
+@pytest.mark.parametrize("ranks", [(40.0, 1.3), (40.0, 11.0)])
+def test_features_of_few_dimensions_are_collapsed(tmp_path, ranks):
+    probes = {0: made_probe(0.40, ranks[0]), 100: made_probe(0.39, ranks[1])}
+    found = verdict(make_run(tmp_path / "run", made_metrics(falling_losses(), probes=probes)))
+    assert found.word == "collapsed"
+    assert f"{ranks[1]:.1f} dimensions, from 40.0 before training" in found.sentence
+
+
+def test_rank_without_labels_is_measured_against_the_dimensions(tmp_path):
+    probes = {"rank": {"encoder": 8.0, "untrained": 20.0, "dim": 192}}
+    run = make_run(tmp_path / "run", made_metrics(falling_losses()), probes=probes)
+    assert verdict(run).word == "collapsed"
+    run = make_run(tmp_path / "run", made_metrics(falling_losses()), probes={"rank": {**probes["rank"], "dim": 64}})
+    assert verdict(run).word == "learning"
+    assert "8.0 of 64 dimensions" in checked(write_report(run))[0]
+
+
+def test_a_rank_that_was_as_low_before_training_is_no_collapse(tmp_path):
+    probes = {0: made_probe(0.40, 1.9), 100: made_probe(0.40, 1.8)}
+    assert verdict(make_run(tmp_path / "run", made_metrics(falling_losses(), probes=probes))).word == "learning"
+
+
+def test_a_probe_that_rose_is_no_collapse(tmp_path):
+    probes = {0: made_probe(0.40, 40), 100: made_probe(0.60, 9)}
+    assert verdict(make_run(tmp_path / "run", made_metrics(falling_losses(), probes=probes))).word == "learning"
+
+
+def test_a_still_loss_without_gradient_is_collapsed(tmp_path):
+    found = verdict(make_run(tmp_path / "run", made_metrics([0.7] * 50, gradient=0.0)))
+    assert found.word == "collapsed"
+    assert "gradient is zero" in found.sentence
+
+
+def test_waiting_for_data_is_starved(tmp_path):
+    run = make_run(tmp_path / "run", made_metrics(falling_losses(), data_wait=0.71))
+    found = verdict(run)
+    assert found.word == "starved"
+    assert "71%" in found.sentence
+    assert "--workers" in found.advice
+    assert "Starved of data" in checked(write_report(run))[0]
+
+
+@pytest.mark.parametrize("lost", [1, 30, 100])
+def test_a_loss_that_is_not_finite_is_said(tmp_path, lost):
+    losses = [*falling_losses()[: 100 - lost], *[math.nan] * lost]
+    run = make_run(tmp_path / "run", made_metrics(losses))
+    found = verdict(run)
+    assert found.word == "stalled"
+    assert f"not finite in {lost} of 100 log lines" in found.sentence
+    assert "bf16" in found.advice
+    checked(write_report(run))
+
+
+def test_one_skipped_step_is_forgiven(tmp_path):
+    losses = falling_losses()
+    losses[50] = losses[90] = math.nan
+    assert verdict(make_run(tmp_path / "run", made_metrics(losses))).word == "learning"
+
+
+@pytest.mark.parametrize("content", ["", "\n", '{"step": 0, "loss": null, "probe": {"linear": 0.4}}\n', "[1]\n{cut"])
+def test_nothing_logged_is_said(tmp_path, content):
+    run = make_run(tmp_path / "run", [])
+    (run / "metrics.jsonl").write_text(content)
+    found = verdict(run)
+    assert found.word == "stalled"
+    assert "No training step was logged" in found.sentence
+    checked(write_report(run))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_short_run_says_that_it_is_short(tmp_path, count):
+    run = make_run(tmp_path / "run", made_metrics(falling_losses(count)))
+    assert f"Only {count} log line" in verdict(run).sentence
+    checked(write_report(run))
+
+
+def test_no_baseline_is_judged_against_the_beginning(tmp_path):
+    found = verdict(make_run(tmp_path / "run", made_metrics(falling_losses(), baseline=None)))
+    assert found.word == "learning"
+    assert "where it began" in found.sentence
+    assert verdict(make_run(tmp_path / "flat", made_metrics(flat_losses(), baseline=None))).word == "stalled"
+
+
+def test_losses_below_zero_are_judged_too(tmp_path):
+    losses = [value - 5 for value in falling_losses()]
+    found = verdict(make_run(tmp_path / "run", made_metrics(losses, baseline=-4.0)))
+    assert found.word == "learning"
+    assert "against −4.00 for its trivial baseline" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "said"),
+    [
+        (0.061, 0.009, "The linear probe rose by 6.1 points ± 0.9 over the untrained encoder."),
+        (0.015, 0.009, "Pretraining did not measurably help the linear probe (+1.5 points ± 0.9"),
+        (-0.015, 0.009, "Pretraining did not measurably help the linear probe (−1.5 points ± 0.9"),
+        (-0.05, 0.009, "The linear probe fell by 5.0 points ± 0.9 below the untrained encoder."),
+        (0.0, 0.0, "so nothing can be said"),
+    ],
+)
+def test_a_gain_is_claimed_only_above_two_standard_errors(tmp_path, difference, error, said):
+    probes = made_final(0.4 + difference, 0.4, error)
+    probes["gain"]["linear"] = {"difference": difference, "standard_error": error}
+    metrics = [{"step": 10 * n, "loss": 1.0 - 0.01 * n} for n in range(20)]
+    run = make_run(tmp_path / "run", metrics, probes=probes)
+    assert said in verdict(run).sentence
+    assert said in checked(write_report(run))[0]
+    if difference < 2 * error:
+        assert "--init timm:" in verdict(run).advice
+
+
+def test_without_final_probes_those_of_the_run_are_used(tmp_path):
+    probes = {0: made_probe(0.40), 100: made_probe(0.50)}
+    found = verdict(make_run(tmp_path / "run", made_metrics(falling_losses(), probes=probes)))
+    assert "rose by 10.0 points ± 1.7" in found.sentence  # 1.2 twice, in quadrature
+
+
+def test_without_labels_labels_are_advised(tmp_path):
+    found = verdict(make_run(tmp_path / "run", made_metrics(falling_losses())))
+    assert "what the features are worth is not known" in found.sentence
+    assert "--labels" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("recipe.yaml", "method: [unclosed"),
+        ("recipe.yaml", "just text"),
+        ("recipe.yaml", "method: mae\nencoder: null\ndata: 3"),
+        ("probes.json", "{cut"),
+        ("probes.json", '{"encoder": 3, "gain": {"linear": null}, "chance": "x", "classes": null}'),
+        ("probes.json", '{"encoder": {"linear": 0.5}, "untrained": {"linear": 0.4}}'),
+        ("skipped.jsonl", '{"reason": 3}\n{"path": null}\n'),
+        ("environment.json", '{"a": {"b": [1, null]}, "c": 2.5}'),
+        ("environment.json", "[]"),
+        ("pictures/restore-00000300.png", "not a picture"),
+        ("pictures/restore-last.png", "not a picture"),
+        ("metrics.jsonl", '{"step": "x", "loss": true, "terms": 3, "probe": [], "learning_rate": null}\n'),
+        ("skipped.jsonl", '{"path": "\\ud800.jpg", "reason": "\\udcff"}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": 1e308, "terms": {"a$b": 1, "$c": 2}}\n{"step": 2, "loss": 1e39}\n'),
+        ("metrics.jsonl", '{"step": 1' + "0" * 400 + ', "loss": 1' + "0" * 400 + "}\n"),
+        ("metrics.jsonl", '{"step": 5, "loss": NaN, "terms": {"baseline": Infinity}}\n{"step": 6, "lo'),
+    ],
+)
+def test_a_damaged_file_does_not_cost_the_page(tmp_path, name, content):
+    metrics = [{"step": 10 * n, "loss": 1.0 - 0.01 * n} for n in range(20)]  # one plot: drawing is what takes time
+    run = make_run(tmp_path / "run", metrics, probes=made_final(0.5, 0.4), pictures=2, size=(64, 48), skipped=2)
+    (run / name).write_text(content)
+    checked(write_report(run))
+
+
+@pytest.mark.parametrize("kept", ["recipe.yaml", "metrics.jsonl"])
+def test_any_one_file_is_enough_for_a_page(tmp_path, kept):
+    run = make_run(tmp_path / "run", made_metrics(falling_losses()))
+    for path in run.iterdir():
+        if path.name != kept:
+            path.unlink()
+    checked(write_report(run))
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no run folder"):
+        write_report(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"neither recipe.yaml nor metrics.jsonl"):
+        verdict(tmp_path)
+
+
+def test_many_steps_and_large_pictures_stay_under_five_megabytes(tmp_path):
+    losses = falling_losses(20_000)
+    run = make_run(tmp_path / "run", made_metrics(losses), pictures=15, size=(700, 500), skipped=3)
+    (run / "recipe.yaml").write_text(RECIPE + "# long\n" * 100_000)
+    _, page = checked(write_report(run))
+    assert len(page.frames) == 12
+
+
+def test_a_plot_is_text_of_its_own_names():
+    line = Line("one", [0, 1, 2], [1.0, math.nan, 3.0], [0.1, math.nan, 0.2])
+    first = line_plot([line], x_label="step", y_label="<y>", title="A & B", baseline=Line("none", [0], [2.0], [0.1]))
+    second = line_plot([line], x_label="step", y_label="<y>", title="C")
+    assert first.startswith('<svg class="plot" role="img" viewBox=')
+    assert "<title>A &amp; B</title>" in first
+    assert "currentColor" in first
+    assert "#010203" not in first
+    assert "xmlns" not in first
+    assert "font-family" not in first
+    assert "DejaVu" not in first
+    assert "&lt;y&gt;" in first
+
+    def names(svg: str) -> set[str]:
+        return set(re.findall(r'id="([^"]+)"', svg))
+
+    assert not names(first) & names(second)
+
+
+@pytest.mark.parametrize("values", [[], [math.nan], [1.0], [0.0, 0.0], [1e-9, 1e12]])
+def test_a_plot_of_little_is_still_a_plot(values):
+    svg = line_plot(
+        [Line("one", list(range(len(values))), values)], x_label="x", y_label="y", title="t", from_zero=True
+    )
+    assert svg.endswith("</svg>")
+
+
+def test_thinning_keeps_the_mean_and_passes_over_gaps():
+    values = [1.0, 3.0] * 500
+    values[0] = math.nan
+    short = thin(Line("one", list(range(1000)), values), 100)
+    assert len(short.x) == len(short.y) == 100
+    assert short.y[1:] == [2.0] * 99
+    assert short.x[1] == 14.5
+
+
+def test_numbers_on_axes_need_no_powers():
+    found = [number_text(value) for value in (0.0, 0.00015, 950, 9500, 12_000, 1_500_000, -3.5)]
+    assert found == ["0", "0.00015", "950", "9500", "12k", "1.5M", "−3.5"]
+
+
+def test_falling_needs_more_than_noise():
+    assert is_falling(np.linspace(2.0, 1.0, 40))
+    assert not is_falling(np.linspace(1.0, 2.0, 40))
+    assert not is_falling(np.full(40, 1.0))
+    assert not is_falling(np.array([1.0]))
+
+
+def test_the_verdict_has_three_parts():
+    assert Verdict._fields == ("word", "sentence", "advice")
+
+
+def test_a_learning_rate_of_zero_is_told_from_a_collapse(tmp_path):
+    found = verdict(make_run(tmp_path / "run", made_metrics([1.3] * 50, rate=0.0, gradient=0.0)))
+    assert found.word == "stalled"
+    assert "learning rate was zero" in found.advice
