@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import underpaint
 from underpaint.methods import METHODS
@@ -59,11 +60,23 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> f
     return 2 * size**3 / best
 
 
+class _Counter(TorchDispatchMode):
+    """Adds up torch's own FLOP formulas. (FlopCounterMode also tracks modules, which torch.func.grad forbids.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def counted_flops(step: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products and convolutions of one step."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of the matrix products, convolutions and attention of one step."""
+    with _Counter() as counter:
         step()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def interleaved(steps: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, float]:
@@ -146,13 +159,14 @@ def own_rows(device: torch.device, seconds: float, only: str) -> list[dict[str, 
 def peers(device: torch.device, seconds: float) -> None:
     """MAE at ViT-S/16, 224 px, decoder 192 x 4: ours, transformers' and one made of lightly's parts."""
     from lightly.models import utils
-    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
     from timm.models.vision_transformer import vit_small_patch16_224
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     batch = 16 * (ON_GPU if device.type == "cuda" else 1)
     images = torch.randn(batch, 3, 224, 224, device=device)
-    ours = underpaint.MAE(underpaint.encoder("vit_small_patch16_224"), decoder_dim=192, decoder_depth=4).to(device)
+    encoder: Any = underpaint.encoder("vit_small_patch16_224")
+    ours = underpaint.MAE(encoder, decoder_dim=192, decoder_depth=4).to(device)
     config = ViTMAEConfig(
         hidden_size=384,
         num_hidden_layers=12,
@@ -173,7 +187,7 @@ def peers(device: torch.device, seconds: float) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.backbone = MaskedVisionTransformerTIMM(vit=vit_small_patch16_224())
-            self.decoder = MAEDecoderTIMM(
+            self.decoder = MaskedVisionTransformerDecoderTIMM(
                 num_patches=196,
                 patch_size=16,
                 embed_dim=384,

@@ -113,10 +113,10 @@ def resumable(name: str, pictures: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "moment", "count"),
     [
-        ("energy", "step", 17),  # measuring takes some calls too
+        ("energy", "step", 8),  # of 12; a checkpoint every 3
         ("energy", "save", 3),  # calls 1, 2: step 0 and step 3
         ("energy", "probe", 2),  # call 1: step 0
-        ("mae", "step", 26),
+        ("mae", "step", 5),
         ("mae", "save", 4),
     ],
 )
@@ -141,7 +141,7 @@ def test_killed_at_any_moment_is_never_killed(
 
 def test_sigterm_saves_first_and_goes_on_from_there(pictures: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    stopped = start("term", 20, *resumable("energy", pictures, out))
+    stopped = start("term", 8, *resumable("energy", pictures, out))
     assert stopped.returncode == 143, stopped.stderr
     assert "interrupted" in stopped.stderr
     found = Run(out).load()
@@ -160,8 +160,10 @@ def test_two_processes_make_the_loss_of_one(pictures: Path, unbroken: dict[str, 
         assert done.returncode == 0, done.stderr
         for ours, theirs in zip(metrics(out), metrics(alone), strict=True):
             if ours["loss"] is not None:
-                assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
-                assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=2e-3)
+                # weights whose gradient is rounding noise (a key's bias) drift apart under AdamW, without effect
+                first = ours["step"] == 2
+                assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5 if first else 2e-4)
+                assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4 if first else 1e-2)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(pictures: Path, tmp_path: Path, capsys: Any) -> None:

@@ -526,7 +526,6 @@ def _count_bad(run: Run, images: ImageSet, seen: Any, in_a_row: int, state: dict
     return in_a_row + 1
 
 
-@torch.no_grad()
 def _look(run: Run, judge: Judge, current: Session, step: int, main: bool) -> dict[str, float] | None:
     """A probe and a picture of where the run stands; training's randomness is not touched."""
     if not main:

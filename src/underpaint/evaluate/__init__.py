@@ -1,0 +1,27 @@
+"""What features are worth: probes of a frozen encoder, floors without any network, and the rank of the features."""
+
+from underpaint.evaluate.attentive import attentive
+from underpaint.evaluate.features import Features, extract
+from underpaint.evaluate.floors import hog, majority, raw_pixels
+from underpaint.evaluate.knn import knn
+from underpaint.evaluate.linear import linear
+from underpaint.evaluate.probe import probe_features
+from underpaint.evaluate.rank import effective_rank
+from underpaint.evaluate.result import Probe, gain
+from underpaint.evaluate.splits import stratified
+
+__all__ = [
+    "Features",
+    "Probe",
+    "attentive",
+    "effective_rank",
+    "extract",
+    "gain",
+    "hog",
+    "knn",
+    "linear",
+    "majority",
+    "probe_features",
+    "raw_pixels",
+    "stratified",
+]

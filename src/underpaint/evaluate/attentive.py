@@ -1,0 +1,150 @@
+"""The attentive probe: how much the patch tokens hold, when a probe may look where it wants."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from underpaint.errors import InputError
+from underpaint.evaluate.result import Probe
+from underpaint.evaluate.splits import Labels, as_task, hold_out
+
+RATES = (1e-3, 3e-3, 1e-2)  # of AdamW, at their highest
+WEIGHT_DECAY = 0.05
+WARM_UP = 0.1  # share of the steps
+EVALUATION_TOKENS = 2**18  # that are looked at together
+
+
+def attentive(
+    train_patches: Float[Tensor, "n t d"],
+    train_y: Labels,
+    test_patches: Float[Tensor, "m t d"],
+    test_y: Labels,
+    *,
+    epochs: int = 20,
+    seed: int = 0,
+) -> Probe:
+    """CAE's attentive probe (Chen et al., arXiv 2202.03026) on frozen patch tokens.
+
+    The module is CAE's; the training is shorter: AdamW with a cosine in place of 90 epochs of SGD, without
+    augmentation, since features are fixed. Probes of a few learning rates see the same batches of four fifths of
+    train; the rate that is best on the rest (the lowest among equals) trains once more on all of it. At evaluation
+    the batch norm uses its running statistics, so no test image influences another. It runs where `train_patches` lies.
+    Raises InputError for labels or tokens that cannot be probed.
+    """
+    if train_patches.shape[1] == 0:
+        raise InputError("the attentive probe needs patch tokens; there are none an image")
+    task = as_task(train_patches, train_y, test_patches, test_y)
+    fit, held = hold_out(task.train, seed)
+    best = RATES[len(RATES) // 2]  # where there is nothing to choose by
+    if len(held):
+        probes = _train(train_patches, task.train, fit, RATES, epochs, seed)
+        found = [(_predict(probe, train_patches, held) == task.train[held]).mean() for probe in probes]
+        best = RATES[int(np.argmax(found))]
+    (probe,) = _train(train_patches, task.train, np.arange(len(task.train)), [best], epochs, seed)
+    predicted = _predict(probe, test_patches, np.arange(len(test_patches)))
+    return Probe.of(task.hits(predicted), {"rate": best})
+
+
+class AttentiveProbe(nn.Module):
+    """Cross-attention of one learned query over tokens, batch norm without affine, one linear layer; no residual.
+
+    Tokens come standardised by `normalized`; the affine parts of the norms of keys and values are here. With one
+    query for all images three steps of the paper fold into others without changing what can be computed: the norm and the
+    projection of the query into the query itself; the projection of keys into one vector a head, and that of values
+    to after the weighted mean, so that no token is ever projected; and the shift of the keys' norm, which moves all
+    scores of a head alike, is left out. A query of zeros starts as average pooling.
+    """
+
+    def __init__(self, dim: int, classes: int, generator: torch.Generator):
+        super().__init__()
+        self.heads = heads_of(dim)
+        self.query = nn.Parameter(torch.zeros(dim))
+        self.key_scale = nn.Parameter(torch.ones(dim))
+        self.value_scale = nn.Parameter(torch.ones(dim))
+        self.value_shift = nn.Parameter(torch.zeros(dim))
+        self.key = _weight(dim, dim, dim**-0.5, generator)
+        self.value = _weight(dim, dim, dim**-0.5, generator)
+        self.value_bias = nn.Parameter(torch.zeros(dim))
+        self.output = _weight(dim, dim, dim**-0.5, generator)  # its bias would be undone by the batch norm
+        self.norm = nn.BatchNorm1d(dim, affine=False)
+        self.classify = _weight(classes, dim, 0.01, generator)
+        self.classify_bias = nn.Parameter(torch.zeros(classes))
+
+    def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b classes"]:
+        dim = tokens.shape[-1]
+        query = self.query.view(self.heads, 1, -1) / math.sqrt(dim // self.heads)
+        keys = (query @ self.key.view(self.heads, -1, dim)).squeeze(1) * self.key_scale  # one vector a head
+        attention = (tokens @ keys.T).softmax(dim=1)
+        pooled = attention.transpose(1, 2) @ tokens  # [b, heads, d]
+        pooled = pooled * self.value_scale + self.value_shift
+        values = torch.einsum("bhd,hed->bhe", pooled, self.value.view(self.heads, -1, dim)).flatten(1)
+        seen = F.linear(values + self.value_bias, self.output)
+        return F.linear(self.norm(seen), self.classify, self.classify_bias)
+
+
+def heads_of(dim: int) -> int:
+    """Heads of about 64 features, as in CAE: the largest number up to dim / 64 that divides dim."""
+    return next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
+
+
+def normalized(tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    """The layer norm (eps 1e-6) of tokens without its affine part, in float32."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
+
+
+def _train(
+    patches: Float[Tensor, "n t d"],
+    labels: Int[np.ndarray, "n"],
+    members: Int[np.ndarray, "k"],
+    rates: Sequence[float],
+    epochs: int,
+    seed: int,
+) -> list[AttentiveProbe]:
+    """A probe for every rate, trained on the images `members`; all start alike and see the same batches."""
+    device = patches.device
+    classes = int(labels.max()) + 1
+    probes = [AttentiveProbe(patches.shape[2], classes, torch.Generator().manual_seed(seed)).to(device) for _ in rates]
+    groups = [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    batch = min(len(members), max(16, min(256, len(members) // 16)))
+    an_epoch = len(members) // batch
+    steps, warm_up = epochs * an_epoch, max(1, round(WARM_UP * epochs * an_epoch))
+    targets = torch.from_numpy(labels)
+    order = torch.Generator().manual_seed(seed + 1)
+    index = torch.from_numpy(members)
+    for step in range(steps):
+        if step % an_epoch == 0:
+            shuffled = index[torch.randperm(len(index), generator=order)]
+        start = (step % an_epoch) * batch
+        chosen = shuffled[start : start + batch]
+        progress = max(0.0, (step - warm_up) / max(1, steps - warm_up))
+        factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        tokens, wanted = normalized(patches[chosen.to(device)]), targets[chosen].to(device)
+        losses = [F.cross_entropy(probe(tokens), wanted) for probe in probes]
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+    return [probe.eval() for probe in probes]
+
+
+@torch.no_grad()
+def _predict(
+    probe: AttentiveProbe, patches: Float[Tensor, "n t d"], members: Int[np.ndarray, "k"]
+) -> Int[np.ndarray, "k"]:
+    """The likeliest class of each image of `members`."""
+    device = probe.query.device
+    batch = max(1, EVALUATION_TOKENS // patches.shape[1])
+    parts = torch.from_numpy(members).to(patches.device).split(batch)
+    scores = [probe(normalized(patches[part].to(device))) for part in parts]
+    return torch.cat(scores).argmax(dim=1).cpu().numpy()
+
+
+def _weight(outputs: int, inputs: int, deviation: float, generator: torch.Generator) -> nn.Parameter:
+    return nn.Parameter(torch.randn(outputs, inputs, generator=generator) * deviation)
