@@ -1,6 +1,10 @@
 # Needs Python 3.11 or newer, make, and a network to the package index. Everything lives in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# two processes of one thread each: on two cores, threads of two processes would wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+# without the shape-checking hook, under which nothing compiles
+UNHOOKED := -o addopts="-q --strict-markers -p no:cacheprovider"
 
 .PHONY: install demo test check test-slow docs bench format
 
@@ -19,14 +23,14 @@ check: install
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest -m "quick and not slow and not unhooked"
+	$(PYTEST) -m "quick and not slow and not unhooked"
 
 test: install
-	$(BIN)/pytest -m "not slow and not unhooked"
-	$(BIN)/pytest -m "unhooked and not slow" -o addopts="-q --strict-markers -p no:cacheprovider"
+	$(PYTEST) -m "not slow and not unhooked"
+	$(PYTEST) -m "unhooked and not slow" $(UNHOOKED)
 
 test-slow: install
-	$(BIN)/pytest -m "slow" -o addopts="-q --strict-markers -p no:cacheprovider" --durations 10
+	$(BIN)/pytest -m "slow" $(UNHOOKED) --durations 10
 
 # the documentation's examples, executed
 docs: install

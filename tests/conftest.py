@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-torch.set_num_threads(2)
 os.environ.setdefault("WANDB_MODE", "offline")
 
 

@@ -15,8 +15,6 @@ from underpaint.errors import InputError
 from underpaint.plots import Line, line_plot, number_text, thin
 from underpaint.report import Verdict, is_falling, verdict, write_report
 
-pytestmark = pytest.mark.quick
-
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 RECIPE = """method:
   name: mae

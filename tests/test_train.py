@@ -110,6 +110,7 @@ def resumable(name: str, pictures: Path, out: Path) -> list[str]:
     ]
 
 
+@pytest.mark.xdist_group("unbroken")
 @pytest.mark.parametrize(
     ("name", "moment", "count"),
     [
@@ -139,6 +140,7 @@ def test_killed_at_any_moment_is_never_killed(
     assert (out / "encoder.safetensors").read_bytes() == (unbroken[name] / "encoder.safetensors").read_bytes()
 
 
+@pytest.mark.xdist_group("unbroken")
 def test_sigterm_saves_first_and_goes_on_from_there(pictures: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped = start("term", 8, *resumable("energy", pictures, out))
@@ -150,9 +152,11 @@ def test_sigterm_saves_first_and_goes_on_from_there(pictures: Path, unbroken: di
     assert step > 0
     resumed = start("never", 0, *resumable("energy", pictures, out))
     assert f"going on from step {step} of 12" in resumed.stdout
+    assert metrics(out) == metrics(unbroken["energy"])
     assert torch.equal(last_state(out)["method.head.weight"], last_state(unbroken["energy"])["method.head.weight"])
 
 
+@pytest.mark.xdist_group("unbroken")
 def test_two_processes_make_the_loss_of_one(pictures: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
     for name, alone in unbroken.items():
         out = tmp_path / name

@@ -25,6 +25,7 @@ from underpaint.evaluate import (
     knn,
     linear,
     majority,
+    probe_features,
     raw_pixels,
     stratified,
 )
@@ -45,7 +46,11 @@ class Part:
 
     @property
     def labels(self) -> np.ndarray:
-        return np.array([self.images.labels[k] for k in self.indices])
+        return self.labels_of(self.indices)
+
+    def labels_of(self, samples: Sequence[int]) -> np.ndarray:
+        """A streamed set learns only on the way which images can be read."""
+        return np.array([self.images.labels[k] for k in samples])
 
     def subset(self, count: int, seed: int) -> "Part":
         chosen = stratified(self.labels, count, seed)
@@ -87,11 +92,13 @@ class Judge:
         few = list(range(min(6, len(self.pool))))
         return next(iter(eval_batches(self.pool, size=self.size, indices=few))).images.to(device)
 
-    def _pixels(self, part: Part) -> tuple[Tensor, np.ndarray]:
-        """Images in [0, 1] and the labels of those that could be read."""
-        batches = list(eval_batches(part.images, size=self.size, indices=part.indices))
-        labels = np.array([part.images.labels[k] for batch in batches for k in batch.samples])
-        return torch.cat([batch.images.cpu() for batch in batches]), labels
+    def _floor(self, floor: Callable[[Tensor], Tensor], part: Part) -> tuple[Tensor, np.ndarray]:
+        """Features without a network [n, d], and the labels of the images that could be read."""
+        features, seen = [], []
+        for batch in eval_batches(part.images, size=self.size, indices=part.indices):
+            features.append(floor(batch.images).float())
+            seen += batch.samples
+        return torch.cat(features), part.labels_of(seen)
 
     def quick(self, encoder: Backbone, standardize: Standardize) -> dict[str, float]:
         """Named numbers for a line of metrics."""
@@ -105,20 +112,24 @@ class Judge:
         test = self.parts[1].subset(self._most(encoder, QUICK_TEST), self.seed)
         x, x_labels = self._features(encoder, standardize, train, True)
         y, y_labels = self._features(encoder, standardize, test, True)
-        probes = {
-            "linear": linear(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed),
-            "attentive": attentive(x.patches, x_labels, y.patches, y_labels, seed=self.seed),
-            "knn": knn(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed),
-        }
+        probes = probe_features(x, x_labels, y, y_labels, seed=self.seed)
         numbers = {"rank": effective_rank(x.pooled[:QUICK_TEST])}
         for name, probe in probes.items():
             numbers |= {name: probe.accuracy, f"{name}_error": probe.standard_error}
         return numbers
 
     def final(
-        self, encoder: Backbone, untrained: Backbone, standardize: Standardize, shout: Callable[[str], None]
+        self,
+        encoder: Backbone,
+        untrained: Backbone,
+        standardize: Standardize,
+        start: str,
+        shout: Callable[[str], None],
     ) -> dict[str, Any]:
-        """All probes in full, of the encoder, of what it started from, and of the floors; told in plain words."""
+        """All probes in full, of the encoder, of what it started from, and of the floors; told in plain words.
+
+        `start` says in words what it started from.
+        """
         if self.parts is None:
             ranks = {
                 "encoder": self.quick(encoder, standardize)["rank"],
@@ -137,25 +148,24 @@ class Judge:
             "encoder": self._all(encoder, standardize, train, test),
             "untrained": self._all(untrained, standardize, train, test),
         }
-        pixels, labels = self._pixels(train.subset(QUICK_TRAIN, self.seed))
-        test_pixels, test_labels = self._pixels(test)
         for name, floor in (("raw_pixels", raw_pixels), ("hog", hog)):
-            x, y = floor(pixels), floor(test_pixels)
+            x, labels = self._floor(floor, train)
+            y, test_labels = self._floor(floor, test)
             found[name] = {
                 "linear": linear(x, labels, y, test_labels, seed=self.seed),
                 "knn": knn(x, labels, y, test_labels, seed=self.seed),
             }
         gains = {name: gain(found["encoder"][name], found["untrained"][name]) for name in found["encoder"]}
         classes = len(np.unique(train.labels))
-        _tell(found, gains, shout)
+        _tell(found, gains, start, shout)
         return {
             "train": len(train.indices),
             "test": len(test.indices),
             "classes": classes,
             "chance": 1 / classes,
             **{who: {name: probe.numbers() for name, probe in probes.items()} for who, probes in found.items()},
-            "floors_train": len(labels),
-            "majority": majority(train.labels, test_labels).numbers(),
+            "majority": majority(train.labels, test.labels).numbers(),
+            "attentive_train": min(len(train.indices), self._most(encoder, ATTENTIVE_TRAIN)),
             "gain": {name: {"difference": d, "standard_error": e} for name, (d, e) in gains.items()},
         }
 
@@ -186,7 +196,7 @@ class Judge:
                 yield batch
 
         features = extract(encoder, noted(), transform=standardize, with_patches=with_patches)
-        return features, np.array([part.images.labels[k] for k in seen])
+        return features, part.labels_of(seen)
 
     def _most(self, encoder: Backbone, count: int) -> int:
         """At most `count` images, fewer where their patch tokens would not fit."""
@@ -194,12 +204,14 @@ class Judge:
         return min(count, int(TOKEN_MEMORY / (4 * rows * columns * encoder.dim)))
 
 
-def _tell(found: dict[str, dict[str, Probe]], gains: dict[str, tuple[float, float]], shout: Any) -> None:
+def _tell(
+    found: dict[str, dict[str, Probe]], gains: dict[str, tuple[float, float]], start: str, shout: Callable[[str], None]
+) -> None:
     """The table and the verdict that end a run."""
     shout(f"{'':<22}{'linear':>16}{'attentive':>16}{'kNN':>16}")
     names = {
         "encoder": "pretrained encoder",
-        "untrained": "untrained encoder",
+        "untrained": start,
         "raw_pixels": "raw pixels",
         "hog": "HOG",
     }
@@ -212,12 +224,12 @@ def _tell(found: dict[str, dict[str, Probe]], gains: dict[str, tuple[float, floa
     difference, error = gains["linear"]
     if difference > 2 * error:
         shout(
-            f"pretraining helped: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe over the untrained encoder"
+            f"pretraining helped: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe over the {start}"
         )
     else:
         shout(
             f"pretraining did not measurably help: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe "
-            "over the untrained encoder"
+            f"over the {start}"
         )
     best_floor = max(("raw_pixels", "hog"), key=lambda who: found[who]["linear"].accuracy)
     if found["encoder"]["linear"].accuracy <= found[best_floor]["linear"].accuracy:

@@ -120,9 +120,9 @@ def _check_fit(current: Session, batch: Batch) -> None:
     full = current.local_batch
     parts = current.recipe.optimiser.accumulation
     if current.fabric.device.type == "cpu" and full // parts >= 64:
-        before = _resident()
+        before = _restart_peak()
         small = _rows(current, batch, max(parts, full // 8 // parts * parts))
-        grown = (_memory(current) - before) * full / len(small.images) if _runs(current, small) else 0
+        grown = (_peak() - before) * full / len(small.images) if _runs(current, small) and before else 0
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
         if grown > 0.9 * free:
             fits = max(1, int(full * 0.8 * free / grown))
@@ -169,18 +169,34 @@ def _runs(current: Session, batch: Batch) -> bool:
 
 def _memory(current: Session) -> int:
     """Peak memory of this process in bytes: the GPU's where there is one."""
-    if current.fabric.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if current.fabric.device.type == "cuda" else _peak()
+
+
+def _peak() -> int:
+    """The most memory that this process held, in bytes, since the last `_restart_peak` where the system allows one."""
+    if found := _status("VmHWM:"):
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _resident() -> int:
-    """Memory that this process holds now, in bytes; its peak where the system does not tell."""
+def _restart_peak() -> int:
+    """Forget the peak so far; returns the memory held now in bytes, or 0 where the system cannot do this."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return 0
+    return _status("VmRSS:")
+
+
+def _status(name: str) -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
 
 
 def _cached() -> int:

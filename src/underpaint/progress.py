@@ -36,11 +36,13 @@ class Bar:
             self.live.start()
 
     def step(self, step: int) -> None:
+        if step == self.first + 1:
+            self.began = time.monotonic()  # what came before the first step says nothing about the rest
         if self.live:
             self.live.update(self.task, completed=step)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """Show one line of metrics; where there is no terminal, at most one every ten seconds and the last."""
+        """Show one line of metrics; where there is no terminal, at most one every ten seconds, those with a probe, and the last."""
         if not self.enabled:
             return
         shown = describe(line)
@@ -48,12 +50,14 @@ class Bar:
             self.live.update(self.task, completed=line["step"], description=shown)
             return
         now = time.monotonic()
-        if now - self.said < 10 and line["step"] != self.total:
+        if now - self.said < 10 and line["step"] != self.total and "probe" not in line:
             return
         self.said = now
-        done = line["step"] - self.first
-        left = (now - self.began) / done * (self.total - line["step"]) if done > 0 else float("nan")
-        say(f"step {line['step']}/{self.total}  {shown}  {left / 60:.1f} min left")
+        left = ""
+        if line["step"] > self.first:
+            seconds = (now - self.began) / (line["step"] - self.first) * (self.total - line["step"])
+            left = f"  {seconds / 60:.1f} min left"
+        say(f"step {line['step']}/{self.total}  {shown}{left}")
 
     def above(self, text: str) -> None:
         """A message that stays, above the bar."""
@@ -70,9 +74,15 @@ class Bar:
 def describe(line: Mapping[str, Any]) -> str:
     """Loss against its baseline, speed and data wait, in one short line."""
     loss, baseline = line.get("loss"), (line.get("terms") or {}).get("baseline")
-    parts = ["loss -" if loss is None else f"loss {loss:.4f}"]
+    parts = []
+    if loss is not None:
+        parts.append(f"loss {loss:.4f}")
     if baseline is not None:
         parts.append(f"(trivial {baseline:.4f})")
-    parts.append(f"{line['images_per_second']:.0f} images/s")
-    parts.append(f"data wait {line['data_wait']:.0%}")
+    if loss is not None:
+        parts.append(f"{line['images_per_second']:.0f} images/s")
+        parts.append(f"data wait {line['data_wait']:.0%}")
+    kinds = {"linear": "linear probe", "attentive": "attentive", "knn": "kNN", "rank": "effective rank"}
+    probe = line.get("probe") or {}
+    parts += [f"{label} {probe[kind]:.3g}" for kind, label in kinds.items() if kind in probe]
     return " ".join(parts)

@@ -6,6 +6,7 @@ nothing again.
 """
 
 import copy
+import math
 import signal
 import threading
 import time
@@ -278,6 +279,15 @@ def _data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
         f"{len(images)} images to pretrain on, {'kept decoded' if images.cached else 'decoded as they are needed'}"
         + (f"; {len(images.skipped)} files skipped (skipped.jsonl)" if images.skipped else "")
     )
+    for note in images.notes:
+        shout(note)
+    if images.pixels is not None:
+        side = int(np.median(images.pixels.shapes[:, :2].min(axis=1)))
+        if 2 * side <= min(settings.image_size):
+            shout(
+                f"note: images are {side} px, enlarged to {min(settings.image_size)}: "
+                f"--image-size {side} with a smaller --patch-size is many times faster"
+            )
     labelled = open_source(settings.labels, groups=settings.groups, seed=recipe.run.seed) if settings.labels else source
     if settings.labels:
         for note in labelled.notes:
@@ -302,7 +312,11 @@ def _decide(fabric: Fabric, recipe: Recipe, images: ImageSet, current: Session, 
         batches = _batches(current, images, 0, None)
         seen = [next(batches) for _ in range(4)]
         batches.close()
-        calibrated = current.method.calibrate(current.standardize(seen[0].images), current.draws(seen[0], 0))
+        calibrated = current.method.calibrate(
+            current.standardize(seen[0].images),
+            current.draws(seen[0], 0),
+            lambda number: torch.as_tensor(fabric.all_reduce(number, reduce_op="mean")),
+        )
         wanted = {"on": True, "off": False, "auto": None}[length.compile]
         found = measure(current, seen, wanted, lambda seconds: planned_steps(recipe, len(images), seconds), shout)
         measured |= fabric.broadcast({**calibrated, **found})
@@ -430,8 +444,9 @@ def _train(
         }
         if probe:
             line["probe"] = probe
-            if (value := probe.get("linear", -(line["loss"] or float("inf")))) > (state["best"] or float("-inf")):
-                state.update(best=value if np.isfinite(value) else None, best_step=step)
+            value = probe.get("linear", -(line["loss"] or float("inf")))  # the loss where there are no labels
+            if math.isfinite(value) and (state["best"] is None or value > state["best"]):
+                state.update(best=value, best_step=step)
         run.append("metrics.jsonl", [line])
         assert board is not None
         board.write(finite(line))
@@ -444,8 +459,7 @@ def _train(
             log(0, 0.0, 0.0, 0, _look(run, judge, current, 0, main))
             save()
         while state["step"] < total:  # once, and again after every roll-back
-            state_seed = recipe.run.seed + 1_000_003 * state["rollbacks"]  # other batches than those that failed
-            current.seed = state_seed
+            current.seed = recipe.run.seed + 1_000_003 * state["rollbacks"]  # other batches than those that failed
             in_a_row, pending, waited, since, steps = 0, [], 0.0, 0.0, 0
             batches = _batches(current, images, state["step"], note_skip)
             rolled = False
@@ -460,12 +474,12 @@ def _train(
                     window.add(numbers, bad)
                     state["step"] = step = step + 1
                     pending.append((step, bad, batch.samples))
-                    ending = step == total or bool(received)
-                    logging = step % measured["log_every"] == 0 or ending
                     probing = step % measured["probe_every"] == 0 or step == total
-                    saving = step % measured["checkpoint_every"] == 0 or probing or ending
+                    logging = step % measured["log_every"] == 0 or probing
+                    stopping = step < total and _told_to_stop(fabric, received, logging)
+                    saving = step % measured["checkpoint_every"] == 0 or probing or stopping
                     # flags are read a step late, so that a GPU never waits for Python, unless the step ends here
-                    while len(pending) > (0 if logging or probing or saving else 1):
+                    while len(pending) > (0 if logging or saving else 1):
                         in_a_row = _count_bad(run, images, pending.pop(0), in_a_row, state, bar)
                         rolled = rolled or in_a_row >= ROLL_BACK_AFTER
                     spent = time.perf_counter() - began
@@ -474,7 +488,7 @@ def _train(
                     bar.step(step)
                     if rolled:
                         break
-                    if logging or probing:
+                    if logging:
                         log(
                             step,
                             waited,
@@ -485,8 +499,8 @@ def _train(
                         waited, since, steps = 0.0, 0.0, 0
                     if saving:
                         save()
-                    if received and step < total:
-                        raise Interrupted(received[0])
+                    if stopping:
+                        raise Interrupted(received[0] if received else signal.SIGTERM)
             finally:
                 batches.close()
             if rolled:
@@ -502,11 +516,22 @@ def _train(
         if board is not None:
             board.close()
     if main:
-        report = judge.final(method.encoder, untrained.to(fabric.device), current.standardize, shout)
+        start = f"start ({recipe.init})" if recipe.init else "untrained encoder"
+        report = judge.final(method.encoder, untrained.to(fabric.device), current.standardize, start, shout)
         run.write_json("probes.json", report)
         write_report(run.path)
         shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")
     fabric.barrier()
+
+
+def _told_to_stop(fabric: Fabric, received: list[int], due: bool) -> bool:
+    """Whether a signal came to any process; several processes agree on it at the steps that are `due`."""
+    if fabric.world_size == 1:
+        return bool(received)
+    if not due:
+        return False
+    flag = fabric.all_reduce(torch.tensor(float(bool(received)), device=fabric.device), reduce_op="sum")
+    return bool(torch.as_tensor(flag) > 0)
 
 
 def _count_bad(run: Run, images: ImageSet, seen: Any, in_a_row: int, state: dict[str, Any], bar: Bar) -> int:

@@ -68,7 +68,8 @@ def _hog_chunk(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
     columns[:, :, 1:-1] = grey[:, :, 2:] - grey[:, :, :-2]
     magnitude = torch.hypot(rows, columns)
     degrees = torch.rad2deg(torch.atan2(rows, columns)) % 180
-    bins = (degrees / (180 / ORIENTATIONS)).long().clamp(max=ORIENTATIONS - 1)
+    # the remainder of a tiny negative angle rounds to 180, which is 0 again (scikit-image counts it nowhere)
+    bins = (degrees / (180 / ORIENTATIONS)).long() % ORIENTATIONS
     votes = grey.new_zeros(len(grey), ORIENTATIONS, height, width)
     votes.scatter_(1, bins[:, None], magnitude[:, None])
     cells = F.avg_pool2d(votes, (hog_cell(height), hog_cell(width)))  # drops what does not fill a cell

@@ -30,14 +30,14 @@ def linear(
     with it. It runs where `train_x` lies. Raises InputError for labels or features that cannot be probed.
     """
     task = as_task(train_x, train_y, test_x, test_y)
-    mean, scale = _statistics(train_x)
-    x = ((train_x - mean) / scale).float()
+    mean, scale = _statistics(train_x.float())
+    x = (train_x.float() - mean) / scale
     basis, spread = _principal(x)
     x = x @ basis
     y = torch.from_numpy(task.train).to(x.device)
     c, start = _choose(x, y, spread, len(task.classes), seed)
     weights = _fit(x, y, spread, c, start)
-    z = ((test_x.to(x.device) - mean) / scale).float() @ basis
+    z = ((test_x.to(x.device).float() - mean) / scale) @ basis
     return Probe.of(task.hits(_predict(weights, z)), {"C": c})
 
 

@@ -10,6 +10,7 @@ likely. Training asks that one such step restores the image.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -92,10 +93,12 @@ class Energy(Method):
         """One restoring step down the energy; no clamp, which would kill gradients."""
         return images - self.log_step_size.exp() * self.gradient(images)
 
-    def calibrate(self, images: Float[Tensor, "b c height width"], mask: Mask) -> dict[str, float]:
+    def calibrate(
+        self, images: Float[Tensor, "b c height width"], mask: Mask, mean: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> dict[str, float]:
         if self.calibrated:
             return {}
-        change = self.gradient(mask_cells(images, mask, self.cell)).square().mean().sqrt()
+        change = mean(self.gradient(mask_cells(images, mask, self.cell)).square().mean()).sqrt()
         with torch.no_grad():
             self.log_step_size.copy_((0.1 / change.detach()).log())
         self.calibrated = True

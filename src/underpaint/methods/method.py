@@ -1,6 +1,6 @@
 """The contract between a method and everything around it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,8 +39,13 @@ class Method(nn.Module):
     def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
         raise NotImplementedError
 
-    def calibrate(self, images: Float[Tensor, "b c height width"], mask: Mask) -> dict[str, float]:
-        """Settings that are measured on the first batch before step 0: taken over at once, and returned by name."""
+    def calibrate(
+        self, images: Float[Tensor, "b c height width"], mask: Mask, mean: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> dict[str, float]:
+        """Settings that are measured on the first batch before step 0: taken over at once, and returned by name.
+
+        `mean` averages a number over the processes of a run, so that all take over the same.
+        """
         return {}
 
     def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:

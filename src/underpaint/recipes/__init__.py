@@ -17,7 +17,7 @@ def mae_vit_base_in1k() -> Recipe:
         encoder={"name": "vit_base_patch16_224"},
         data=Data(image_size=(224, 224), workers=8),
         optimiser=Optimiser(rate=1.5e-4, warmup=40 / 800, batch_size=4096, clip=1e9),
-        run=Length(epochs=800),
+        run=Length(epochs=800.0),
     )
 
 
@@ -28,7 +28,7 @@ def mae_tiny_32() -> Recipe:
         encoder=dict(TINY),
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
         optimiser=Optimiser(rate=1e-3, batch_size=256),
-        run=Length(minutes=8),
+        run=Length(minutes=8.0),
     )
 
 
@@ -39,7 +39,7 @@ def energy_tiny_32() -> Recipe:
         encoder=dict(TINY),
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
         optimiser=Optimiser(rate=2e-3, batch_size=64),
-        run=Length(minutes=15),
+        run=Length(minutes=15.0),
     )
 
 

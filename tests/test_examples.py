@@ -1,0 +1,40 @@
+"""The examples of the documentation are executed."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import underpaint
+
+ROOT = Path(__file__).parents[1]
+
+
+def modules_with_examples() -> list[str]:
+    names = [m.name for m in pkgutil.walk_packages(underpaint.__path__, "underpaint.")]
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    return [name for name in names if any(t.examples for t in finder.find(importlib.import_module(name)))]
+
+
+def test_there_are_examples() -> None:
+    assert {"underpaint.backbones.build", "underpaint.methods.mae", "underpaint.methods.energy"} <= set(
+        modules_with_examples()
+    )
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", ["README.md"])
+def test_python_in_the_documentation_runs(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), {})

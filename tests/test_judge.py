@@ -1,0 +1,81 @@
+"""Probes that cannot flatter, as a run asks for them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+
+import underpaint
+from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
+from underpaint.judge import Judge
+from underpaint.patches import Standardize
+
+SIZE = (16, 16)
+
+
+def judge_of(folder: Path) -> Judge:
+    def load(source: Source, indices: list[int]) -> ImageSet:
+        return load_images(source, indices, size=SIZE)
+
+    source = open_source(folder)
+    indices = pretraining_indices(source)
+    return Judge.of(source, load, load(source, indices), indices, SIZE, seed=0)
+
+
+@pytest.fixture
+def encoder() -> Any:
+    torch.manual_seed(0)
+    return underpaint.encoder("vit_tiny_patch16_224", image_size=SIZE, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+
+
+STANDARDIZE = Standardize([0.5] * 3, [0.25] * 3)
+
+
+def test_a_copy_of_the_untrained_weights_gains_exactly_nothing(pictures: Path, encoder: Any) -> None:
+    said: list[str] = []
+    found = judge_of(pictures).final(encoder, copy.deepcopy(encoder), STANDARDIZE, "untrained encoder", said.append)
+    for gain in found["gain"].values():
+        assert gain == {"difference": 0.0, "standard_error": 0.0}
+    assert found["encoder"] == found["untrained"]
+    assert "did not measurably help" in " ".join(said)
+    assert found["train"] + found["test"] == 90
+
+
+def test_shuffled_labels_give_chance(tmp_path: Path, encoder: Any) -> None:
+    folder = write_pictures(tmp_path / "pictures", 600)
+    judge = judge_of(folder)
+    assert judge.parts is not None
+    known = judge.quick(encoder, STANDARDIZE)
+    assert known["linear"] > 0.6  # stripes of three directions are easy
+    shuffled = np.random.default_rng(0).permutation(np.array([0, 1, 2] * 200))
+    for part in judge.parts:
+        part.images.labels[:] = [int(label) for label in shuffled[: len(part.images)]]
+        shuffled = shuffled[len(part.images) :]
+    guessed = judge.quick(encoder, STANDARDIZE)
+    for kind in ("linear", "attentive", "knn"):
+        assert abs(guessed[kind] - 1 / 3) < 4 * guessed[f"{kind}_error"], kind
+
+
+def test_the_test_part_is_neither_trained_on_nor_chosen_by(pictures: Path, encoder: Any) -> None:
+    judge = judge_of(pictures)
+    assert judge.parts is not None
+    train, test = judge.parts
+    assert not {train.images.names[k] for k in train.indices} & {test.images.names[k] for k in test.indices}
+    before = judge.final(encoder, encoder, STANDARDIZE, "untrained encoder", lambda _: None)
+    test.images.labels[:] = list(reversed(test.images.labels))
+    after = judge.final(encoder, encoder, STANDARDIZE, "untrained encoder", lambda _: None)
+    for kind in ("linear", "attentive", "knn"):
+        assert after["encoder"][kind]["chosen"] == before["encoder"][kind]["chosen"]
+
+
+def test_probes_leave_training_as_it_was(pictures: Path, encoder: Any) -> None:
+    encoder.train()
+    state = torch.get_rng_state()
+    judge_of(pictures).quick(encoder, STANDARDIZE)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert encoder.training
+    assert all(parameter.grad is None for parameter in encoder.parameters())
