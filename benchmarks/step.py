@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import underpaint
+from underpaint.measure import peak, restart_peak
 from underpaint.methods import METHODS
 from underpaint.runs import environment
 
@@ -110,13 +111,19 @@ def training_step(model: torch.nn.Module, loss: Callable[[], Tensor], device: to
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device) -> float | None:
-    """GiB at the peak of a step; on a CPU the sum of live tensors cannot be asked for, so None."""
-    if device.type != "cuda":
-        return None
+    """GiB at the peak of a step: of the GPU, else of the whole process; None where the system does not tell.
+
+    A CPU's process keeps freed memory, so a later row can only look larger: `--only` measures one encoder alone.
+    """
     gc.collect()
-    torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if not restart_peak():
+        return None
     step()
-    return torch.cuda.max_memory_allocated() / 2**30
+    return round(peak() / 2**30, 2)
 
 
 def own_rows(device: torch.device, seconds: float, only: str) -> list[dict[str, Any]]:

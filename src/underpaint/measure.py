@@ -120,9 +120,9 @@ def _check_fit(current: Session, batch: Batch) -> None:
     full = current.local_batch
     parts = current.recipe.optimiser.accumulation
     if current.fabric.device.type == "cpu" and full // parts >= 64:
-        before = _restart_peak()
+        before = restart_peak()
         small = _rows(current, batch, max(parts, full // 8 // parts * parts))
-        grown = (_peak() - before) * full / len(small.images) if _runs(current, small) and before else 0
+        grown = (peak() - before) * full / len(small.images) if _runs(current, small) and before else 0
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
         if grown > 0.9 * free:
             fits = max(1, int(full * 0.8 * free / grown))
@@ -169,18 +169,18 @@ def _runs(current: Session, batch: Batch) -> bool:
 
 def _memory(current: Session) -> int:
     """Peak memory of this process in bytes: the GPU's where there is one."""
-    return torch.cuda.max_memory_allocated() if current.fabric.device.type == "cuda" else _peak()
+    return torch.cuda.max_memory_allocated() if current.fabric.device.type == "cuda" else peak()
 
 
-def _peak() -> int:
-    """The most memory that this process held, in bytes, since the last `_restart_peak` where the system allows one."""
+def peak() -> int:
+    """The most memory that this process held, in bytes, since the last `restart_peak` where the system allows one."""
     if found := _status("VmHWM:"):
         return found
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
-def _restart_peak() -> int:
+def restart_peak() -> int:
     """Forget the peak so far; returns the memory held now in bytes, or 0 where the system cannot do this."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
