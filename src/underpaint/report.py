@@ -569,6 +569,8 @@ def probe_table(probes: dict) -> str:
     ]
     caption = "Accuracy in percent ± one standard error; the gain, in points, is over the untrained encoder. "
     caption += f"{', '.join(counts)}." if counts else ""
+    if number(probes, "attentive_train") < number(probes, "train"):
+        caption += f" The attentive probe was fitted on {count_text(number(probes, 'attentive_train'))} images."
     return (
         f'<p class="note" id="final-probes">{caption}</p>'
         f'<div class="scroll" tabindex="0" role="region" aria-labelledby="final-probes">'
