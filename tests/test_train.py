@@ -167,7 +167,7 @@ def test_two_processes_make_the_loss_of_one(pictures: Path, unbroken: dict[str, 
                 # weights whose gradient is rounding noise (a key's bias) drift apart under AdamW, without effect
                 first = ours["step"] == 2
                 assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5 if first else 2e-4)
-                assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4 if first else 1e-2)
+                assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4 if first else 2e-3)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(pictures: Path, tmp_path: Path, capsys: Any) -> None:

@@ -100,10 +100,7 @@ def resolve(
             f"--out {run.path}: holds a run with other settings ({'; '.join(changed)}); "
             "give its own settings to go on, or another path"
         )
-    if (stored.run.minutes != result.run.minutes and stored.measured) or (stored.run.epochs, stored.run.steps) != (
-        result.run.epochs,
-        result.run.steps,
-    ):
+    if any(getattr(stored.run, name) != getattr(result.run, name) for name in ("epochs", "steps", "minutes")):
         result.measured.pop("steps", None)
     return result, True
 
