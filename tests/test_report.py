@@ -518,3 +518,90 @@ def test_a_learning_rate_of_zero_is_told_from_a_collapse(tmp_path):
     found = verdict(make_run(tmp_path / "run", made_metrics([1.3] * 50, rate=0.0, gradient=0.0)))
     assert found.word == "stalled"
     assert "learning rate was zero" in found.advice
+
+
+LOOKS = {
+    "images": 2000,
+    "queries": 500,
+    "neighbours": 5,
+    "same_label": {
+        "pretrained": 0.412,
+        "pretrained_error": 0.009,
+        "untrained": 0.301,
+        "untrained_error": 0.008,
+        "difference": 0.111,
+        "difference_error": 0.01,
+        "chance": 0.1,
+    },
+}
+
+
+def looks_run(folder: Path, looks: Any, size: tuple[int, int] = (300, 200)) -> Path:
+    """A run with the pictures of what its features see."""
+    metrics = [{"step": 10 * n, "loss": 1.0 - 0.01 * n} for n in range(20)]
+    run = make_run(folder, metrics, pictures=2, size=(64, 48))
+    for position, name in enumerate(("features", "neighbours", "map")):
+        made_picture(size, position).save(run / "pictures" / f"{name}.png")
+    (run / "pictures" / "looks.json").write_text(looks if isinstance(looks, str) else json.dumps(looks))
+    return run
+
+
+def test_what_the_features_see_is_shown_with_its_numbers(tmp_path):
+    text, _ = checked(write_report(looks_run(tmp_path / "run", LOOKS)))
+    section = text[text.index('<section id="looks">') :]
+    section = section[: section.index("</section>")]
+    assert text.index("<h2>Restorations</h2>") < text.index("<h2>What the features see</h2>")
+    assert section.count("<figure") == section.count("<figcaption>") == section.count('class="scroll"') == 3
+    assert len(re.findall(r'alt="[^"]{20,}"', section)) == 3
+    assert (
+        "Of the five nearest neighbours, 41.2 ± 0.9 % share the query's label; 30.1 ± 0.8 % before training; "
+        "10.0 % by chance (500 queries)."
+    ) in section.replace("&#x27;", "'")
+    assert "Training changed it by +11.1 points ± 1.0." in section
+    assert "green bar" in section
+
+
+def test_a_change_within_its_error_is_not_claimed(tmp_path):
+    looks = json.loads(json.dumps(LOOKS))
+    looks["same_label"] |= {"difference": -0.012, "difference_error": 0.01}
+    text, _ = checked(write_report(looks_run(tmp_path / "run", looks)))
+    assert "The change by training is not measurable (−1.2 points ± 1.0)." in text
+    assert "Training changed it" not in text
+
+
+@pytest.mark.parametrize(
+    "looks",
+    ["{cut", "[]", '{"images": 3}', '{"same_label": 3}', '{"same_label": {"pretrained": "<b>", "chance": null}}'],
+)
+def test_looks_without_numbers_are_pictures_alone(tmp_path, looks):
+    text, _ = checked(write_report(looks_run(tmp_path / "run", looks)))
+    assert "<h2>What the features see</h2>" in text
+    assert "by chance" not in text
+    assert "green bar" not in text
+    assert "<b>" not in text[text.index('id="looks"') :]
+
+
+def test_some_numbers_are_enough(tmp_path):
+    looks = {"same_label": {"pretrained": 0.5, "pretrained_error": None}}
+    text, _ = checked(write_report(looks_run(tmp_path / "run", looks)))
+    assert "Of the nearest neighbours, 50.0 % share the query" in text
+    assert "nan" not in text[text.index('id="looks"') : text.index("<h2>Recipe</h2>")].split("base64,")[0]
+
+
+def test_missing_and_damaged_pictures_of_features_are_passed_over(tmp_path):
+    run = looks_run(tmp_path / "run", LOOKS)
+    (run / "pictures" / "map.png").unlink()
+    (run / "pictures" / "features.png").write_text("not a picture")
+    text, _ = checked(write_report(run))
+    assert text[text.index('id="looks"') :].count("<figure") == 1
+    (run / "pictures" / "neighbours.png").write_bytes(b"")
+    text, _ = checked(write_report(run))
+    assert "What the features see" not in text
+
+
+def test_large_pictures_of_all_kinds_stay_under_five_megabytes(tmp_path):
+    run = looks_run(tmp_path / "run", LOOKS, size=(900, 800))
+    for position in range(12):
+        made_picture((700, 500), position).save(run / "pictures" / f"restore-{100 * position:08d}.png")
+    text, _ = checked(write_report(run))
+    assert text[text.index('id="looks"') :].count("<figure") == 3

@@ -39,6 +39,10 @@ def _value(text: str) -> Any:
         return yaml.safe_load(text) if text.isalpha() else text
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of every command; each command's function is its `run` default."""
     top = _Parser(prog="underpaint", description=underpaint.__doc__)
@@ -74,27 +78,13 @@ def parser() -> argparse.ArgumentParser:
     given: dict[str, Any] = {"default": argparse.SUPPRESS}  # what is not said comes from the recipe
     made.add_argument("--recipe", help="a shipped name ('underpaint recipes') or a YAML file", **given)
     made.add_argument("--method", help="energy or mae (default energy)", **given)
-    made.add_argument("--encoder", help="any timm name (default vit_small_patch16_224)", **given)
-    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default 224)", **given)
-    made.add_argument("--patch-size", type=int, help="pixels (default: the encoder's own)", **given)
     length = made.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the images (default 100)", **given)
     length.add_argument("--steps", type=int, help="optimiser steps", **given)
     length.add_argument("--minutes", type=float, help="of training, probes not counted", **given)
-    made.add_argument("--batch-size", type=int, help="images a step, over all devices (default 256)", **given)
     made.add_argument("--seed", type=int, help="of everything random (default 0)", **given)
-    made.add_argument(
-        "--set", type=_setting, action="append", default=[], metavar="PATH=VALUE", help="any value of the recipe"
-    )
-    made.add_argument("--init", help="weights to start from: timm:NAME, a run or a file", **given)
-    made.add_argument("--labels", help="labelled images for the probes", **given)
-    made.add_argument("--groups", metavar="REGEX", help="images of one group stay on one side of a hold-out", **given)
     made.add_argument("--probe-every", type=int, help="steps (default: a quarter of the run)", **given)
-    made.add_argument("--checkpoint-every", type=int, help="steps (default: about two minutes)", **given)
-    made.add_argument("--devices", type=int, help="GPUs, or processes on a CPU (default: all GPUs, or 1)", **given)
-    made.add_argument("--nodes", type=int, help="machines (default 1)", **given)
-    made.add_argument("--precision", choices=("auto", "32", "bf16", "16"), help="(default auto)", **given)
-    made.add_argument("--workers", type=int, help="processes that decode images (default 0)", **given)
+    _shared(made, given)
 
     made = command(
         "restore",
@@ -113,8 +103,26 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("data", help="images, as for pretrain")
     made.add_argument("--out", type=Path, required=True, help="a CSV file: path, score, rank; most unusual first")
 
-    made = command("report", _report, "write the HTML page of a run", "report runs/first")
-    made.add_argument("run_folder", metavar="RUN", type=Path)
+    made = command(
+        "compare",
+        _compare,
+        "several methods under the same wall-clock on your images, then one table and one page",
+        "compare photos/ --methods mae,energy --minutes 30 --image-size 64 --patch-size 8 --out runs/which",
+    )
+    made.add_argument("data", help="images, as for pretrain")
+    made.add_argument("--out", type=Path, required=True, help="a folder; where it holds this comparison, go on")
+    made.add_argument(
+        "--methods", required=True, type=_names, help="names of methods, shipped recipes or YAML files: a,b,c"
+    )
+    made.add_argument("--minutes", type=float, required=True, help="of training, for each method with each seed")
+    made.add_argument("--seeds", type=int, default=2, help="how often each method is trained")
+    made.add_argument(
+        "--recipe", help="where encoder and data settings come from: a shipped name or a YAML file", **given
+    )
+    _shared(made, given)
+
+    made = command("report", _report, "write the HTML page of a run or a comparison", "report runs/first")
+    made.add_argument("run_folder", metavar="RUN|DIR", type=Path)
 
     made = command("check", _check, "what would be read, and how it was understood; no training", "check photos/")
     made.add_argument("data", help="images, as for pretrain")
@@ -122,6 +130,25 @@ def parser() -> argparse.ArgumentParser:
     command("methods", _methods, "the pretraining methods, a line each", "methods")
     command("recipes", _recipes, "the shipped recipes, a line each", "recipes")
     return top
+
+
+def _shared(made: argparse.ArgumentParser, given: dict[str, Any]) -> None:
+    """What `pretrain` and `compare` both take."""
+    made.add_argument("--encoder", help="any timm name (default vit_small_patch16_224)", **given)
+    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default 224)", **given)
+    made.add_argument("--patch-size", type=int, help="pixels (default: the encoder's own)", **given)
+    made.add_argument("--batch-size", type=int, help="images a step, over all devices (default 256)", **given)
+    made.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="PATH=VALUE", help="any value of the recipe"
+    )
+    made.add_argument("--init", help="weights to start from: timm:NAME, a run or a file", **given)
+    made.add_argument("--labels", help="labelled images for the probes", **given)
+    made.add_argument("--groups", metavar="REGEX", help="images of one group stay on one side of a hold-out", **given)
+    made.add_argument("--checkpoint-every", type=int, help="steps (default: about two minutes)", **given)
+    made.add_argument("--devices", type=int, help="GPUs, or processes on a CPU (default: all GPUs, or 1)", **given)
+    made.add_argument("--nodes", type=int, help="machines (default 1)", **given)
+    made.add_argument("--precision", choices=("auto", "32", "bf16", "16"), help="(default auto)", **given)
+    made.add_argument("--workers", type=int, help="processes that decode images (default 0)", **given)
 
 
 def _demo(given: argparse.Namespace) -> None:
@@ -155,10 +182,30 @@ def _score(given: argparse.Namespace) -> None:
     print(f"{given.out}: {len(rows)} images, most unusual first")
 
 
+def _compare(given: argparse.Namespace) -> None:
+    from underpaint.compare import compare
+    from underpaint.train import FLAGS
+
+    flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name) and name != "minutes"}
+    compare(
+        given.data,
+        given.out,
+        methods=given.methods,
+        minutes=given.minutes,
+        seeds=given.seeds,
+        recipe=getattr(given, "recipe", None),
+        settings=dict(given.set),
+        **flags,
+    )
+
+
 def _report(given: argparse.Namespace) -> None:
-    from underpaint.report import write_report
+    from underpaint.report import write_comparison, write_report
     from underpaint.runs import Run
 
+    if (given.run_folder / "compare.json").is_file():
+        print(write_comparison(given.run_folder))
+        return
     Run(given.run_folder).recipe()  # says in one line when this is no run
     print(write_report(given.run_folder))
 

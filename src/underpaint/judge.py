@@ -27,6 +27,7 @@ from underpaint.evaluate import (
     majority,
     probe_features,
     raw_pixels,
+    shots,
     stratified,
 )
 from underpaint.patches import Standardize
@@ -34,7 +35,22 @@ from underpaint.patches import Standardize
 QUICK_TRAIN, QUICK_TEST = 5_000, 2_000  # images of a probe while training
 FULL_TRAIN, FULL_TEST = 50_000, 10_000  # of the probe at the end
 ATTENTIVE_TRAIN = 10_000  # the attentive probe holds every patch token, so it sees fewer images at the end
+SHOTS = 10  # labelled images a class of the probes with few labels
+KINDS = ("linear", "attentive", "knn")
 TOKEN_MEMORY = 1.5e9  # bytes of patch tokens that are held at once
+
+
+@dataclass
+class Worth:
+    """What features are worth.
+
+    Attributes:
+        probes: by name, one each, or one a draw of the labelled images; none without labels.
+        rank: effective rank.
+    """
+
+    probes: dict[str, list[Probe]]
+    rank: float
 
 
 @dataclass
@@ -130,59 +146,104 @@ class Judge:
 
         `start` says in words what it started from.
         """
-        if self.parts is None:
-            ranks = {
-                "encoder": self.quick(encoder, standardize)["rank"],
-                "untrained": self.quick(untrained, standardize)["rank"],
-                "dim": encoder.dim,
-            }
-            shout(
-                f"no labels: effective rank {ranks['encoder']:.1f} of {encoder.dim} (untrained {ranks['untrained']:.1f}); "
-                "give --labels to know what the encoder is worth"
-            )
-            return {"rank": ranks}
-        shout("judging the encoder, the untrained one, raw pixels and HOG ...")
-        train = self.parts[0].subset(FULL_TRAIN, self.seed)
-        test = self.parts[1].subset(FULL_TEST, self.seed)
+        if self.parts is not None:
+            shout("judging the encoder, the untrained one, raw pixels and HOG ...")
         found = {
-            "encoder": self._all(encoder, standardize, train, test),
-            "untrained": self._all(untrained, standardize, train, test),
+            "encoder": self.worth(encoder, standardize),
+            "untrained": self.worth(untrained, standardize),
+            **self.floors(),
         }
-        for name, floor in (("raw_pixels", raw_pixels), ("hog", hog)):
-            x, labels = self._floor(floor, train)
-            y, test_labels = self._floor(floor, test)
-            found[name] = {
-                "linear": linear(x, labels, y, test_labels, seed=self.seed),
-                "knn": knn(x, labels, y, test_labels, seed=self.seed),
-            }
-        gains = {name: gain(found["encoder"][name], found["untrained"][name]) for name in found["encoder"]}
+        report = self.summary(found, encoder)
+        if self.parts is None:
+            shout(
+                f"no labels: effective rank {found['encoder'].rank:.1f} of {encoder.dim} "
+                f"(untrained {found['untrained'].rank:.1f}); give --labels to know what the encoder is worth"
+            )
+        else:
+            _tell(found, start, shout)
+        return report
+
+    def summary(self, found: dict[str, Worth], encoder: Backbone) -> dict[str, Any]:
+        """What `probes.json` keeps of an encoder, the untrained one and the floors, by those names."""
+        ranks = {
+            "encoder": found["encoder"].rank,
+            "untrained": found["untrained"].rank,
+            "dim": encoder.dim,
+        }
+        if self.parts is None:
+            return {"rank": ranks}
+        train, test = self.full()
         classes = len(np.unique(train.labels))
-        _tell(found, gains, start, shout)
+        probes = {who: {name: probe[0] for name, probe in worth.probes.items()} for who, worth in found.items()}
+        gains = {name: gain(probes["encoder"][name], probes["untrained"][name]) for name in KINDS}
         return {
             "train": len(train.indices),
             "test": len(test.indices),
             "classes": classes,
             "chance": 1 / classes,
-            **{who: {name: probe.numbers() for name, probe in probes.items()} for who, probes in found.items()},
+            **{who: {name: named[name].numbers() for name in KINDS if name in named} for who, named in probes.items()},
             "majority": majority(train.labels, test.labels).numbers(),
             "attentive_train": min(len(train.indices), self._most(encoder, ATTENTIVE_TRAIN)),
             "gain": {name: {"difference": d, "standard_error": e} for name, (d, e) in gains.items()},
+            "rank": ranks,
         }
 
-    def _all(self, encoder: Backbone, standardize: Standardize, train: Part, test: Part) -> dict[str, Probe]:
+    def full(self) -> tuple[Part, Part]:
+        """The labelled images of the probes at the end."""
+        assert self.parts is not None
+        return self.parts[0].subset(FULL_TRAIN, self.seed), self.parts[1].subset(FULL_TEST, self.seed)
+
+    def worth(self, encoder: Backbone, standardize: Standardize, draws: int = 0) -> Worth:
+        """All probes of an encoder; with `draws`, also probes of `SHOTS` labels a class, drawn so many times.
+
+        Without labels there is the effective rank alone.
+        """
+        if self.parts is None:
+            return Worth({}, self.quick(encoder, standardize)["rank"])
+        train, test = self.full()
         x, x_labels = self._features(encoder, standardize, train, False)
         y, y_labels = self._features(encoder, standardize, test, False)
         few = train.subset(self._most(encoder, ATTENTIVE_TRAIN), self.seed)
         some = test.subset(self._most(encoder, FULL_TEST), self.seed)
         tokens, token_labels = self._features(encoder, standardize, few, True)
         test_tokens, test_token_labels = self._features(encoder, standardize, some, True)
-        return {
-            "linear": linear(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed),
-            "attentive": attentive(
-                tokens.patches, token_labels, test_tokens.patches, test_token_labels, seed=self.seed
-            ),
-            "knn": knn(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed),
+        probes = {
+            "linear": [linear(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed)],
+            "attentive": [
+                attentive(tokens.patches, token_labels, test_tokens.patches, test_token_labels, seed=self.seed)
+            ],
+            "knn": [knn(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed)],
         }
+        if draws:
+            chosen = [shots(token_labels, SHOTS, self.seed + k) for k in range(draws)]
+            probes["few_linear"] = [
+                linear(tokens.pooled[k], token_labels[k], y.pooled, y_labels, seed=self.seed) for k in chosen
+            ]
+            probes["few_attentive"] = [
+                attentive(tokens.patches[k], token_labels[k], test_tokens.patches, test_token_labels, seed=self.seed)
+                for k in chosen
+            ]
+        return Worth(probes, effective_rank(x.pooled[:QUICK_TEST]))
+
+    def floors(self, draws: int = 0) -> dict[str, Worth]:
+        """The probes of raw pixels and HOG, which need no network; nothing without labels."""
+        if self.parts is None:
+            return {}
+        train, test = self.full()
+        found = {}
+        for name, floor in (("raw_pixels", raw_pixels), ("hog", hog)):
+            x, labels = self._floor(floor, train)
+            y, test_labels = self._floor(floor, test)
+            probes = {
+                "linear": [linear(x, labels, y, test_labels, seed=self.seed)],
+                "knn": [knn(x, labels, y, test_labels, seed=self.seed)],
+            }
+            if draws:
+                few = stratified(labels, ATTENTIVE_TRAIN, self.seed)  # the images that encoders get
+                chosen = [few[shots(labels[few], SHOTS, self.seed + k)] for k in range(draws)]
+                probes["few_linear"] = [linear(x[k], labels[k], y, test_labels, seed=self.seed) for k in chosen]
+            found[name] = Worth(probes, effective_rank(x[:QUICK_TEST]))
+        return found
 
     def _features(
         self, encoder: Backbone, standardize: Standardize, part: Part, with_patches: bool
@@ -204,9 +265,7 @@ class Judge:
         return min(count, int(TOKEN_MEMORY / (4 * rows * columns * encoder.dim)))
 
 
-def _tell(
-    found: dict[str, dict[str, Probe]], gains: dict[str, tuple[float, float]], start: str, shout: Callable[[str], None]
-) -> None:
+def _tell(found: dict[str, Worth], start: str, shout: Callable[[str], None]) -> None:
     """The table and the verdict that end a run."""
     shout(f"{'':<22}{'linear':>16}{'attentive':>16}{'kNN':>16}")
     names = {
@@ -215,13 +274,16 @@ def _tell(
         "raw_pixels": "raw pixels",
         "hog": "HOG",
     }
+    probes = {who: {name: probe[0] for name, probe in worth.probes.items()} for who, worth in found.items()}
     for who, label in names.items():
         cells = [
-            f"{found[who][kind].accuracy:.3f} +- {found[who][kind].standard_error:.3f}" if kind in found[who] else "-"
-            for kind in ("linear", "attentive", "knn")
+            f"{probes[who][kind].accuracy:.3f} +- {probes[who][kind].standard_error:.3f}"
+            if kind in probes[who]
+            else "-"
+            for kind in KINDS
         ]
         shout(f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells))
-    difference, error = gains["linear"]
+    difference, error = gain(probes["encoder"]["linear"], probes["untrained"]["linear"])
     if difference > 2 * error:
         shout(
             f"pretraining helped: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe over the {start}"
@@ -231,6 +293,6 @@ def _tell(
             f"pretraining did not measurably help: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe "
             f"over the {start}"
         )
-    best_floor = max(("raw_pixels", "hog"), key=lambda who: found[who]["linear"].accuracy)
-    if found["encoder"]["linear"].accuracy <= found[best_floor]["linear"].accuracy:
+    best_floor = max(("raw_pixels", "hog"), key=lambda who: probes[who]["linear"].accuracy)
+    if probes["encoder"]["linear"].accuracy <= probes[best_floor]["linear"].accuracy:
         shout(f"note: {names[best_floor]} without any network do as well or better here")

@@ -109,6 +109,49 @@ def line_plot(
     return inline(buffer.getvalue(), title)
 
 
+@dataclass(frozen=True)
+class Dot:
+    """One row of a dot plot: a value with one standard error; what is not `full` is drawn hollow."""
+
+    name: str
+    value: float
+    error: float
+    full: bool = True
+
+
+def dot_plot(dots: Sequence[Dot], *, x_label: str, title: str, baseline: float | None = None) -> str:
+    """A value a row with its standard error, the first on top, as SVG text; `baseline` is a dashed line across."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDE[0], 0.9 + 0.32 * len(dots)), layout="constrained")
+        axes = figure.add_subplot()
+        for place, dot in enumerate(dots):
+            axes.errorbar(
+                dot.value,
+                place,
+                xerr=dot.error,
+                fmt="o" if dot.full else "s",
+                color=PALETTE[0] if dot.full else FOREGROUND,
+                markerfacecolor=None if dot.full else "none",
+                markersize=6,
+                elinewidth=1.6,
+                capsize=3,
+            )
+        if baseline is not None:
+            axes.axvline(baseline, color=FOREGROUND, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.set_yticks(range(len(dots)), [dot.name for dot in dots])
+        axes.set_ylim(len(dots) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, axis="x")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return inline(buffer.getvalue(), title)
+
+
 def _draw(axes, line: Line, colour: str, marker: str) -> None:
     """A line with its band of one standard error to both sides; a few points are also marked."""
     x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)

@@ -24,6 +24,7 @@ from underpaint.backbones import create_arguments, from_arguments, init_from, sa
 from underpaint.data import Batch, ImageSet, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError, NotFinite
 from underpaint.judge import Judge
+from underpaint.looks import write_looks
 from underpaint.measure import measure, out_of_memory
 from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
@@ -163,6 +164,7 @@ def pretrain(
     *,
     recipe: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    pause: float | None = None,
     **flags: Any,
 ) -> Run:
     """Pretrain an encoder on the images in `data`; where `out` holds a run, go on with it.
@@ -172,6 +174,8 @@ def pretrain(
         out: the run folder.
         recipe: a shipped name or a YAML file.
         settings: any values of the recipe by path, `{"method.hidden_ratio": 0.6}`.
+        pause: seconds of training in all after which this call ends, with a probe and a checkpoint; the next call
+            goes on. A comparison trains its methods in turn so, and judges them itself.
         flags: the common ones by short name: method, encoder, patch_size, image_size, labels, groups, workers,
             batch_size, init, epochs, steps, minutes, seed, precision, devices, nodes, probe_every,
             checkpoint_every.
@@ -195,9 +199,9 @@ def pretrain(
             f"{fabric.world_size} processes x {chosen.optimiser.accumulation} parts"
         )
     main = fabric.is_global_zero
-    shout = say if main else _silent
+    shout = say if main and pause is None else _silent  # a comparison has said it once
     with fabric.rank_zero_first():  # the first one fills the cache, the others find it
-        images, judge = _data(chosen, shout)
+        images, judge = open_data(chosen, shout)
     method, standardize, arguments, matched = build(chosen, images)
     if matched:
         shout(matched)
@@ -210,7 +214,7 @@ def pretrain(
     fabric.barrier()
     try:
         with watched_signals() as received:
-            _train(fabric, run, chosen, resumed, images, judge, method, standardize, arguments, received)
+            _train(fabric, run, chosen, resumed, images, judge, method, standardize, arguments, received, pause)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -250,7 +254,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
     return fabric
 
 
-def _data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
+def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
     """The images to pretrain on and, where there are labels, those to judge by; says what was understood."""
     settings = recipe.data
     assert settings.path is not None
@@ -366,9 +370,11 @@ def _train(
     standardize: Standardize,
     arguments: dict[str, Any],
     received: list[int],
+    pause: float | None = None,
 ) -> None:
-    """The loop, from the start or the last checkpoint to the end of the run."""
-    main, shout = fabric.is_global_zero, (say if fabric.is_global_zero else _silent)
+    """The loop, from the start or the last checkpoint to the end of the run or to `pause` seconds of training."""
+    main = fabric.is_global_zero
+    shout = say if main and pause is None else _silent
     untrained = copy.deepcopy(method.encoder)
     current = session(fabric, recipe, method, standardize, bool(recipe.measured.get("compile")))
     current = _decide(fabric, recipe, images, current, shout)
@@ -471,9 +477,12 @@ def _train(
                     window.add(numbers, bad)
                     state["step"] = step = step + 1
                     pending.append((step, bad, batch.samples))
-                    probing = step % measured["probe_every"] == 0 or step == total
+                    due = step < total and (fabric.world_size == 1 or step % measured["log_every"] == 0)
+                    late = pause is not None and state["seconds"] + time.perf_counter() - began >= pause
+                    pausing = due and _agreed(fabric, late)
+                    probing = step % measured["probe_every"] == 0 or step == total or pausing
                     logging = step % measured["log_every"] == 0 or probing
-                    stopping = step < total and _told_to_stop(fabric, received, logging)
+                    stopping = due and _agreed(fabric, bool(received))
                     saving = step % measured["checkpoint_every"] == 0 or probing or stopping
                     # flags are read a step late, so that a GPU never waits for Python, unless the step ends here
                     while len(pending) > (0 if logging or saving else 1):
@@ -498,6 +507,14 @@ def _train(
                         save()
                     if stopping:
                         raise Interrupted(received[0] if received else signal.SIGTERM)
+                    if pausing:
+                        # by now it is known how long a step takes here, so the run can end when it should
+                        left = 60 * (recipe.run.minutes or 0) - state["seconds"]
+                        if left > 0:
+                            measured["steps"] = step + max(1, round(left * step / state["seconds"]))
+                            if main:
+                                run.write_recipe(recipe)
+                        return
             finally:
                 batches.close()
             if rolled:
@@ -512,22 +529,21 @@ def _train(
         bar.close()
         if board is not None:
             board.close()
-    if main:
+    if main and pause is None:
         start = f"start ({recipe.init})" if recipe.init else "untrained encoder"
         report = judge.final(method.encoder, untrained.to(fabric.device), current.standardize, start, shout)
         run.write_json("probes.json", report)
+        write_looks(method.encoder, untrained, judge, current.standardize, run.path / "pictures")
         write_report(run.path)
         shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")
     fabric.barrier()
 
 
-def _told_to_stop(fabric: Fabric, received: list[int], due: bool) -> bool:
-    """Whether a signal came to any process; several processes agree on it at the steps that are `due`."""
+def _agreed(fabric: Fabric, wanted: bool) -> bool:
+    """Whether any process wants it."""
     if fabric.world_size == 1:
-        return bool(received)
-    if not due:
-        return False
-    flag = fabric.all_reduce(torch.tensor(float(bool(received)), device=fabric.device), reduce_op="sum")
+        return wanted
+    flag = fabric.all_reduce(torch.tensor(float(wanted), device=fabric.device), reduce_op="sum")
     return bool(torch.as_tensor(flag) > 0)
 
 

@@ -8,7 +8,7 @@ from underpaint.evaluate.linear import linear
 from underpaint.evaluate.probe import probe_features
 from underpaint.evaluate.rank import effective_rank
 from underpaint.evaluate.result import Probe, gain
-from underpaint.evaluate.splits import stratified
+from underpaint.evaluate.splits import shots, stratified
 
 __all__ = [
     "Features",
@@ -23,5 +23,6 @@ __all__ = [
     "majority",
     "probe_features",
     "raw_pixels",
+    "shots",
     "stratified",
 ]

@@ -73,6 +73,14 @@ def stratified(labels: Labels, count: int, seed: int) -> Int[np.ndarray, "k"]:
     return np.sort(order[:count])
 
 
+def shots(labels: Labels, count: int, seed: int) -> Int[np.ndarray, "k"]:
+    """Sorted indices of `count` random images of each class, or of all where a class has fewer."""
+    found = as_labels(labels)
+    generator = np.random.default_rng([seed, 2])  # not the stream of `stratified` or `hold_out`
+    chosen = [generator.permutation(np.flatnonzero(found == value))[:count] for value in np.unique(found)]
+    return np.sort(np.concatenate(chosen))
+
+
 def hold_out(labels: Labels, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
     """Indices to fit on and to choose on: a stratified fifth of train, rounded per class, is for choosing.
 

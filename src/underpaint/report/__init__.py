@@ -1,7 +1,8 @@
-"""A run folder as one self-contained page, and its verdict."""
+"""A run folder or a comparison as one self-contained page, and the verdict of a run."""
 
 from pathlib import Path
 
+from underpaint.report.comparison import comparison, markdown_table
 from underpaint.report.page import write_page
 from underpaint.report.run import report
 from underpaint.report.verdict import Verdict, is_falling, verdict
@@ -15,4 +16,12 @@ def write_report(run: Path) -> Path:
     return write_page(run / "report.html", report(run))
 
 
-__all__ = ["Verdict", "is_falling", "verdict", "write_report"]
+def write_comparison(folder: Path) -> Path:
+    """Writes `folder/report.html` from `folder/compare.json`, and returns its path.
+
+    Raises InputError where the folder holds no finished comparison.
+    """
+    return write_page(folder / "report.html", comparison(folder))
+
+
+__all__ = ["Verdict", "is_falling", "markdown_table", "verdict", "write_comparison", "write_report"]

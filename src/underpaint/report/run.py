@@ -34,6 +34,8 @@ from underpaint.report.words import (
 )
 
 PICTURES = 12  # positions of the slider: more are not looked at
+RESTORATION_BYTES = PICTURE_BYTES // 2  # the rest is for what the features see
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises of broken files
 SKIPPED = 50  # files named on the page; the rest are in skipped.jsonl
 
 
@@ -50,6 +52,7 @@ def report(run: Path) -> str:
         training_section(metrics),
         probe_section(metrics, probes),
         picture_section(run / "pictures"),
+        looks_section(run / "pictures"),
         skipped_section(read_lines(run / "skipped.jsonl")),
         recipe_section(recipe_text),
         environment_section(read_json(run / "environment.json")),
@@ -281,15 +284,87 @@ def read_pictures(folder: Path) -> tuple[list[tuple[int, str, int, int]], int]:
     frames, broken = [], 0
     for step in steps:
         try:
-            frames.append((step, *picture_address(paths[step], PICTURE_BYTES // len(steps))))
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ):  # what Pillow raises of broken files
+            frames.append((step, *picture_address(paths[step], RESTORATION_BYTES // len(steps))))
+        except BROKEN:
             broken += 1
     return frames, broken
+
+
+def looks_section(folder: Path) -> str:
+    """What the features see: patches by colour, nearest neighbours, and a map; those that are missing are left out."""
+    known = read_json(folder / "looks.json")
+    labelled = math.isfinite(number(known, "same_label", "pretrained"))
+    bar = " A green bar marks a neighbour that has the query's label." if labelled else ""
+    looks = {
+        "features": (
+            "Patches by colour",
+            "Each square is a patch of the image. Patches of like colour in one column have like features; where the "
+            "colours follow the objects, so do the features. The colours are the first three principal "
+            "components of one encoder's features, so those of two columns cannot be compared.",
+            "Fixed images beside their patches, coloured by the features of the untrained and the pretrained encoder",
+        ),
+        "neighbours": (
+            "Nearest neighbours",
+            "Each row begins with an image; beside it are the images whose features are most like its own, the most "
+            f"alike first: after pretraining, then before.{bar}",
+            "Eight images or fewer with their nearest neighbours by the pretrained and by the untrained encoder",
+        ),
+        "map": (
+            "Map of images",
+            "Images that the pretrained encoder finds alike lie beside each other (t-SNE of its features, laid out on "
+            "a grid). Only who is near to whom has a meaning: not the directions, and not how far apart two groups "
+            "are.",
+            "Small images on a grid, like features beside each other",
+        ),
+    }
+    figures = ""
+    for name, (title, caption, description) in looks.items():
+        try:
+            address, width, height = picture_address(
+                folder / f"{name}.png", (PICTURE_BYTES - RESTORATION_BYTES) // len(looks)
+            )
+        except BROKEN:
+            continue
+        figures += (
+            f'<figure class="frame shown"><h3 style="font-size:1rem;margin:1.4rem 0 .4rem">{title}</h3>'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
+            f'<img src="{address}" width="{width}" height="{height}" '
+            f'style="width:{width}px;min-width:min({width}px,34rem)" alt="{description}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+        if name == "neighbours":
+            figures += "".join(f"<p>{sentence_html(sentence)}</p>" for sentence in neighbour_sentences(known))
+    return f'<section id="looks"><h2>What the features see</h2>{figures}</section>' if figures else ""
+
+
+def neighbour_sentences(known: dict) -> list[str]:
+    """How often neighbours share a label, and what may be said of the change; nothing without labels."""
+
+    def share(name: str) -> tuple[float, float]:
+        return number(known, "same_label", name), number(known, "same_label", f"{name}_error")
+
+    pretrained, untrained, chance = share("pretrained"), share("untrained"), share("chance")
+    if not math.isfinite(pretrained[0]):
+        return []
+    count = number(known, "neighbours")
+    several = f"{'five' if count == 5 else f'{count:.0f}'} " if math.isfinite(count) and count > 1 else ""
+    nearest = f"{several}nearest neighbours"
+    first = f"Of the {nearest}, {percent_text(*pretrained)} % share the query's label"
+    if math.isfinite(untrained[0]):
+        first += f"; {percent_text(*untrained)} % before training"
+    if math.isfinite(chance[0]):
+        first += f"; {percent_text(chance[0], math.nan)} % by chance"
+    queries = count_text(number(known, "queries"))
+    first = first.replace(" %", "\u00a0%")
+    sentences = [f"{first} ({queries} queries)." if queries else f"{first}."]
+    difference, error = share("difference")
+    if math.isfinite(difference) and math.isfinite(error):
+        moved = f"{signed(100 * difference)} points ± {100 * error:.1f}"
+        if abs(difference) < MEASURABLE * error or difference == 0:
+            sentences.append(f"The change by training is not measurable ({moved}).")
+        else:
+            sentences.append(f"Training changed it by {moved}.")
+    return sentences
 
 
 def skipped_section(skipped: list[dict]) -> str:

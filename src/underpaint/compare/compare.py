@@ -1,0 +1,547 @@
+"""Several methods under one equal budget on one's own images.
+
+Every method trains the same encoder on the same data for the same wall-clock. The clock of a machine drifts, so no
+method has its time in one piece: all take turns, and the first of a round is another one in each round. Each turn is
+an ordinary run that goes on from its checkpoint in a process of its own. Then all are judged by the same images,
+beside the untrained encoder, what needs no network, and the public weights where there are some.
+"""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from underpaint.backbones import Backbone, load_encoder, standardize_for
+from underpaint.compare.stand import Arm, Kind, difference, spread, standing
+from underpaint.compare.verdict import verdict
+from underpaint.data import ImageSet
+from underpaint.errors import InputError
+from underpaint.evaluate import Probe
+from underpaint.judge import SHOTS, Judge, Worth
+from underpaint.looks import write_looks
+from underpaint.methods import METHODS
+from underpaint.pictures import sheet
+from underpaint.progress import say
+from underpaint.recipes import RECIPES
+from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
+from underpaint.report import markdown_table, write_comparison, write_report
+from underpaint.report import verdict as verdict_of_run
+from underpaint.runs import Run, environment, finite, write_atomically
+from underpaint.train import FLAGS, Interrupted, build, open_data, watched_signals
+from underpaint.use import load_method
+
+ROUNDS = (2, 6)  # least and most turns a method has: a point of its curve after each, a minute apart or more
+DRAWS = 5  # of the labelled images, where few are used
+TINY = 64  # pixels: up to here the shipped small recipe of a method serves
+FORMAT = 1
+
+
+@dataclass
+class Plan:
+    """What is to be trained, and what could not be."""
+
+    recipes: dict[str, Recipe]  # by method
+    left_out: dict[str, str]  # reason by method
+    seeds: list[int]
+    minutes: float
+
+    @property
+    def rounds(self) -> int:
+        return int(min(max(self.minutes, ROUNDS[0]), ROUNDS[1]))
+
+    def stored(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "minutes": self.minutes,
+            "seeds": self.seeds,
+            "left_out": self.left_out,
+            "methods": {name: plain(recipe) for name, recipe in self.recipes.items()},
+        }
+
+
+def compare(
+    data: str | Path,
+    out: str | Path,
+    *,
+    methods: Sequence[str],
+    minutes: float,
+    seeds: int = 2,
+    recipe: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Compare methods on the images in `data`; where `out` holds this comparison, go on with it.
+
+    Args:
+        data: as for `pretrain`.
+        out: a folder for the runs, `compare.json` and `report.html`.
+        methods: names of methods, of shipped recipes, or of YAML files. A recipe gives its method and optimiser; a
+            method alone gets its shipped recipe for small images, or its defaults.
+        minutes: of training each method has with each seed.
+        seeds: how often each method is trained.
+        recipe: where encoder and data settings come from: a shipped name or a YAML file.
+        settings: any values of the recipe by path, for all methods alike.
+        flags: those of `pretrain` by short name, for all methods alike: encoder, patch_size, image_size, labels,
+            groups, workers, batch_size, init, precision, devices, nodes.
+
+    Returns:
+        What `compare.json` holds.
+
+    Raises:
+        InputError: settings or data that cannot be used; no method that can take part.
+        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
+    """
+    folder = Path(out)
+    plan = _plan(str(data), methods, float(minutes), seeds, recipe, settings or {}, flags)
+    first = next(iter(plan.recipes.values()))
+    images, judge = open_data(first, say)
+    for name in list(plan.recipes):
+        try:
+            build(plan.recipes[name], images)
+        except InputError as error:
+            plan.left_out[name] = str(error)
+            del plan.recipes[name]
+            say(f"{name} is left out: {error}")
+    if not plan.recipes:
+        raise InputError(f"no method can take part: {'; '.join(plan.left_out.values())}")
+    _store(folder, plan)
+    arms = len(plan.recipes)
+    say(
+        f"{arms} methods x {seeds} seeds x {minutes:g} minutes: {arms * seeds * minutes:g} minutes of training, "
+        "then the judging"
+    )
+    with watched_signals() as received:
+        for seed in plan.seeds:
+            for round_ in range(plan.rounds):
+                names = list(plan.recipes)
+                for k in range(len(names)):
+                    name = names[(k + round_) % len(names)]
+                    if name not in plan.left_out:
+                        _turn(folder, plan, name, seed, round_, received)
+                if all(name in plan.left_out for name in names):
+                    raise InputError(f"no method got through: {'; '.join(plan.left_out.values())}")
+        found = _judge_all(folder, plan, images, judge, received)
+    result = _result(plan, judge, folder, found)
+    write_atomically(folder / "compare.json", json.dumps(finite(result), indent=1) + "\n")
+    page = write_comparison(folder)
+    write_atomically(folder / "table.md", markdown_table(result) + "\n")
+    for line in [*table(result), *result["verdict"]]:
+        say(line)
+    say(f"done: {folder / 'compare.json'}, {page}")
+    return result
+
+
+# --- what is to be done ---------------------------------------------------------------------------------------------
+
+
+def _plan(
+    data: str,
+    methods: Sequence[str],
+    minutes: float,
+    seeds: int,
+    recipe: str | None,
+    settings: Mapping[str, Any],
+    flags: Mapping[str, Any],
+) -> Plan:
+    own = ("method", "epochs", "steps", "minutes", "seed", "probe_every")
+    usable = [name for name in FLAGS if name not in own]
+    if unknown := sorted(set(flags) - set(usable)):
+        raise InputError(f"compare: no argument '{unknown[0]}'; there are: {', '.join(usable)}")
+    if not methods:
+        raise InputError("--methods: give at least one of " + ", ".join(METHODS))
+    if minutes <= 0 or seeds < 1:
+        raise InputError(f"--minutes {minutes:g} --seeds {seeds}: minutes must be above 0 and seeds at least 1")
+    base = read_recipe(recipe) if recipe else plain(checked({}))
+    if isinstance(size := flags.get("image_size"), int):
+        flags = {**flags, "image_size": (size, size)}
+    recipes: dict[str, Recipe] = {}
+    for entry in methods:
+        chosen = {"encoder": dict(base["encoder"]), "data": dict(base["data"]), "init": base["init"], "run": {}}
+        size = flags.get("image_size") or chosen["data"]["image_size"]
+        theirs = _settings_of(entry, min(size))
+        chosen |= {"method": theirs["method"], "optimiser": theirs["optimiser"]}
+        for name, value in flags.items():
+            if value is not None:
+                override(chosen, FLAGS[name], value)
+        for path, value in settings.items():
+            override(chosen, path, value)
+        chosen["data"]["path"] = data
+        # turns decide when to look and when to save
+        chosen["run"] |= {"epochs": None, "steps": None, "minutes": minutes, "probe_every": 10**9}
+        name = Path(entry).stem
+        if name in recipes:
+            raise InputError(f"--methods: {name} is named twice")
+        recipes[name] = checked(chosen)
+    return Plan(recipes, {}, list(range(seeds)), minutes)
+
+
+def _settings_of(entry: str, side: int) -> dict[str, Any]:
+    """The recipe that an entry of `--methods` means; a method without one for this size gets its defaults."""
+    small = f"{entry}-tiny-32"
+    if entry in METHODS:
+        return read_recipe(small) if side <= TINY and small in RECIPES else plain(checked({"method": {"name": entry}}))
+    if entry in RECIPES or Path(entry).is_file():
+        return read_recipe(entry)
+    raise InputError(
+        f"--methods: '{entry}' is no method ({', '.join(METHODS)}), no recipe ({', '.join(RECIPES)}) and no file"
+    )
+
+
+def _store(folder: Path, plan: Plan) -> None:
+    """Write the plan down, or make sure that the one written down is the same; it may have fewer seeds."""
+    file = folder / "compare.yaml"
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not file.is_file()):
+        raise InputError(f"--out {folder}: exists and is not a comparison; choose another path")
+    if file.is_file():
+        stored = yaml.safe_load(file.read_text())
+        changed = [] if stored["minutes"] == plan.minutes else [f"minutes: {stored['minutes']:g} there"]
+        if set(stored["methods"]) != set(plan.recipes):
+            changed.append(f"methods: {', '.join(stored['methods'])} there")
+        for name in set(stored["methods"]) & set(plan.recipes):
+            lines = differences(checked(stored["methods"][name]), plan.recipes[name])
+            changed += [f"{name}: {line}" for line in lines]
+        if len(stored["seeds"]) > len(plan.seeds):
+            changed.append(f"seeds: {len(stored['seeds'])} there, and they cannot become fewer")
+        if changed:
+            raise InputError(
+                f"--out {folder}: holds another comparison ({'; '.join(changed)}); give its own settings to go on, "
+                "or another path"
+            )
+    try:
+        for place in ("runs", "recipes", "judged", "pictures"):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be made: {error.strerror}") from error
+    write_atomically(file, yaml.safe_dump(plan.stored(), sort_keys=False))
+
+
+# --- training in turns ----------------------------------------------------------------------------------------------
+
+
+def _turn(folder: Path, plan: Plan, name: str, seed: int, round_: int, received: Sequence[int]) -> None:
+    """One turn of a method, where it has not had it; a method that fails is left out from then on."""
+    run = Run(folder / "runs" / f"{name}-{seed}")
+    last = round_ == plan.rounds - 1
+    pause = math.inf if last else 60 * plan.minutes * (round_ + 1) / plan.rounds
+    seconds, ended = _reached(run)
+    if ended or seconds >= pause:
+        return
+    say(
+        f"round {round_ + 1} of {plan.rounds}: {name}, seed {seed}, {seconds / 60:.1f} of {plan.minutes:g} minutes done"
+    )
+    recipe = folder / "recipes" / f"{name}-{seed}.yaml"
+    chosen = plain(plan.recipes[name])
+    chosen["run"]["seed"] = seed
+    write_atomically(recipe, yaml.safe_dump(chosen, sort_keys=False))
+    reason = folder / "reason.txt"
+    reason.unlink(missing_ok=True)
+    told = {"out": str(run.path), "recipe": str(recipe), "pause": str(pause), "reason": str(reason)}
+    write_atomically(folder / "turn.json", json.dumps({"data": chosen["data"]["path"], **told}) + "\n")
+    command = [sys.executable, "-m", "underpaint.turn", str(folder / "turn.json")]
+    status, passed = None, False
+    # it ends when the pipe does; the terminal's Ctrl-C comes here only, and is passed on once
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+        while status is None:
+            try:
+                status = process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                if received and not passed:
+                    process.send_signal(signal.SIGTERM)
+                    passed = True
+    if received:
+        raise Interrupted(received[0])
+    if status:
+        why = reason.read_text() if reason.is_file() else f"its process ended with status {status}"
+        if status == -signal.SIGKILL:
+            why = "its process was killed, most likely because memory ran out"
+        plan.left_out[name] = why
+        say(f"{name} is left out: {why}")
+
+
+def _reached(run: Run) -> tuple[float, bool]:
+    """Seconds of training that a run has behind it, and whether it is at its end."""
+    found = run.checkpoints() if run.exists else []
+    if not found:
+        return 0.0, False
+    numbers = json.loads((found[-1] / "state.json").read_text())
+    return float(numbers["seconds"]), numbers["step"] >= run.recipe().measured["steps"]
+
+
+# --- judging --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """Everything that was judged, by row and seed."""
+
+    worths: dict[str, list[Worth]]
+    kinds: dict[str, tuple[Kind, bool]]  # of row, and whether a seed plays a part in it
+
+
+def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: Judge, received: Sequence[int]) -> Found:
+    say("judging: floors, untrained encoders, then every run ...")
+    found = Found({}, {})
+    first = next(iter(plan.recipes.values()))
+
+    def judged(name: str, seed: int, make: Callable[[], Worth]) -> Worth:
+        """From the file of an earlier call, or made now."""
+        if received:
+            raise Interrupted(received[0])
+        file = folder / "judged" / f"{name.replace(' ', '-')}-{seed}.safetensors"
+        if not file.is_file():
+            save_worth(make(), file)
+        return load_worth(file)
+
+    floors: dict[str, Worth] = {}
+
+    def floor(name: str) -> Worth:
+        floors.update(floors or judge.floors(DRAWS))
+        return floors[name]
+
+    if judge.parts is not None:
+        for name, title in (("raw_pixels", "raw pixels"), ("hog", "HOG")):
+            found.worths[title] = [judged(name, 0, partial(floor, name))]
+            found.kinds[title] = ("floor", False)
+    untrained: list[Backbone] = []
+    found.worths["untrained encoder"] = []
+    for seed in plan.seeds:
+        method, standardize, _, _ = build(_seeded(first, seed, None), images)
+        untrained.append(method.encoder)
+        make = partial(judge.worth, method.encoder, standardize, DRAWS)
+        found.worths["untrained encoder"].append(judged("untrained", seed, make))
+    found.kinds["untrained encoder"] = ("start", True)
+    if first.init:
+        method, standardize, _, _ = build(_seeded(first, 0, first.init), images)
+        make = partial(judge.worth, method.encoder, standardize, DRAWS)
+        found.worths["public weights"] = [judged("public", 0, make)]
+        found.kinds["public weights"] = ("start", False)
+    for name in plan.recipes:
+        if name in plan.left_out:
+            continue
+        found.worths[name] = []
+        for seed in plan.seeds:
+            run = Run(folder / "runs" / f"{name}-{seed}")
+            encoder, standardize = load_encoder(run.path), standardize_for(run.path)
+            worth = judged(f"run-{name}", seed, partial(judge.worth, encoder, standardize, DRAWS))
+            found.worths[name].append(worth)
+            if not (run.path / "report.html").is_file():
+                known = {"encoder": worth, "untrained": found.worths["untrained encoder"][seed]}
+                for key, title in (("raw_pixels", "raw pixels"), ("hog", "HOG")):
+                    known |= {key: found.worths[title][0]} if title in found.worths else {}
+                run.write_json("probes.json", judge.summary(known, encoder))
+                write_looks(encoder, untrained[seed], judge, standardize, run.path / "pictures")
+                write_report(run.path)
+        found.kinds[name] = ("method", True)
+    return found
+
+
+def _seeded(recipe: Recipe, seed: int, init: str | None) -> Recipe:
+    settings = plain(recipe)
+    settings["run"]["seed"], settings["init"] = seed, init
+    return checked(settings)
+
+
+def save_worth(worth: Worth, file: Path) -> None:
+    """The single hits of every probe, and what the probes chose."""
+    hits = {name: np.stack([p.correct for p in probes]).astype(np.uint8) for name, probes in worth.probes.items()}
+    chosen = {name: [probe.chosen for probe in probes] for name, probes in worth.probes.items()}
+    described = {"rank": json.dumps(worth.rank), "chosen": json.dumps(chosen)}
+    temporary = file.with_name(file.name + ".part")
+    save_file(hits, temporary, metadata=described)
+    temporary.replace(file)
+
+
+def load_worth(file: Path) -> Worth:
+    with safe_open(file, "numpy") as opened:
+        described = opened.metadata()
+        chosen = json.loads(described["chosen"])
+        probes = {
+            name: [
+                Probe.of(hits.astype(bool), picked)
+                for hits, picked in zip(opened.get_tensor(name), chosen[name], strict=True)
+            ]
+            for name in chosen
+        }
+    return Worth(probes, json.loads(described["rank"]))
+
+
+# --- what was found -------------------------------------------------------------------------------------------------
+
+
+def arms_of(found: Found) -> list[Arm]:
+    """The rows with everything that statistics need, methods first."""
+    arms = []
+    for name, worths in found.worths.items():
+        kind, seeded = found.kinds[name]
+        hits = {
+            probe: np.stack([np.stack([p.correct for p in worth.probes[probe]]) for worth in worths]).astype(float)
+            for probe in worths[0].probes
+        }
+        arms.append(Arm(name, kind, hits, [worth.rank for worth in worths], seeded))
+    places = ("method", "start", "floor")
+    return sorted(arms, key=lambda arm: places.index(arm.kind))
+
+
+def _result(plan: Plan, judge: Judge, folder: Path, found: Found) -> dict[str, Any]:
+    arms = arms_of(found)
+    first = next(iter(plan.recipes.values()))
+    runs = {
+        name: [Run(folder / "runs" / f"{name}-{seed}") for seed in plan.seeds]
+        for name in plan.recipes
+        if name not in plan.left_out
+    }
+    words = {name: [verdict_of_run(run.path).word for run in those] for name, those in runs.items()}
+    troubled = {
+        name: next(word for word in said if word != "learning")
+        for name, said in words.items()
+        if any(word != "learning" for word in said)
+    }
+    start = "public weights" if first.init else "untrained encoder"
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "data": first.data.path,
+        "encoder": first.encoder,
+        "image_size": list(first.data.image_size),
+        "init": first.init,
+        "minutes": plan.minutes,
+        "seeds": plan.seeds,
+        "rounds": plan.rounds,
+        "images": len(judge.pool),
+        "start": start,
+    }
+    if judge.parts is not None:
+        train, test = judge.full()
+        classes = len(np.unique(train.labels))
+        result |= {"train": len(train.indices), "test": len(test.indices), "classes": classes, "chance": 1 / classes}
+        result |= {"shots": SHOTS, "draws": DRAWS}
+    result["verdict"] = verdict(arms, minutes=plan.minutes, shots=SHOTS, troubled=troubled, left_out=plan.left_out)
+    result["rows"] = [_row(arm, arms, start, runs.get(arm.name), words.get(arm.name)) for arm in arms]
+    result["left_out"] = plan.left_out
+    result["curves"] = {name: _curve(those) for name, those in runs.items()}
+    result["environment"] = environment()
+    _restorations(judge, runs, folder / "pictures" / "restorations.png")
+    return result
+
+
+def _row(arm: Arm, arms: Sequence[Arm], start: str, runs: Sequence[Run] | None, words: Sequence[str] | None) -> Any:
+    spreads = {probe: spread(arms, probe) for probe in arm.hits}
+    row: dict[str, Any] = {
+        "name": arm.name,
+        "kind": arm.kind,
+        "probes": {
+            probe: dict(zip(("accuracy", "standard_error"), standing(arm, probe, spreads[probe]), strict=True))
+            for probe in arm.hits
+        },
+        "seeds": {probe: hits.mean(axis=(1, 2)).tolist() for probe, hits in arm.hits.items()},
+        "rank": float(np.mean(arm.rank)),
+    }
+    before = next(other for other in arms if other.name == start)
+    if arm.kind == "method":
+        row["gain"] = {}
+        for probe in arm.hits:
+            gap = difference(arm, before, probe, spreads[probe])
+            row["gain"][probe] = {"difference": gap.value, "standard_error": gap.error, "freedom": gap.freedom}
+    if runs is not None:
+        lines = [run.lines("metrics.jsonl") for run in runs]
+        recipes = [run.recipe() for run in runs]
+        ends = [line[-1] for line in lines]
+        row |= {
+            "words": words,
+            "minutes": float(np.mean([end["seconds"] for end in ends])) / 60,
+            "images": float(np.mean([end["images"] for end in ends])),
+            "images_per_second": float(np.mean([end["images"] / max(end["seconds"], 1e-9) for end in ends])),
+            "memory_gib": max(recipe.measured["memory_gib"] for recipe in recipes),
+            "tokenizer_seconds": recipes[0].measured.get("tokenizer_seconds"),
+            "loss_over_baseline": float(np.mean([_share(line) for line in lines])),
+            "recipe": plain(recipes[0]),
+        }
+    return row
+
+
+def _share(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Loss over that of a trivial prediction, in the last tenth of a run."""
+    trained = [line for line in lines if line["loss"] is not None and line["terms"].get("baseline")]
+    late = trained[-max(1, len(trained) // 10) :]
+    return float(np.mean([line["loss"] / line["terms"]["baseline"] for line in late])) if late else math.nan
+
+
+def _curve(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the quick probes said on the way, and the loss over its baseline; means over the seeds."""
+    looks = [[line for line in run.lines("metrics.jsonl") if line.get("probe")] for run in runs]
+    points = min(len(look) for look in looks)
+    looks = [look[:points] for look in looks]
+    curve: dict[str, Any] = {
+        "minutes": np.mean([[line["seconds"] / 60 for line in look] for look in looks], axis=0).tolist(),
+        "images": np.mean([[line["images"] for line in look] for look in looks], axis=0).tolist(),
+        "probes": {},
+    }
+    for name in [key for key in looks[0][0]["probe"] if not key.endswith("_error")]:
+        values = np.array([[line["probe"][name] for line in look] for look in looks])
+        errors = np.array([[line["probe"].get(f"{name}_error", 0.0) for line in look] for look in looks])
+        # the same test images for all seeds, so their part does not shrink with the seeds
+        between = values.var(axis=0, ddof=1) / len(runs) if len(runs) > 1 else np.zeros(points)
+        curve["probes"][name] = {
+            "value": values.mean(axis=0).tolist(),
+            "error": np.sqrt((errors**2).mean(axis=0) + between).tolist() if errors.any() or len(runs) > 1 else None,
+        }
+    trained = [line for line in runs[0].lines("metrics.jsonl") if line["loss"] is not None]
+    trained = [line for line in trained if line["terms"].get("baseline")]
+    curve["loss"] = {
+        "minutes": [round(line["seconds"] / 60, 4) for line in trained],
+        "share": [round(line["loss"] / line["terms"]["baseline"], 5) for line in trained],
+    }
+    return curve
+
+
+def _restorations(judge: Judge, runs: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """The same images restored by every method: a row an image, original first."""
+    columns: dict[str, torch.Tensor] = {}
+    for name, those in runs.items():
+        method, standardize, _ = load_method(those[0].path)
+        images = judge.shown("cpu")
+        columns.setdefault("original", images)
+        for caption, frame in method.restore(standardize(images)).items():
+            if caption != "original":
+                columns[f"{name}: {caption}"] = standardize.inverse(frame)
+    sheet(columns, path)
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """The rows as text."""
+    probes = [probe for probe in TITLES if any(probe in row["probes"] for row in result["rows"])]
+    head = [*(TITLES[probe] for probe in probes), "rank", "images/s", "GiB", "min"]
+    width = max(len(row["name"]) for row in result["rows"]) + 2
+    lines = [" " * width + "".join(f"{name:>15}" for name in head)]
+    for row in result["rows"]:
+        cells = [
+            f"{100 * row['probes'][p]['accuracy']:.1f} ± {100 * row['probes'][p]['standard_error']:.1f}"
+            if p in row["probes"]
+            else "-"
+            for p in probes
+        ]
+        cells.append(f"{row['rank']:.1f}")
+        for key, form in (("images_per_second", "{:.0f}"), ("memory_gib", "{:.2f}"), ("minutes", "{:.1f}")):
+            cells.append(form.format(row[key]) if key in row else "-")
+        lines.append(f"{row['name']:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
+    return lines
+
+
+TITLES = {
+    "linear": "linear",
+    "attentive": "attentive",
+    "knn": "kNN",
+    "few_linear": "few linear",
+    "few_attentive": "few attentive",
+}

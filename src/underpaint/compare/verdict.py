@@ -1,0 +1,148 @@
+"""The verdict of a comparison in plain words. No sentence says more than `Difference.beyond` allows."""
+
+from collections.abc import Mapping, Sequence
+
+from underpaint.compare.stand import Arm, Difference, Spread, difference, spread, standing
+
+
+def verdict(
+    arms: Sequence[Arm], *, minutes: float, shots: int, troubled: Mapping[str, str], left_out: Mapping[str, str]
+) -> list[str]:
+    """Sentences, the advice first.
+
+    Args:
+        arms: every row that was judged.
+        minutes: of training each method had.
+        shots: labelled images a class where few were used.
+        troubled: methods whose own run is not learning, with its verdict in a word.
+        left_out: methods that could not take part, with the reason.
+    """
+    methods = [arm for arm in arms if arm.kind == "method"]
+    said: list[str] = []
+    if methods and "linear" in methods[0].hits:
+        said += _with_labels(arms, methods, shots)
+        if all(len(arm.hits["linear"]) == 1 for arm in methods):
+            said.append(
+                "Each method was trained once: another seed may move it by more than the errors here, which only "
+                "count the test images. `--seeds 3` would tell."
+            )
+        said.append(f"All this is for {minutes:g} minutes of training each on this machine; more can change the order.")
+    elif methods:
+        ranks = ", ".join(f"{arm.name} {sum(arm.rank) / len(arm.rank):.1f}" for arm in arms if arm.rank)
+        said.append(
+            "Without labels it cannot be said which encoder is better: each method's loss measures another thing. "
+            f"Effective ranks, where only a very low one means something: {ranks}. Give `--labels`."
+        )
+    said += [f"The run of {name} is {word}: its own page says why." for name, word in troubled.items()]
+    said += [f"{name} was left out: {reason}" for name, reason in left_out.items()]
+    return said
+
+
+def _with_labels(arms: Sequence[Arm], methods: Sequence[Arm], shots: int) -> list[str]:
+    seeds = spread(arms, "linear")
+    leader, level, behind = order(methods, "linear", seeds)
+    starts = [arm for arm in arms if arm.kind == "start"]
+    helped = {start.name: {arm.name: difference(arm, start, "linear", seeds) for arm in methods} for start in starts}
+    top = [leader, *level]
+    # what a user could have without any training: the best of the starts
+    bar = max(starts, key=lambda arm: arm.accuracy("linear")) if starts else None
+    proven = [arm.name for arm in top if bar is None or _above(helped[bar.name][arm.name], len(methods))]
+    said = [_advice(top, proven, bar)]
+    if len(methods) > 1:
+        said.append(_places(leader, level, behind, "linear", "linear probe", seeds))
+    for start in starts:
+        said.append(_gains(start, helped[start.name]))
+    for floor in (arm for arm in arms if arm.kind == "floor"):
+        said.append(_floor(floor, methods, seeds))
+    if len(methods) > 1:
+        for probe, kind in (("few_linear", "linear"), ("few_attentive", "attentive")):
+            if all(probe in arm.hits for arm in methods):
+                few = spread(arms, probe)
+                name = f"{kind} probe with {shots} labels a class"
+                said.append(_places(*order(methods, probe, few), probe, name, few))
+    return said
+
+
+def order(methods: Sequence[Arm], probe: str, seeds: Spread) -> tuple[Arm, list[Arm], list[Arm]]:
+    """The method of the best accuracy, those that cannot be told from it, and those measurably behind."""
+    ranked = sorted(methods, key=lambda arm: -arm.accuracy(probe))
+    leader, others = ranked[0], ranked[1:]
+    behind = [arm for arm in others if _above(difference(leader, arm, probe, seeds), len(others))]
+    return leader, [arm for arm in others if arm not in behind], behind
+
+
+def _above(found: Difference, claims: int) -> bool:
+    return found.value > 0 and found.beyond(claims)
+
+
+def _advice(top: Sequence[Arm], proven: Sequence[str], bar: Arm | None) -> str:
+    if not proven:
+        assert bar is not None
+        return (
+            f"Take none of them: no method measurably beats the {bar.name}. More `--minutes`, more images, or public "
+            "weights (`--init timm:NAME`) may change that."
+        )
+    if len(top) == 1:
+        return f"Take {proven[0]}."
+    if len(proven) == 1:
+        return f"Take {proven[0]}, though it cannot be told from {_all([a.name for a in top if a.name != proven[0]])}."
+    return f"Take {_all(proven, 'or')}: they cannot be told apart."
+
+
+def _places(leader: Arm, level: Sequence[Arm], behind: Sequence[Arm], probe: str, name: str, seeds: Spread) -> str:
+    accuracy, error = standing(leader, probe, seeds)
+    found = f"{100 * accuracy:.1f} ± {100 * error:.1f} %"
+
+    def gaps(arms: Sequence[Arm]) -> str:
+        return _all([f"{arm.name} ({points(difference(leader, arm, probe, seeds))})" for arm in arms])
+
+    if not level:
+        return f"{leader.name} has the best {name} ({found}), measurably above {gaps(behind)}."
+    first = (
+        f"under the {name} {leader.name} ({found}) is not measurably above {gaps(level)}"
+        + (f", but is above {gaps(behind)}" if behind else "")
+        + "."
+    )
+    return first[0].upper() + first[1:]
+
+
+def _gains(start: Arm, found: Mapping[str, Difference]) -> str:
+    better = {name: gain for name, gain in found.items() if _above(gain, len(found))}
+    worse = {name: gain for name, gain in found.items() if gain.value < 0 and gain.beyond(len(found))}
+    open_ = {name: gain for name, gain in found.items() if name not in better and name not in worse}
+    parts = []
+    for words, group in (
+        ("measurably better", better),
+        ("not measurably different", open_),
+        ("measurably worse", worse),
+    ):
+        if group:
+            parts.append(f"{words}: {', '.join(f'{name} ({points(gain)})' for name, gain in group.items())}")
+    return f"Against the {start.name}, {'; '.join(parts)}."
+
+
+def _floor(floor: Arm, methods: Sequence[Arm], seeds: Spread) -> str:
+    accuracy, error = standing(floor, "linear", seeds)
+    found = {arm.name: difference(arm, floor, "linear", seeds) for arm in methods}
+    above = [name for name, gap in found.items() if _above(gap, len(methods))]
+    below = [name for name, gap in found.items() if gap.value < 0 and gap.beyond(len(methods))]
+    open_ = [name for name in found if name not in above and name not in below]
+    parts = [
+        f"{words} {_all(names)}"
+        for words, names in (
+            ("measurably below", above),
+            ("not measurably different from", open_),
+            ("measurably above", below),
+        )
+        if names
+    ]
+    return f"{floor.name}, without a network, gets {100 * accuracy:.1f} ± {100 * error:.1f} %: {'; '.join(parts)}."
+
+
+def points(found: Difference) -> str:
+    """A difference in percentage points with its standard error."""
+    return f"{100 * found.value:+.1f} ± {100 * found.error:.1f} points".replace("-", "−")
+
+
+def _all(names: Sequence[str], joined: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {joined} {names[-1]}"
