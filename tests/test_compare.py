@@ -132,6 +132,7 @@ def test_equal_methods_are_not_ranked() -> None:
     said = said_of(made_arms(0.55, 0.55))
     assert said[0].startswith("Take m")
     assert "cannot be told apart" in said[0]
+    assert "without any network" not in said[0]
     assert "is not measurably above" in said[1]
 
 
@@ -145,6 +146,9 @@ def test_where_nothing_helps_none_is_advised() -> None:
 @pytest.mark.quick
 def test_a_method_below_hog_is_said_to_be() -> None:
     said = " ".join(said_of(made_arms(0.55, 0.42)))
+    assert said.startswith("Take m0.")
+    behind = said_of(made_arms(0.55, 0.42, hog=0.60))[0]
+    assert behind == "Take m0; but a linear probe does measurably better on HOG, without any network."
     assert "HOG, without a network" in said
     assert "measurably below m0; measurably above m1" in said
 

@@ -15,11 +15,13 @@ def to_rgb(images: Float[Tensor, "b c height width"]) -> np.ndarray:
 
 
 def sheet(columns: dict[str, Float[Tensor, "b c height width"]], path: Path, smallest: int = 96) -> None:
-    """Write one picture: a row an image, a captioned column a frame. Small images are enlarged to `smallest` px."""
+    """Write one picture: a row an image, a column a frame, with a caption of one line or more. Small images are
+    enlarged to `smallest` px."""
     frames = {caption: to_rgb(images) for caption, images in columns.items()}
     count, height, width, _ = next(iter(frames.values())).shape
     scale = max(1, -(-smallest // min(height, width)))
-    height, width, gap, top = height * scale, width * scale, 6, 22
+    lines = max(caption.count("\n") for caption in frames) + 1
+    height, width, gap, top = height * scale, width * scale, 6, 5 + 17 * lines
     canvas = Image.new("RGB", (len(frames) * (width + gap) + gap, top + count * (height + gap)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for column, (caption, pictures) in enumerate(frames.items()):

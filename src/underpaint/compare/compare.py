@@ -445,7 +445,7 @@ def _row(arm: Arm, arms: Sequence[Arm], start: str, runs: Sequence[Run] | None, 
             for probe in arm.hits
         },
         "seeds": {probe: hits.mean(axis=(1, 2)).tolist() for probe, hits in arm.hits.items()},
-        "rank": float(np.mean(arm.rank)),
+        "rank": None if arm.kind == "floor" else float(np.mean(arm.rank)),  # of pixels it says nothing
     }
     before = next(other for other in arms if other.name == start)
     if arm.kind == "method":
@@ -514,7 +514,7 @@ def _restorations(judge: Judge, runs: Mapping[str, Sequence[Run]], path: Path) -
         columns.setdefault("original", images)
         for caption, frame in method.restore(standardize(images)).items():
             if caption != "original":
-                columns[f"{name}: {caption}"] = standardize.inverse(frame)
+                columns[f"{name}\n{caption}"] = standardize.inverse(frame)
     sheet(columns, path)
 
 
@@ -531,7 +531,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
             else "-"
             for p in probes
         ]
-        cells.append(f"{row['rank']:.1f}")
+        cells.append("-" if row["rank"] is None else f"{row['rank']:.1f}")
         for key, form in (("images_per_second", "{:.0f}"), ("memory_gib", "{:.2f}"), ("minutes", "{:.1f}")):
             cells.append(form.format(row[key]) if key in row else "-")
         lines.append(f"{row['name']:<{width}}" + "".join(f"{cell:>15}" for cell in cells))

@@ -47,12 +47,14 @@ def _with_labels(arms: Sequence[Arm], methods: Sequence[Arm], shots: int) -> lis
     # what a user could have without any training: the best of the starts
     bar = max(starts, key=lambda arm: arm.accuracy("linear")) if starts else None
     proven = [arm.name for arm in top if bar is None or _above(helped[bar.name][arm.name], len(methods))]
-    said = [_advice(top, proven, bar)]
+    floors = [arm for arm in arms if arm.kind == "floor"]
+    ahead = [floor.name for floor in floors if _above(difference(floor, leader, "linear", seeds), len(floors))]
+    said = [_advice(top, proven, bar, ahead)]
     if len(methods) > 1:
         said.append(_places(leader, level, behind, "linear", "linear probe", seeds))
     for start in starts:
         said.append(_gains(start, helped[start.name]))
-    for floor in (arm for arm in arms if arm.kind == "floor"):
+    for floor in floors:
         said.append(_floor(floor, methods, seeds))
     if len(methods) > 1:
         for probe, kind in (("few_linear", "linear"), ("few_attentive", "attentive")):
@@ -75,7 +77,7 @@ def _above(found: Difference, claims: int) -> bool:
     return found.value > 0 and found.beyond(claims)
 
 
-def _advice(top: Sequence[Arm], proven: Sequence[str], bar: Arm | None) -> str:
+def _advice(top: Sequence[Arm], proven: Sequence[str], bar: Arm | None, ahead: Sequence[str]) -> str:
     if not proven:
         assert bar is not None
         return (
@@ -83,10 +85,14 @@ def _advice(top: Sequence[Arm], proven: Sequence[str], bar: Arm | None) -> str:
             "weights (`--init timm:NAME`) may change that."
         )
     if len(top) == 1:
-        return f"Take {proven[0]}."
-    if len(proven) == 1:
-        return f"Take {proven[0]}, though it cannot be told from {_all([a.name for a in top if a.name != proven[0]])}."
-    return f"Take {_all(proven, 'or')}: they cannot be told apart."
+        advice = f"Take {proven[0]}"
+    elif len(proven) == 1:
+        advice = f"Take {proven[0]}, though it cannot be told from {_all([a.name for a in top if a.name != proven[0]])}"
+    else:
+        advice = f"Take {_all(proven, 'or')}, which cannot be told apart"
+    if ahead:
+        return f"{advice}; but a linear probe does measurably better on {_all(ahead)}, without any network."
+    return f"{advice}."
 
 
 def _places(leader: Arm, level: Sequence[Arm], behind: Sequence[Arm], probe: str, name: str, seeds: Spread) -> str:

@@ -85,10 +85,9 @@ def table_section(result: Mapping[str, Any]) -> str:
     """One row each: methods, what they started from, what needs no network."""
     rows = [row for row in result["rows"] if isinstance(row, dict)]
     probes = [key for key in PROBES if any(key in row.get("probes", {}) for row in rows)]
-    start = str(result.get("start", "untrained encoder"))
     heads = [PROBES[key][0] for key in probes]
-    heads += [f"Gain over the {start}"] if "linear" in probes else []
-    heads += ["Effective rank", "Loss / baseline", "Images / s", "Peak memory (GiB)", "Tokenizer time", "Minutes"]
+    heads += ["Gain"] if "linear" in probes else []
+    heads += ["Rank", "Loss / baseline", "Images / s", "Memory (GiB)", "Tokenizer", "Minutes"]
     body = ""
     for row in rows:
         cells = [percent_text(*accuracy(row, "probes", key)) for key in probes]
@@ -132,17 +131,19 @@ def table_section(result: Mapping[str, Any]) -> str:
 def caption(result: Mapping[str, Any], probes: Sequence[str]) -> str:
     """How the numbers of the table came to be."""
     text = (
-        "Effective rank: how many directions the features use. Loss / baseline: the method's own loss over that of a "
-        "trivial prediction, which cannot be compared between methods. Peak memory is that of the whole process."
+        "Rank: how many directions the features use (effective rank). Loss / baseline: the method's own loss over that "
+        "of a trivial prediction, which cannot be compared between methods. Memory: the peak of the whole process. "
+        "Tokenizer: the time that making one took, before the minutes."
     )
     if not probes:
         return text
     seeds = len(result.get("seeds") or [])
+    start = escape(str(result.get("start", "untrained encoder")))
     few = f"few labels are {count_text(number(result, 'shots'))} a class, drawn {count_text(number(result, 'draws'))} times; "
     return (
         f"Accuracy in percent ± one standard error over test images{', seeds' if seeds > 1 else ''} and drawn labels: "
         f"{count_text(number(result, 'train'))} images to fit, {count_text(number(result, 'test'))} to test, "
-        f"{count_text(number(result, 'classes'))} classes; {few}the gain is that of the linear probe. {text}"
+        f"{count_text(number(result, 'classes'))} classes; {few}the gain is that of the linear probe over the {start}. {text}"
     )
 
 

@@ -96,6 +96,9 @@ table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabula
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th[scope=row], thead th:first-child { text-align: left; font-weight: 400; white-space: normal; }
+table.wide { font-size: .9rem; }
+.wide th, .wide td { padding-right: .6rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 thead th { vertical-align: bottom; white-space: normal; }
 tbody tr:first-child th, .gain th, .gain td { font-weight: 700; }
 .floor { color: var(--quiet); }

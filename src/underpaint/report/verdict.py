@@ -91,12 +91,13 @@ def judge(metrics: list[dict], probes: dict, recipe: dict) -> Verdict:
     story = loss_sentence(last, baseline, falling, len(loss), has_baseline(trained))
     gains = changes(metrics, probes)
     rose = any(gain.standard_errors >= MEASURABLE for gain in gains)
+    rose = rose and not any(gain.standard_errors <= -MEASURABLE for gain in gains)
 
     rank, untrained_rank, dimensions = ranks(metrics, probes)
     few = max(FEW, FEW_SHARE * dimensions) if math.isfinite(dimensions) else FEW
     fell_to_few = rank < few and not rank >= SAME_RANK * untrained_rank
     lost_most = rank < RANK_KEPT * untrained_rank and (below or falling)
-    if (fell_to_few or lost_most) and not rose:  # a probe that measurably rose has seen that features differ
+    if (fell_to_few or lost_most) and not rose:  # a probe that rose where none fell has seen that features differ
         since = f", from {untrained_rank:.1f} before training" if math.isfinite(untrained_rank) else ""
         sentence = f"The features span {rank:.1f} dimensions{since}: the encoder hardly tells images apart."
         return Verdict("collapsed", sentence, collapse_advice(recipe))

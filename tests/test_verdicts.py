@@ -1,0 +1,94 @@
+"""The verdict on real runs whose truth is known: one that learns, and three that go wrong each in its own way."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import underpaint.train
+from underpaint.masking import Mask, random_mask
+from underpaint.methods import METHODS, Method, Objective
+from underpaint.report import Verdict, verdict
+from underpaint.train import pretrain
+
+SETTINGS: dict[str, Any] = {
+    "encoder.embed_dim": 32,
+    "encoder.depth": 2,
+    "encoder.num_heads": 2,
+    "run.log_every": 4,
+}
+
+
+def verdict_of(pictures: Path, out: Path, method: str = "mae", **settings: Any) -> Verdict:
+    run = pretrain(
+        pictures,
+        out,
+        recipe="mae-tiny-32",
+        method=method,
+        patch_size=8,
+        batch_size=32,
+        steps=160,
+        settings=SETTINGS | {path.replace("__", "."): value for path, value in settings.items()},
+    )
+    said = verdict(run.path)
+    assert said.sentence in (run.path / "report.html").read_text().replace("\u00a0", " ")
+    return said
+
+
+def test_a_run_that_learns(pictures: Path, tmp_path: Path) -> None:
+    found = verdict_of(pictures, tmp_path / "run", optimiser__rate=2e-2)
+    assert found.word == "learning"
+    assert "below its trivial baseline" in found.sentence
+
+
+def test_a_learning_rate_of_zero(pictures: Path, tmp_path: Path) -> None:
+    found = verdict_of(pictures, tmp_path / "run", optimiser__rate=0.0)
+    assert found.word == "stalled"
+    assert "`--set optimiser.rate=...`" in found.advice
+
+
+class Shrink(Method):
+    """Asks that all images get the same features: the collapse that other methods only slip into."""
+
+    paper = "none"
+
+    def __init__(self, encoder: Any):
+        super().__init__()
+        self.encoder = encoder
+
+    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+        rows, columns = self.encoder.grid(height, width)
+        return random_mask(batch, rows * columns, 1, generator)
+
+    def forward(self, images: Tensor, mask: Mask | None = None) -> Objective:
+        pooled = self.encoder(images).pooled
+        apart = (pooled - pooled.mean(0)).square().mean() / pooled.square().mean()
+        return Objective(apart, {"baseline": torch.ones(())})
+
+    def restore(self, images: Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
+        return {"original": images}
+
+
+def test_features_that_collapse(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "shrink", Shrink)
+    found = verdict_of(pictures, tmp_path / "run", method="shrink", optimiser__rate=2e-2)
+    assert found.word == "collapsed", found
+    assert "dimensions" in found.sentence
+
+
+def test_a_run_starved_of_data(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = underpaint.train.train_batches
+
+    def slow(*given: Any, **named: Any) -> Iterator[Any]:
+        for batch in quick(*given, **named):
+            time.sleep(0.1)
+            yield batch
+
+    monkeypatch.setattr(underpaint.train, "train_batches", slow)
+    found = verdict_of(pictures, tmp_path / "run", optimiser__rate=2e-2)
+    assert found.word == "starved"
+    assert "`--workers`" in found.advice
