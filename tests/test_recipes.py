@@ -48,7 +48,8 @@ def test_bad_recipes_are_named(settings: dict[str, Any], said: str) -> None:
 def test_settings_are_the_constructors_arguments() -> None:
     assert method_settings("mae")["hidden_ratio"] == 0.75
     settings = plain(checked({"method": {"name": "energy", "cell": 8}}))
-    assert settings["method"] == {"name": "energy", "hidden_ratio": 0.5, "cell": 8, "step_size": None}
+    assert settings["method"] == {"name": "energy", **method_settings("energy"), "cell": 8, "factors": [2, 4]}
+    assert settings["method"]["step_size"] is None
     override(settings, "method.name", "mae")
     assert settings["method"] == {"name": "mae"}  # the other method's settings do not follow
     override(settings, "init", "timm:x")

@@ -72,6 +72,9 @@ class Shrink(Method):
     def restore(self, images: Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
         return {"original": images}
 
+    def held_out(self, images: Tensor, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"none": (torch.ones(len(images)), torch.ones(len(images)))}
+
 
 def test_features_that_collapse(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "shrink", Shrink)

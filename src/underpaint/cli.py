@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("run_folder", metavar="RUN", type=Path)
     made.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     made.add_argument("--out", type=Path, required=True, help="a PNG file")
+    made.add_argument("--corruption", help="one of those that the run was trained on (default: all in turn)")
 
     made = command(
         "score", _score, "rank images by energy or restoration error", "score runs/first photos/ --out scores.csv"
@@ -167,7 +168,7 @@ def _pretrain(given: argparse.Namespace) -> None:
 def _restore(given: argparse.Namespace) -> None:
     from underpaint.use import restore
 
-    restore(given.run_folder, given.images, given.out)
+    restore(given.run_folder, given.images, given.out, corruption=given.corruption)
     print(given.out)
 
 

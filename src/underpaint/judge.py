@@ -30,11 +30,13 @@ from underpaint.evaluate import (
     shots,
     stratified,
 )
+from underpaint.methods import Method
 from underpaint.patches import Standardize
 
 QUICK_TRAIN, QUICK_TEST = 5_000, 2_000  # images of a probe while training
 FULL_TRAIN, FULL_TEST = 50_000, 10_000  # of the probe at the end
 ATTENTIVE_TRAIN = 10_000  # the attentive probe holds every patch token, so it sees fewer images at the end
+RESTORED = 2_000  # images on which the restoration is measured
 SHOTS = 10  # labelled images a class of the probes with few labels
 KINDS = ("linear", "attentive", "knn")
 TOKEN_MEMORY = 1.5e9  # bytes of patch tokens that are held at once
@@ -107,6 +109,28 @@ class Judge:
         """The same few images for every picture, in [0, 1]."""
         few = list(range(min(6, len(self.pool))))
         return next(iter(eval_batches(self.pool, size=self.size, indices=few))).images.to(device)
+
+    def restoration(self, method: Method, standardize: Standardize) -> dict[str, Any]:
+        """By task: squared error on what was corrupted over that of the trivial restoration, on test images where
+        there is a test part; each image's draw is its own, the same at every call."""
+        part = self.parts[1] if self.parts is not None else Part(self.pool, list(range(len(self.pool))))
+        chosen = part.indices[:: max(1, len(part.indices) // RESTORED)][:RESTORED]
+        device = standardize.mean.device
+        generator = torch.Generator().manual_seed(self.seed)
+        was = method.training
+        method.eval()
+        sums: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for batch in eval_batches(part.images, size=self.size, indices=chosen, device=device):
+            for name, pair in method.held_out(standardize(batch.images), generator).items():
+                sums.setdefault(name, []).append((pair[0].double().cpu(), pair[1].double().cpu()))
+        method.train(was)
+        found: dict[str, Any] = {"images": len(chosen), "test_part": self.parts is not None}
+        for name, pairs in sums.items():
+            left, before = (torch.cat([pair[k] for pair in pairs]) for k in (0, 1))
+            ratio = float(left.sum() / before.sum().clamp_min(1e-30))
+            spread = (left - ratio * before).std() / before.mean().clamp_min(1e-30)
+            found[name] = {"error": ratio, "standard_error": float(spread) / len(left) ** 0.5}
+        return found
 
     def _floor(self, floor: Callable[[Tensor], Tensor], part: Part) -> tuple[Tensor, np.ndarray]:
         """Features without a network [n, d], and the labels of the images that could be read."""

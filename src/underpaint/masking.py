@@ -25,6 +25,10 @@ class Mask(NamedTuple):
         """The masks of some images of the batch."""
         return Mask(self.visible[rows], self.hidden[rows])
 
+    def repeat(self, batch: int) -> "Mask":
+        """The mask of one image for each of a batch."""
+        return Mask(self.visible.expand(batch, -1), self.hidden.expand(batch, -1))
+
 
 def hide_highest(score: Float[Tensor, "b n"], count: int) -> Mask:
     """Hide the `count` patches of highest score in each image; both index lists are in ascending order."""

@@ -12,7 +12,6 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from underpaint.data import Batch
-from underpaint.masking import Mask
 from underpaint.methods import Method
 from underpaint.patches import Standardize
 from underpaint.recipes.recipe import Recipe
@@ -36,6 +35,11 @@ def make_optimiser(method: Method, recipe: Recipe) -> torch.optim.AdamW:
     names = getattr(method.encoder.model, "no_weight_decay", set)()
     listed = {f"encoder.model.{name}" for name in names}
     groups = param_groups_weight_decay(method, recipe.optimiser.weight_decay, no_weight_decay_list=listed)
+    for name, factor in method.rate_factors().items():
+        if (own := dict(method.named_parameters()).get(name)) is not None:
+            for group in groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter is not own]
+            groups.append({"params": [own], "weight_decay": 0.0, "factor": factor})
     device = next(method.parameters()).device
     return torch.optim.AdamW(groups, lr=1.0, betas=recipe.optimiser.betas, fused=device.type in ("cpu", "cuda"))
 
@@ -58,7 +62,7 @@ class Session:
     def local_batch(self) -> int:
         return self.recipe.optimiser.batch_size // self.fabric.world_size
 
-    def draws(self, batch: Batch, step: int) -> Mask:
+    def draws(self, batch: Batch, step: int) -> Any:
         """What is random in a step: drawn for the global batch, so that it does not depend on the processes."""
         generator = torch.Generator().manual_seed(step_seed(self.seed, step, 0))
         drawn = self.method.draw(
@@ -88,16 +92,23 @@ def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict
     with torch.no_grad():
         images = session.standardize(batch.images)
     for group in session.optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     part = session.local_batch // optimiser.accumulation
     numbers: dict[str, Tensor] = {}
     for k in range(optimiser.accumulation):
         rows = slice(k * part, (k + 1) * part)
-        with fabric.no_backward_sync(session.model, enabled=k + 1 < optimiser.accumulation):
-            objective = session.model(images[rows], draws.rows(rows))
-            fabric.backward(objective.loss / optimiser.accumulation)
-        for name, value in {"loss": objective.loss.detach(), **objective.terms}.items():
-            numbers[name] = numbers.get(name, 0.0) + value.double() / optimiser.accumulation
+        count, carry = session.method.part_count, None
+        for number in range(count):
+            last = k + 1 == optimiser.accumulation and number + 1 == count
+            with fabric.no_backward_sync(session.model, enabled=not last):
+                given = (
+                    (images[rows], draws.rows(rows)) if count == 1 else (images[rows], draws.rows(rows), number, carry)
+                )
+                objective = session.model(*given)
+                fabric.backward(objective.loss / optimiser.accumulation)
+            carry = objective.carry
+            for name, value in {"loss": objective.loss.detach(), **objective.terms}.items():
+                numbers[name] = numbers.get(name, 0.0) + value.double() / optimiser.accumulation
     norm = fabric.clip_gradients(session.model, session.stepper, max_norm=optimiser.clip, error_if_nonfinite=False)
     assert norm is not None
     # float16's scaler meets overflows by itself and lowers its scale; only a loss that is not finite counts there

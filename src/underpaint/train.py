@@ -125,8 +125,8 @@ def build(recipe: Recipe, images: ImageSet) -> tuple[Method, Standardize, dict[s
         if statistics:
             mean, std = statistics["mean"], statistics["std"]
     options = {key: value for key, value in recipe.method.items() if key != "name"}
-    if "step_size" in recipe.measured:
-        options["step_size"] = recipe.measured["step_size"]
+    calibrated = [key for key in ("step_size", "position_step") if key in recipe.measured]
+    options |= {key: recipe.measured[key] for key in calibrated}
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
         method.draw(1, *recipe.data.image_size)
@@ -531,7 +531,8 @@ def _train(
             board.close()
     if main and pause is None:
         start = f"start ({recipe.init})" if recipe.init else "untrained encoder"
-        report = judge.final(method.encoder, untrained.to(fabric.device), current.standardize, start, shout)
+        report = {"restoration": judge.restoration(method, current.standardize)}
+        report |= judge.final(method.encoder, untrained.to(fabric.device), current.standardize, start, shout)
         run.write_json("probes.json", report)
         write_looks(method.encoder, untrained, judge, current.standardize, run.path / "pictures")
         write_report(run.path)

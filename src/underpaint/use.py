@@ -8,7 +8,7 @@ import torch
 from underpaint.backbones import load_encoder, standardize_for
 from underpaint.data import Unreadable, centre_boxes, crop_resize, decode, eval_batches, load_images, open_source
 from underpaint.errors import InputError
-from underpaint.methods import METHODS, Method
+from underpaint.methods import METHODS, Energy, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
 from underpaint.recipes import Recipe
@@ -31,13 +31,19 @@ def load_method(path: str | Path) -> tuple[Method, Standardize, Recipe]:
     return method, standardize_for(path), recipe
 
 
-def restore(run: str | Path, images: Sequence[str | Path], out: str | Path) -> None:
-    """Write a sheet with a row an image: original, corrupted, restored.
+def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, corruption: str | None = None) -> None:
+    """Write a sheet with a row an image: original, corrupted, restored; `corruption` is one of the method's tasks.
 
     Raises:
-        InputError: an image that cannot be read.
+        InputError: an image that cannot be read; a corruption that the method was not trained on.
     """
     method, standardize, recipe = load_method(run)
+    if corruption is not None:
+        known: tuple[str, ...] = getattr(method, "tasks", ("mask",))
+        if corruption not in known:
+            raise InputError(f"--corruption {corruption}: this run was trained on {', '.join(known)}")
+        if isinstance(method, Energy):
+            method.tasks = (corruption,)
     size, (low, high) = recipe.data.image_size, recipe.measured["value_range"]
     rows = []
     for image in images:

@@ -15,10 +15,12 @@ class Features(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Tokens after the final norm, and the raw outputs of the blocks that were asked for."""
+    """Patch tokens after the final norm, the raw outputs of the blocks that were asked for, and class and register
+    tokens after the final norm."""
 
     tokens: Float[Tensor, "b k d"]
     taps: list[Tensor]
+    special: Float[Tensor, "b s d"]
 
 
 class Backbone(nn.Module):
@@ -61,6 +63,11 @@ class TokenBackbone(Backbone):
         tokens: Float[Tensor, "b k d"],
         index: Int[Tensor, "b k"] | None = None,
         taps: Sequence[int] = (),
+        positions: Float[Tensor, "b n d"] | None = None,
     ) -> Encoded:
-        """Add the positions of `index`, run the blocks on those tokens alone."""
+        """Add the positions of `index` (of all patches; the encoder's own or those given), run the blocks on those tokens alone."""
+        raise NotImplementedError
+
+    def positions(self) -> Float[Tensor, "n d"]:
+        """The position embedding of each patch."""
         raise NotImplementedError

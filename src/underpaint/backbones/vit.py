@@ -72,17 +72,17 @@ class ViT(TokenBackbone):
         tokens: Float[Tensor, "b k d"],
         index: Int[Tensor, "b k"] | None = None,
         taps: Sequence[int] = (),
+        positions: Float[Tensor, "b n d"] | None = None,
     ) -> Encoded:
         model, prefix = self.model, self.model.num_prefix_tokens
-        positions = model.pos_embed
         embedded_prefix = 0 if model.no_embed_class else prefix
-        places = positions[:, embedded_prefix:]
+        places = model.pos_embed[:, embedded_prefix:] if positions is None else positions
         tokens = tokens + (places if index is None else take(places.expand(len(tokens), -1, -1), index))
         if prefix:
             special = [t for t in (model.cls_token, model.reg_token) if t is not None]
             first = torch.cat(special, dim=1)
             if embedded_prefix:
-                first = first + positions[:, :prefix]
+                first = first + model.pos_embed[:, :prefix]
             tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         tokens = model.norm_pre(model.pos_drop(tokens))
         tapped = []
@@ -90,4 +90,8 @@ class ViT(TokenBackbone):
             tokens = block(tokens)
             if number in taps:
                 tapped.append(tokens[:, prefix:])
-        return Encoded(model.norm(tokens)[:, prefix:], tapped)
+        tokens = model.norm(tokens)
+        return Encoded(tokens[:, prefix:], tapped, tokens[:, :prefix])
+
+    def positions(self) -> Float[Tensor, "n d"]:
+        return self.model.pos_embed[0, -self.model.patch_embed.num_patches :]

@@ -1,59 +1,144 @@
-"""Energy-inspired pretraining: Wang et al., ICLR 2023, arXiv 2302.01384. First form: masking, one step.
+"""Energy-inspired pretraining: Wang et al., ICLR 2023, arXiv 2302.01384.
 
 One network, no decoder. Forward, the network is an energy: one scalar an image, low for images like the data.
 Backward, the gradient of that energy with respect to the *input* says how to change a corrupted image to make it more
-likely. Training asks that one such step restores the image.
+likely. Training asks that a few such steps restore the image. For n = 0 .. N-1, from x_0 = corrupt(x):
 
-    E       = sum over patches of head(encoder(x))       one scalar an image
-    x'      = x - step_size * dE/dx                      kept differentiable: a double backward
-    loss    = smooth_l1(x', clean)                       the whole image
+    x_n     = stop_gradient(x_n)                     each step is a loss of its own
+    E       = head(encoder(x_n))                     one scalar an image
+    x_{n+1} = x_n - step_size * dE/dx_n              kept differentiable: a double backward
+    loss   += smooth_l1(x_{n+1}, x)                  the whole image
+
+Any corruption will do: hidden cells, patches out of order, lost resolution, noise, lost colour, or one of these an
+image. For patches out of order in a ViT, what is restored is the order: each patch comes with a wrong position
+embedding z, and z is the variable that the gradient changes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from underpaint.backbones import Backbone
-from underpaint.corruptions import mask_cells
+from underpaint.backbones import Backbone, TokenBackbone
+from underpaint.corruptions import add_noise, downsample, gray, mask_cells, shuffle_patches
 from underpaint.masking import Mask, hidden_count, hidden_map, random_mask
 from underpaint.methods.method import Method, Objective
-from underpaint.patches import weighted_mean
+from underpaint.patches import patchify, take, unpatchify, weighted_mean
+
+TASKS = ("mask", "shuffle", "downsample", "noise", "gray")
+SMALLEST_STEP = 1e-4
+
+
+class Corruption(NamedTuple):
+    """What is random in a step, a row an image; None where no task of the method needs it."""
+
+    task: Int[Tensor, "b"]  # place in TASKS
+    mask: Mask | None  # of cells
+    order: Int[Tensor, "b n"] | None  # place k gets patch order[k]
+    factor: Int[Tensor, "b"] | None  # of lost resolution, place in the method's `factors`
+    kept: Float[Tensor, "b"] | None  # share of the variance that noise leaves
+    noise: Float[Tensor, "b c height width"] | None
+
+    def to(self, device: torch.device) -> "Corruption":
+        moved = [None if field is None else field.to(device) for field in self]
+        return Corruption(*moved)  # pyright: ignore[reportArgumentType]
+
+    def rows(self, rows: slice) -> "Corruption":
+        cut = [
+            field.rows(rows) if isinstance(field, Mask) else None if field is None else field[rows] for field in self
+        ]
+        return Corruption(*cut)  # pyright: ignore[reportArgumentType]
+
+    def repeat(self, batch: int) -> "Corruption":
+        one = [
+            field.repeat(batch) if isinstance(field, Mask) else None if field is None else _repeated(field, batch)
+            for field in self
+        ]
+        return Corruption(*one)  # pyright: ignore[reportArgumentType]
+
+
+def _repeated(values: Tensor, batch: int) -> Tensor:
+    return values.expand(batch, *values.shape[1:])
+
+
+class State(NamedTuple):
+    """What the gradient may change: images, and in a ViT that sorts patches the positions of its patches."""
+
+    images: Float[Tensor, "b c height width"]
+    positions: Float[Tensor, "b n d"] | None
+
+    @property
+    def variables(self) -> tuple[Tensor, ...]:
+        return (self.images,) if self.positions is None else (self.images, self.positions)
+
+    @classmethod
+    def of(cls, variables: Iterable[Tensor]) -> "State":
+        images, *positions = variables
+        return cls(images, positions[0] if positions else None)
+
+    def detach(self) -> "State":
+        return State.of(variable.detach() for variable in self.variables)
 
 
 class Energy(Method):
-    """Restore hidden cells by one step down the gradient of an energy.
+    """Restore corrupted images by steps down the gradient of an energy.
 
     >>> import torch, underpaint
     >>> energy = underpaint.Energy(underpaint.encoder("vit_tiny_patch16_224", image_size=64))
     >>> objective = energy(torch.randn(2, 3, 64, 64))
     >>> objective.loss.backward(); sorted(objective.terms)
-    ['baseline', 'hidden_error', 'step_size']
+    ['baseline', 'energy', 'error', 'gradient_rms', 'step_size']
 
     Args:
         encoder: any `Backbone` without batch norm (its statistics would couple the images of a batch).
-        hidden_ratio: share of the cells that is hidden.
-        cell: pixels of a side of a hidden cell; the patch of a ViT, else a quarter of the stride, where None.
+        corruption: one task, or a mixture with one task an image, drawn uniformly.
+        hidden_ratio: share of the cells that masking hides.
+        cell: pixels of a side of a hidden cell, and of a shuffled patch where the encoder is no ViT; the patch of a
+            ViT, else 8, where None.
+        factors: of lost resolution, one an image.
+        steps: N, restoring steps (2 in both secondary sources; 1 costs half).
         step_size: start value of the learned step size (0.1 as published). None: measured on the first batch so that
             the step changes a pixel by 0.1 (root of the mean square), since the scale of dE/dx at initialisation
             spans four orders of magnitude between encoders.
+        position_step: the same for positions.
+        step_rate: learning rate of the step sizes' logarithms over that of the weights.
+        readout: how one scalar is read from the tokens: a linear of each patch token, summed or averaged; of the
+            class token; or "square", half the squared length of a linear map of each patch token, summed. A linear
+            read-out sends the same vector back to every token, whatever it holds; a square one sends the token itself
+            back, so that what restores must be in the features.
+        loss_on: the whole image, or hidden cells only (masking).
+        zero_head: the head starts at 0, so that restoration starts as the identity.
+        gradient: exact (double backward), or by a central finite difference along d loss / d x_{n+1}, which needs
+            first derivatives only and their memory, and is approximate.
 
     Raises:
-        ValueError: the encoder has batch norm.
+        ValueError: the encoder has batch norm; a setting that does not fit encoder or images.
     """
 
     paper = "one network: forward an energy, its input gradient restores (arXiv 2302.01384)"
+    places: Tensor | None
 
     def __init__(
         self,
         encoder: Backbone,
+        corruption: Literal["mask", "shuffle", "downsample", "noise", "gray", "mixture"] = "mask",
         hidden_ratio: float = 0.5,
         cell: int | None = None,
+        factors: Sequence[int] = (2, 4),
+        steps: int = 1,
         step_size: float | None = None,
+        position_step: float | None = None,
+        step_rate: float = 1.0,
+        readout: Literal["sum", "mean", "class", "square"] = "sum",
+        loss_on: Literal["image", "hidden"] = "image",
+        zero_head: bool = False,
+        gradient: Literal["exact", "difference"] = "exact",
     ):
         super().__init__()
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.model.modules()):
@@ -61,81 +146,378 @@ class Energy(Method):
                 "the energy method needs an encoder without batch norm, which couples the images of a batch: "
                 "a ViT, or --set encoder.norm_layer=groupnorm"
             )
+        if corruption == "gray" and encoder.channels == 1:
+            raise ValueError("corruption gray needs images of more than one channel")
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; at least 1 is needed")
+        if zero_head and readout == "square":
+            raise ValueError("a square readout whose head starts at 0 never leaves it: zero_head needs a linear one")
         self.encoder = encoder
-        self.hidden_ratio = hidden_ratio
+        tasks = TASKS if corruption == "mixture" else (corruption,)
+        self.tasks = tuple(task for task in tasks if encoder.channels > 1 or task != "gray")
+        self.hidden_ratio, self.factors, self.loss_on = hidden_ratio, tuple(factors), loss_on
+        self.readout, self.steps, self.gradient_by = readout, steps, gradient
+        self.part_count = steps if gradient == "exact" else 2 * steps
         patch: tuple[int, int] = getattr(encoder, "patch_size", (8, 8))
         self.cell: tuple[int, int] = (cell, cell) if cell else patch
+        self.piece = patch if isinstance(encoder, TokenBackbone) else self.cell  # what is put in order
         self.calibrated = step_size is not None
-        self.log_step_size = nn.Parameter(torch.tensor(math.log(step_size if step_size else 0.1)))
-        self.head = nn.Linear(encoder.dim, 1, bias=False)  # a bias would be a constant of the energy
-        nn.init.xavier_uniform_(self.head.weight)
+        self.log_step_size = nn.Parameter(torch.tensor(math.log(step_size or 0.1)))
+        self.step_rate = step_rate
+        # a bias would be a constant of the energy
+        self.head = nn.Linear(encoder.dim, encoder.dim if readout == "square" else 1, bias=False)
+        nn.init.zeros_(self.head.weight) if zero_head else nn.init.xavier_uniform_(self.head.weight)
         final_norm = getattr(encoder.model, "norm", None)
-        if isinstance(final_norm, nn.LayerNorm) and final_norm.bias is not None:
+        if readout != "square" and isinstance(final_norm, nn.LayerNorm) and final_norm.bias is not None:
             final_norm.bias.requires_grad_(False)  # a constant of the energy too: no gradient ever reaches it
+        places = None  # the true position of each patch, where those are what is restored
+        if "shuffle" in self.tasks and isinstance(encoder, TokenBackbone):
+            places = encoder.positions().detach().clone()
+            # the target and the input of the other tasks are the same fixed positions
+            encoder.model.pos_embed.requires_grad_(False)
+            self.log_position_step = nn.Parameter(torch.tensor(math.log(position_step or 0.1)))
+            self.calibrated = self.calibrated and position_step is not None
+        self.register_buffer("places", places, persistent=False)
+        has_class = isinstance(encoder, TokenBackbone) and getattr(encoder.model, "cls_token", None) is not None
+        if readout == "class" and not has_class:
+            raise ValueError("readout class needs an encoder with a class token")
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
-        if height % self.cell[0] or width % self.cell[1]:
-            raise ValueError(f"cell {self.cell[0]} px does not divide an image of {height}x{width}")
+    def rate_factors(self) -> dict[str, float]:
+        return {name: self.step_rate for name in ("log_step_size", "log_position_step") if hasattr(self, name)}
+
+    # --- corrupting ------------------------------------------------------------------------------------------------
+
+    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
+        needed = [("cell", self.cell[0])] if {"mask", "shuffle"} & set(self.tasks) else []
+        needed += [("factor", factor) for factor in self.factors] if "downsample" in self.tasks else []
+        for name, side in needed:
+            if height % side or width % side:
+                raise ValueError(f"{name} {side} px does not divide an image of {height}x{width}")
         cells = (height // self.cell[0]) * (width // self.cell[1])
-        return random_mask(batch, cells, hidden_count(cells, self.hidden_ratio), generator)
+        pieces = (height // self.piece[0]) * (width // self.piece[1])
+        drawn = torch.randint(len(self.tasks), (batch,), generator=generator)
+        task = torch.tensor([TASKS.index(name) for name in self.tasks])[drawn]
+        mask = order = factor = kept = noise = None
+        if "mask" in self.tasks:
+            mask = random_mask(batch, cells, hidden_count(cells, self.hidden_ratio), generator)
+        if "shuffle" in self.tasks:
+            order = torch.rand(batch, pieces, generator=generator).argsort(1)
+        if "downsample" in self.tasks:
+            factor = torch.randint(len(self.factors), (batch,), generator=generator)
+        if "noise" in self.tasks:
+            kept = torch.rand(batch, generator=generator)
+            noise = torch.randn(batch, self.encoder.channels, height, width, generator=generator)
+        return Corruption(task, mask, order, factor, kept, noise)
 
-    def energy(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
-        """One scalar an image: a bias-free linear read-out of every patch token, summed."""
-        patches = self.encoder(images).patches
-        return self.head(patches).float().sum((1, 2))
+    def corrupt(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> State:
+        """Each image by its own task; where there are several, all are made and one is taken."""
+        corrupted = images
+        for name in self.tasks:
+            made = self._corrupt_all(images, name, draws)
+            if len(self.tasks) == 1:
+                corrupted = made
+            else:
+                corrupted = torch.where(self._is(name, draws).view(-1, 1, 1, 1), made, corrupted)
+        if self.places is None:
+            return State(corrupted, None)
+        places = self.places.expand(len(images), -1, -1)
+        assert draws.order is not None
+        wrong = take(places, draws.order)
+        return State(corrupted, torch.where(self._is("shuffle", draws).view(-1, 1, 1), wrong, places))
 
-    def gradient(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height width"]:
-        """dE/dx, itself differentiable."""
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
-            return torch.func.grad(lambda x: self.energy(x).sum())(images)
+    def _is(self, name: str, draws: Corruption) -> Tensor:
+        return draws.task == TASKS.index(name)
 
-    def step(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height width"]:
-        """One restoring step down the energy; no clamp, which would kill gradients."""
-        return images - self.log_step_size.exp() * self.gradient(images)
+    def _corrupt_all(self, images: Tensor, name: str, draws: Corruption) -> Tensor:
+        if name == "mask":
+            assert draws.mask is not None
+            return mask_cells(images, draws.mask, self.cell)
+        if name == "shuffle":
+            assert draws.order is not None
+            return images if self.places is not None else shuffle_patches(images, draws.order, self.piece)
+        if name == "downsample":
+            assert draws.factor is not None
+            made = images
+            for place, factor in enumerate(self.factors):
+                made = torch.where((draws.factor == place).view(-1, 1, 1, 1), downsample(images, factor), made)
+            return made
+        if name == "noise":
+            assert draws.noise is not None
+            assert draws.kept is not None
+            return add_noise(images, draws.noise, draws.kept)
+        return gray(images)
+
+    # --- the energy and one step down ------------------------------------------------------------------------------
+
+    def energy(
+        self, images: Float[Tensor, "b c height width"], positions: Float[Tensor, "b n d"] | None = None
+    ) -> Float[Tensor, "b"]:
+        """One scalar an image."""
+        if self.readout == "class" or positions is not None:
+            assert isinstance(self.encoder, TokenBackbone)
+            encoded = self.encoder.encode(self.encoder.embed(images), positions=positions)
+            tokens = encoded.special[:, :1] if self.readout == "class" else encoded.tokens
+        else:
+            tokens = self.encoder(images).patches
+        read = self.head(tokens)
+        read = read if read.dtype == torch.float64 else read.float()
+        if self.readout == "square":
+            return 0.5 * read.square().sum((1, 2))
+        return read.mean((1, 2)) if self.readout == "mean" else read.sum((1, 2))
+
+    def gradient(self, state: State) -> tuple[State, Float[Tensor, "b"]]:
+        """dE/dx and dE/dz, themselves differentiable, and the energy."""
+        wanted = tuple(range(len(state.variables)))
+
+        def summed(*changed: Tensor) -> tuple[Tensor, Tensor]:
+            energy = self.energy(*changed)
+            return energy.sum(), energy
+
+        # the fused attention kernels have no second derivative
+        with sdpa_kernel(SDPBackend.MATH) if self.gradient_by == "exact" else nullcontext():
+            found, energy = torch.func.grad(summed, argnums=wanted, has_aux=True)(*state.variables)
+        return State.of(found), energy
+
+    def step_sizes(self) -> list[Tensor]:
+        """Of images, and of positions where those are restored."""
+        logarithms = [self.log_step_size] if self.places is None else [self.log_step_size, self.log_position_step]
+        return [value.clamp(min=math.log(SMALLEST_STEP)).exp() for value in logarithms]
+
+    def step(self, state: State) -> State:
+        """One restoring step down the energy; no clamp of pixels, which would kill gradients."""
+        return self._moved(state, self.gradient(state)[0])
+
+    def _moved(self, state: State, gradient: State) -> State:
+        three = zip(state.variables, self.step_sizes(), gradient.variables, strict=True)
+        return State.of(variable - size * slope for variable, size, slope in three)
+
+    # --- the loss, step by step ------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c height width"],
+        draws: Corruption | None = None,
+        part: int | None = None,
+        carry: Any = None,
+    ) -> Objective:
+        if draws is None:
+            draws = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+        one = self._exact if self.gradient_by == "exact" else self._difference
+        if part is not None:
+            return one(images, draws, part, carry)
+        objective = one(images, draws, 0, None)
+        loss = objective.loss
+        for number in range(1, self.part_count):
+            objective = one(images, draws, number, objective.carry)
+            loss = loss + objective.loss
+        return Objective(loss, objective.terms)
+
+    def _exact(self, images: Tensor, draws: Corruption, part: int, carry: State | None) -> Objective:
+        """Step number `part`, from what the step before it reached."""
+        state = carry or self.corrupt(images, draws)
+        gradient, energy = self.gradient(state)
+        moved = self._moved(state, gradient)
+        last = part + 1 == self.steps
+        terms = self._terms(images, draws, moved, gradient, energy) if last else {}
+        return Objective(self.loss(moved, images, draws), terms, moved.detach())
+
+    def _difference(self, images: Tensor, draws: Corruption, part: int, carry: Any) -> Objective:
+        """Two parts a step, each with the memory of one ordinary forward and backward.
+
+        With w = step_size * d loss / d x_{n+1}, the gradient for the weights is that of -<w, dE/dx_n>: of
+        -(E(x_n + h w) - E(x_n - h w)) / (2 h), a part for each of the two energies, h a thousandth of |x| / |w|.
+        """
+        if part % 2 == 1:
+            minus, weight, reached, terms = carry
+            surrogate = (weight * self.energy(*minus.variables)).sum()
+            return Objective(surrogate - surrogate.detach(), terms, reached)
+        state = carry or self.corrupt(images, draws)
+        with torch.no_grad():  # the inner gradient alone
+            gradient, energy = self.gradient(state)
+        moved = self._moved(state, gradient)
+        loss = self.loss(moved, images, draws)  # its gradient reaches the step sizes
+        reached = moved.detach()
+        wanted = tuple(range(len(reached.variables)))
+
+        def loss_at(*variables: Tensor) -> Tensor:
+            return self.loss(State.of(variables), images, draws)
+
+        slopes = torch.func.grad(loss_at, wanted)(*reached.variables)
+        directions = [size.detach() * slope for size, slope in zip(self.step_sizes(), slopes, strict=True)]
+        h = 1e-3 * _length(state.variables) / _length(directions).clamp_min(1e-12)
+        plus, minus = (
+            State.of(_along(x, d, sign * h) for x, d in zip(state.variables, directions, strict=True))
+            for sign in (1, -1)
+        )
+        weight = 0.5 / h
+        surrogate = -(weight * self.energy(*plus.variables)).sum()
+        last = part + 2 == self.part_count
+        terms = self._terms(images, draws, moved, gradient, energy) if last else {}
+        return Objective(loss + surrogate - surrogate.detach(), {}, (minus, weight, reached, terms))
+
+    def loss(self, state: State, images: Float[Tensor, "b c height width"], draws: Corruption) -> Float[Tensor, ""]:
+        """Smooth L1 (beta 1): of an image's pixels, or of the positions of its patches, mean over the batch."""
+        error = functional.smooth_l1_loss(state.images, images, reduction="none")
+        each = error.mean((1, 2, 3))
+        if self.loss_on == "hidden" and draws.mask is not None:
+            hidden = self._hidden(images, draws)
+            each = torch.where(self._is("mask", draws), (error * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)), each)
+        if state.positions is not None and self.places is not None:
+            places = self.places.expand_as(state.positions)
+            sorting = functional.smooth_l1_loss(state.positions, places, reduction="none").mean((1, 2))
+            each = torch.where(self._is("shuffle", draws), sorting, each)
+        return each.mean()
+
+    def _hidden(self, images: Tensor, draws: Corruption) -> Tensor:
+        assert draws.mask is not None
+        grid = (images.shape[-2] // self.cell[0], images.shape[-1] // self.cell[1])
+        return hidden_map(draws.mask, grid, self.cell).expand_as(images)
+
+    # --- what is told of it ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _terms(
+        self, images: Tensor, draws: Corruption, restored: State, gradient: State, energy: Tensor
+    ) -> dict[str, Tensor]:
+        corrupted = self.corrupt(images, draws)
+        left, before = self.errors(images, draws, restored)
+        terms = {
+            "baseline": self.steps * self.loss(corrupted, images, draws),
+            "step_size": self.step_sizes()[0],
+            "gradient_rms": gradient.images.square().mean().sqrt(),
+            "energy": energy.mean(),
+        }
+        for name in self.tasks:
+            those = self._is(name, draws).to(left.dtype)
+            ratio = (left * those).sum() / (before * those).sum().clamp_min(torch.finfo(left.dtype).tiny)
+            terms["error" if len(self.tasks) == 1 else f"error_{name}"] = ratio
+        if "shuffle" in self.tasks:
+            terms["placed"] = weighted_mean(self.placed(images, restored), self._is("shuffle", draws).to(left.dtype))
+        return {name: value.detach() for name, value in terms.items()}
+
+    def errors(
+        self, images: Float[Tensor, "b c height width"], draws: Corruption, restored: State
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+        """Squared error on what was corrupted, after restoring and after doing nothing; a loss over a whole image
+        falls while nothing is restored, since what was not corrupted is right already."""
+        corrupted = self.corrupt(images, draws)
+        found = []
+        for state in (restored, corrupted):
+            squares = (state.images - images).square()
+            if draws.mask is not None:
+                masked = self._is("mask", draws).view(-1, 1, 1, 1)
+                squares = torch.where(masked, squares * self._hidden(images, draws), squares)
+            each = squares.mean((1, 2, 3))
+            if state.positions is not None and self.places is not None:
+                moved = (state.positions - self.places).square().mean((1, 2))
+                each = torch.where(self._is("shuffle", draws), moved, each)
+            found.append(each)
+        return found[0], found[1]
+
+    def placed(self, images: Float[Tensor, "b c height width"], state: State) -> Float[Tensor, "b"]:
+        """Share of an image's patches whose place is read off right: the nearest position, or the patch of the
+        original that looks most like what was restored there."""
+        if self.places is not None:
+            assert state.positions is not None
+            nearest = self.nearest(state.positions)
+        else:
+            nearest = torch.cdist(patchify(state.images, self.piece), patchify(images, self.piece)).argmin(2)
+        return (nearest == torch.arange(nearest.shape[1], device=nearest.device)).to(images.dtype).mean(1)
+
+    def nearest(self, positions: Float[Tensor, "b n d"]) -> Int[Tensor, "b n"]:
+        """The place whose true position is nearest to each of these."""
+        assert self.places is not None
+        return (self.places.square().sum(1) - 2 * positions @ self.places.T).argmin(2)
 
     def calibrate(
-        self, images: Float[Tensor, "b c height width"], mask: Mask, mean: Callable[[Tensor], Tensor] = lambda x: x
+        self,
+        images: Float[Tensor, "b c height width"],
+        draws: Corruption,
+        mean: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> dict[str, float]:
         if self.calibrated:
             return {}
-        change = mean(self.gradient(mask_cells(images, mask, self.cell)).square().mean()).sqrt()
         with torch.no_grad():
-            self.log_step_size.copy_((0.1 / change.detach()).log())
+            gradient, _ = self.gradient(self.corrupt(images, draws))
+        found = {}
+        for name, log_size, slope in (
+            ("step_size", self.log_step_size, gradient.images),
+            ("position_step", getattr(self, "log_position_step", None), gradient.positions),
+        ):
+            if log_size is None or slope is None:
+                continue
+            rms = float(mean(slope.square().mean()).sqrt())
+            if rms > 0:  # a head of zeros has no gradient yet
+                with torch.no_grad():
+                    log_size.fill_(math.log(max(SMALLEST_STEP, 0.1 / rms)))
+            found[name] = float(log_size.detach().exp())
         self.calibrated = True
-        return {"step_size": float(self.log_step_size.detach().exp())}
-
-    def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
-        if mask is None:
-            mask = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
-        corrupted = mask_cells(images, mask, self.cell)
-        restored = self.step(corrupted)
-        loss = functional.smooth_l1_loss(restored, images)
-        nothing = functional.smooth_l1_loss(corrupted, images)
-        return Objective(
-            loss,
-            {
-                "baseline": nothing.detach(),
-                "hidden_error": self.hidden_error(restored, images, mask).detach(),
-                "step_size": self.log_step_size.detach().exp(),
-            },
-        )
-
-    def hidden_error(self, restored: Tensor, images: Tensor, mask: Mask) -> Float[Tensor, ""]:
-        """Squared error on hidden pixels over that of doing nothing: 1 at first, 0 when restored.
-
-        A loss over the whole image falls while nothing is restored, since visible pixels are right already.
-        """
-        grid = (images.shape[-2] // self.cell[0], images.shape[-1] // self.cell[1])
-        hidden = hidden_map(mask, grid, self.cell).expand_as(images)
-        return weighted_mean((restored - images).square(), hidden) / weighted_mean(images.square(), hidden)
+        return found
 
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
-        mask = mask or self.fixed_draws(images, 1)[0]
-        corrupted = mask_cells(images, mask, self.cell)
-        return {"original": images, "hidden": corrupted, "restored": self.step(corrupted)}
+    def held_out(
+        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each task on all of these images; and the share of patches placed right, beside 1."""
+        found = {}
+        drawn = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        for name in self.tasks:
+            draws = drawn._replace(task=torch.full_like(drawn.task, TASKS.index(name)))
+            last = self.restored(images, draws)[-1]
+            found[name] = self.errors(images, draws, last)
+            if name == "shuffle":
+                found["placed"] = (self.placed(images, last), torch.ones(len(images), device=images.device))
+        return found
+
+    @torch.no_grad()
+    def restored(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> list[State]:
+        """The corrupted images, and what each step makes of them."""
+        states = [self.corrupt(images, draws)]
+        for _ in range(self.steps):
+            states.append(self.step(states[-1]).detach())
+        return states
+
+    @torch.no_grad()
+    def restore(self, images: Float[Tensor, "b c height width"], draws: Corruption | None = None) -> dict[str, Tensor]:
+        """Original, corrupted, each step, and how far a step moves each pixel of the original itself, bright where
+        it is most. Of a mixture, the images have its tasks in turn."""
+        if draws is None:
+            tasks = torch.tensor([TASKS.index(name) for name in self.tasks], device=images.device)
+            turns = tasks[torch.arange(len(images), device=images.device) % len(tasks)]
+            same: Corruption = self.fixed_draws(images, 1)[0]
+            draws = same._replace(task=turns)
+        states = self.restored(images, draws)
+        frames = {"original": images, "corrupted": self._shown(states[0], images, draws)}
+        for number, state in enumerate(states[1:], start=1):
+            caption = "restored" if number == self.steps else f"step {number}"
+            frames[caption] = self._shown(state, images, draws)
+        still = State(images, None if self.places is None else self.places.expand(len(images), -1, -1))
+        change = (self.step(still).images - images).square().mean(1, keepdim=True).sqrt()
+        bright = change / change.amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
+        frames["unusual"] = (4 * bright - 2).expand_as(images)  # about black to white of standardised images
+        return frames
+
+    def _shown(self, state: State, images: Tensor, draws: Corruption) -> Tensor:
+        """Where positions are restored, the patches lie where their positions say."""
+        if self.places is None or state.positions is None:
+            return state.images
+        patches = patchify(images, self.piece)
+        index = self.nearest(state.positions).unsqueeze(-1).expand_as(patches)
+        arranged = torch.zeros_like(patches).scatter(1, index, patches)
+        grid = (images.shape[-2] // self.piece[0], images.shape[-1] // self.piece[1])
+        sorted_ = self._is("shuffle", draws).view(-1, 1, 1, 1)
+        return torch.where(sorted_, unpatchify(arranged, self.piece, grid), state.images)
 
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
         """The energy."""
         return self.energy(images)
+
+
+def _length(variables: Iterable[Tensor]) -> Float[Tensor, "b"]:
+    """The Euclidean length of all of an image's variables together."""
+    return torch.stack([variable.flatten(1).square().sum(1) for variable in variables]).sum(0).sqrt()
+
+
+def _along(x: Tensor, direction: Tensor, h: Tensor) -> Tensor:
+    return x + h.view(-1, *(1,) * (x.dim() - 1)) * direction

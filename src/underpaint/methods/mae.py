@@ -88,7 +88,8 @@ class MAE(Method):
     @torch.no_grad()
     def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
         """Standardised targets leave mean and contrast of a hidden patch open: pictures take them from the original."""
-        mask = mask or self.fixed_draws(images, 1)[0]
+        if mask is None:
+            mask = Mask(*self.fixed_draws(images, 1)[0])
         grid = self.encoder.grid(*images.shape[-2:])
         patches = patchify(images, self.patch_size)
         predicted = self.predict(images, mask)
@@ -97,6 +98,16 @@ class MAE(Method):
             predicted = predicted * hidden.std(-1, keepdim=True) + hidden.mean(-1, keepdim=True)
         restored = unpatchify(put(patches, mask.hidden, predicted), self.patch_size, grid)
         return {"original": images, "hidden": mask_cells(images, mask, self.patch_size), "restored": restored}
+
+    @torch.no_grad()
+    def held_out(
+        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Against the mean of each hidden patch, as in the loss."""
+        mask = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        target = self.targets(images, mask)
+        left = (self.predict(images, mask) - target).square().mean((1, 2))
+        return {"mask": (left, (target - target.mean(-1, keepdim=True)).square().mean((1, 2)))}
 
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:

@@ -1,46 +1,69 @@
 """The contract between a method and everything around it."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from underpaint.backbones import Backbone
-from underpaint.masking import Mask
 
 
 class Objective(NamedTuple):
     """A loss, and the named numbers it was made of.
 
     `terms` holds scalars without gradient, among them `baseline`: the loss of a trivial prediction. A loss that
-    does not fall below its baseline has learned nothing.
+    does not fall below its baseline has learned nothing. `carry` is what the next part of a loss in parts starts from.
     """
 
     loss: Float[Tensor, ""]
     terms: dict[str, Tensor]
+    carry: Any = None
 
 
 class Method(nn.Module):
     """A pretraining method around an encoder: `method(images)` is an `Objective`.
 
     Images are standardised, float32 [b, c, height, width]. What is random in a step is drawn by `draw`, outside
-    compiled regions; a method called without draws makes its own.
+    compiled regions; a method called without draws makes its own. Draws are a `Mask`, or a tuple of a method's own that
+    has the same three verbs: `to(device)`, `rows(slice)`, and `repeat(batch)` of the draws of one image.
+
+    A loss that is a sum of independent parts has `part_count` above 1. `forward(images, draws, part, carry)` is then
+    one of them, to be backpropagated before the next is made, which starts from the `carry` of the one before; the
+    last one has the terms. Without `part`, forward is their sum.
     """
 
     paper: str  # one line: what it does, and where it comes from
     encoder: Backbone
+    part_count: int = 1
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
         """The random part of a step for `batch` images of this size in pixels, on the CPU."""
         raise NotImplementedError
 
-    def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
+    def forward(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> Objective:
         raise NotImplementedError
 
+    def rate_factors(self) -> dict[str, float]:
+        """Weights in a parameter group of their own, without decay: the factor on their learning rate, by name."""
+        return {}
+
+    def parts(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> Iterator[Objective]:
+        """The parts of the loss one by one; backpropagate each before asking for the next, and memory is that of one."""
+        if self.part_count == 1:
+            yield self(images, draws)
+            return
+        if draws is None:
+            draws = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+        carry = None
+        for part in range(self.part_count):
+            objective = self(images, draws, part, carry)
+            yield objective
+            carry = objective.carry
+
     def calibrate(
-        self, images: Float[Tensor, "b c height width"], mask: Mask, mean: Callable[[Tensor], Tensor] = lambda x: x
+        self, images: Float[Tensor, "b c height width"], draws: Any, mean: Callable[[Tensor], Tensor] = lambda x: x
     ) -> dict[str, float]:
         """Settings that are measured on the first batch before step 0: taken over at once, and returned by name.
 
@@ -48,7 +71,7 @@ class Method(nn.Module):
         """
         return {}
 
-    def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
+    def restore(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> dict[str, Tensor]:
         """Pictures by caption, standardised like the images, from the original to the restoration."""
         raise NotImplementedError
 
@@ -56,9 +79,14 @@ class Method(nn.Module):
         """How unusual each image is: higher means less like the training data."""
         raise NotImplementedError
 
-    def fixed_draws(self, images: Tensor, count: int) -> Sequence[Mask]:
+    def held_out(
+        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """By task: each image's squared error on what was corrupted, restored and trivially restored ([b] each)."""
+        raise NotImplementedError
+
+    def fixed_draws(self, images: Tensor, count: int) -> list[Any]:
         """The same `count` draws at every call, for scores and pictures that can be compared."""
         generator = torch.Generator().manual_seed(0)
         batch, _, height, width = images.shape
-        one = [self.draw(1, height, width, generator) for _ in range(count)]
-        return [Mask(*(index.expand(batch, -1) for index in mask)).to(images.device) for mask in one]
+        return [self.draw(1, height, width, generator).repeat(batch).to(images.device) for _ in range(count)]

@@ -43,10 +43,34 @@ def energy_tiny_32() -> Recipe:
     )
 
 
+def _energy_in1k(encoder: str) -> Recipe:
+    """Known from secondary sources: N = 2, step size 0.1, AdamW 0.9/0.95, weight decay 0.05, rate 1e-4 at batch 256,
+    cosine, random resized crops. Open, and chosen here: epochs, warm-up, clipping, cells of 32 px at 0.6."""
+    return Recipe(
+        method={"name": "energy", "hidden_ratio": 0.6, "cell": 32, "steps": 2, "step_size": 0.1},
+        encoder={"name": encoder},
+        data=Data(image_size=(224, 224), workers=8),
+        optimiser=Optimiser(rate=1e-4, batch_size=256),
+        run=Length(epochs=100.0),
+    )
+
+
+def energy_vit_small_in1k() -> Recipe:
+    """Energy ViT-S/16 on ImageNet-1K, as far as known (arXiv 2302.01384); epochs, warm-up and masks are our choice."""
+    return _energy_in1k("vit_small_patch16_224")
+
+
+def energy_vit_base_in1k() -> Recipe:
+    """Energy ViT-B/16 on ImageNet-1K, as far as known (arXiv 2302.01384); epochs, warm-up and masks are our choice."""
+    return _energy_in1k("vit_base_patch16_224")
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "mae-vit-base-in1k": mae_vit_base_in1k,
     "mae-tiny-32": mae_tiny_32,
     "energy-tiny-32": energy_tiny_32,
+    "energy-vit-small-in1k": energy_vit_small_in1k,
+    "energy-vit-base-in1k": energy_vit_base_in1k,
 }
 
 __all__ = ["RECIPES", "Data", "Length", "Optimiser", "Recipe"]

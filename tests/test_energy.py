@@ -1,0 +1,365 @@
+"""What the energy method owes (section 9 of its specification): gradients, tasks, steps, order."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_methods import photographs, small
+from torch import Tensor
+
+import underpaint
+from underpaint.backbones import create_arguments, from_arguments
+from underpaint.methods.energy import TASKS, Energy, State
+
+each_task = pytest.mark.parametrize("task", [*TASKS, "mixture"])
+
+
+def fixed(method: Any, images: Tensor, seed: int = 0) -> Any:
+    return method.draw(len(images), *images.shape[-2:], torch.Generator().manual_seed(seed))
+
+
+def watched(method: Any) -> dict[str, torch.nn.Parameter]:
+    """A weight of every kind in every block, the patches' embedding, the head and the step sizes."""
+    names = ("qkv.weight", "fc2.weight", "norm1.weight", "proj.weight", "fc1.bias", "head.weight", "step")
+    return {k: p for k, p in method.named_parameters() if p.requires_grad and any(name in k for name in names)}
+
+
+def numerical(method: Any, weight: Tensor, direction: Tensor, loss: Any, h: float = 1e-6) -> Tensor:
+    """The slope of the loss along a direction of one weight."""
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight.add_(sign * h * direction)
+        losses.append(loss().detach())
+        with torch.no_grad():
+            weight.sub_(sign * h * direction)
+    return (losses[0] - losses[1]) / (2 * h)
+
+
+def exact_equals_finite_differences(method: Any, images: Tensor, loss: Any) -> None:
+    loss().backward()
+    generator = torch.Generator().manual_seed(5)
+    found = watched(method)
+    assert len(found) > 8
+    for name, weight in found.items():
+        assert weight.grad is not None, name
+        direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        expected = numerical(method, weight, direction, loss)
+        torch.testing.assert_close((weight.grad * direction).sum(), expected, rtol=1e-5, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("readout", ["sum", "mean", "class", "square"])
+@pytest.mark.parametrize("task", ["mask", "shuffle", "mixture"])
+def test_gradient_equals_finite_differences(task: str, readout: str) -> None:
+    """One step, in float64, for a weight of every block."""
+    method = small("energy", corruption=task, readout=readout, step_size=0.5, position_step=0.5).double()
+    images = photographs(3).double()
+    draws = fixed(method, images)
+    draws = draws._replace(noise=None if draws.noise is None else draws.noise.double())
+    exact_equals_finite_differences(method, images, lambda: method(images, draws).loss)
+
+
+@pytest.mark.parametrize("settings", [{"encoder": "swin"}, {"encoder": "resnet"}])
+def test_gradient_equals_finite_differences_in_other_encoders(settings: dict[str, str]) -> None:
+    method, images = other(settings["encoder"])
+    method, images = method.double(), images.double()
+    draws = fixed(method, images)
+    names = [name for name, p in method.named_parameters() if p.requires_grad and p.dim() > 1]
+    method(images, draws).loss.backward()
+    parameters = dict(method.named_parameters())
+    generator = torch.Generator().manual_seed(5)
+    for name in names[:: max(1, len(names) // 12)]:
+        weight = parameters[name]
+        assert weight.grad is not None, name
+        direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        expected = numerical(method, weight, direction, lambda: method(images, draws).loss)
+        torch.testing.assert_close((weight.grad * direction).sum(), expected, rtol=1e-5, atol=1e-10, msg=name)
+
+
+def other(name: str, task: str = "mask") -> tuple[Energy, Tensor]:
+    torch.manual_seed(0)
+    if name == "swin":
+        encoder = underpaint.encoder(
+            "swin_tiny_patch4_window7_224",
+            image_size=32,
+            patch_size=2,
+            embed_dim=16,
+            depths=(2, 2),
+            num_heads=(2, 2),
+            window_size=4,
+            drop_path_rate=0.0,
+        )
+    else:
+        # timm starts the last norm of a block at 0, behind which no gradient reaches anything yet; a max pool makes
+        # dE/dx jump, where finite differences mean nothing
+        settings: dict[str, Any] = {"zero_init_last": False, "replace_stem_pool": True}
+        encoder = underpaint.encoder("resnet18", norm_layer="groupnorm", act_layer="silu", **settings)
+    return Energy(encoder, corruption=task, step_size=0.5, cell=8), photographs(2, height=32, width=32)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["swin", "resnet"])
+@each_task
+def test_other_encoders_take_every_task(name: str, task: str) -> None:
+    method, images = other(name, task)
+    objective = method(images)
+    objective.loss.backward()
+    silent = [key for key, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not silent
+    frames = method.restore(images)
+    assert all(frame.shape == images.shape for frame in frames.values())
+
+
+@each_task
+def test_each_task_is_restored_better_than_by_doing_nothing(task: str) -> None:
+    method, images = small("energy", corruption=task, factors=(2, 4)), photographs(10)
+    draws = fixed(method, images)
+    if task == "mixture":
+        draws = draws._replace(task=torch.arange(10) % len(TASKS))
+    method.calibrate(images, draws)
+    optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
+    for _ in range(300):
+        optimiser.zero_grad()
+        method(images, draws).loss.backward()
+        optimiser.step()
+    left, before = method.errors(images, draws, method.restored(images, draws)[-1])
+    assert left.sum() < 0.7 * before.sum()
+    terms = method(images, draws).terms
+    names = {"error"} if task != "mixture" else {f"error_{name}" for name in TASKS}
+    assert names <= set(terms)
+    assert all(terms[name] < 1 for name in names)
+
+
+def test_a_known_order_is_recovered() -> None:
+    method, images = small("energy", corruption="shuffle"), photographs(8)
+    draws = fixed(method, images)
+    method.calibrate(images, draws)
+    before = method.placed(images, method.restored(images, draws)[-1]).mean()
+    optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
+    for _ in range(300):
+        optimiser.zero_grad()
+        method(images, draws).loss.backward()
+        optimiser.step()
+    after = method.placed(images, method.restored(images, draws)[-1]).mean()
+    assert before < 0.3
+    assert after > 0.9
+
+
+@pytest.mark.quick
+def test_an_untrained_network_places_patches_by_chance() -> None:
+    method, images = small("energy", corruption="shuffle"), photographs(64)
+    shares = []
+    for seed in range(20):
+        draws = fixed(method, images, seed)
+        shares.append(method.placed(images, method.restored(images, draws)[-1]).mean())
+    found = torch.stack(shares)
+    # 64 x 20 x 16 patches at 1/16; the matches of one permutation have variance 1
+    assert found.mean() == pytest.approx(1 / 16, abs=4 / 16 / (64 * 20) ** 0.5)
+
+
+@pytest.mark.quick
+def test_the_order_of_tokens_changes_nothing() -> None:
+    method, images = small("energy", corruption="shuffle"), photographs(2)
+    state = method.corrupt(images, fixed(method, images))
+    encoder: Any = method.encoder
+    tokens = encoder.embed(images)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(7))
+
+    def restored(these: Tensor, positions: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            energy = lambda z: method.head(encoder.encode(these, positions=z).tokens).sum()  # noqa: E731
+            return positions - torch.func.grad(energy)(positions)
+
+    straight = restored(tokens, state.positions)
+    permuted = restored(tokens[:, order], state.positions[:, order])
+    torch.testing.assert_close(permuted, straight[:, order], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.quick
+def test_where_a_patch_lies_is_not_told() -> None:
+    """Sorting sees content and the wrong position: with both permuted together the answer is permuted with them."""
+    method, images = small("energy", corruption="shuffle"), photographs(2)
+    draws = fixed(method, images)
+    state = method.corrupt(images, draws)
+    assert torch.equal(state.images, images)
+    assert torch.equal(method.nearest(state.positions), draws.order)
+    assert not method.encoder.model.pos_embed.requires_grad
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gradient", ["exact", "difference"])
+@pytest.mark.parametrize("task", ["mask", "mixture"])
+def test_parts_add_up_to_the_whole(task: str, gradient: str) -> None:
+    images = photographs(4)
+    found = []
+    for by_parts in (False, True):
+        method = small("energy", corruption=task, steps=3, step_size=0.3, position_step=0.3, gradient=gradient)
+        draws = fixed(method, images)
+        if by_parts:
+            loss = 0.0
+            for part in method.parts(images, draws):
+                part.loss.backward()
+                loss += float(part.loss.detach())
+        else:
+            whole = method(images, draws).loss
+            whole.backward()
+            loss = float(whole.detach())
+        found.append((loss, {k: p.grad for k, p in method.named_parameters() if p.grad is not None}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient_ in found[0][1].items():
+        scale = float(gradient_.abs().max())
+        torch.testing.assert_close(found[1][1][name], gradient_, rtol=1e-3, atol=1e-3 * scale, msg=name)
+
+
+@pytest.mark.quick
+def test_no_gradient_flows_between_steps() -> None:
+    method, images = small("energy", steps=2, step_size=0.3), photographs(2)
+    draws = fixed(method, images)
+    first, second = list(method.parts(images, draws))
+    assert not first.carry.images.requires_grad
+    # the second step's loss knows the first only by its result
+    alone = method(images, draws, 1, State(first.carry.images.clone(), None))
+    assert torch.equal(alone.loss, second.loss)
+
+
+@pytest.mark.parametrize("task", ["mask", "mixture"])
+def test_the_finite_difference_points_where_the_exact_gradient_does(task: str) -> None:
+    images = photographs(8)
+    found = []
+    for gradient in ("exact", "difference"):
+        method = small("energy", corruption=task, steps=2, step_size=0.3, position_step=0.3, gradient=gradient)
+        for part in method.parts(images, fixed(method, images)):
+            part.loss.backward()
+        encoder = [p.grad.flatten() for k, p in method.named_parameters() if p.grad is not None and "step" not in k]
+        found.append((torch.cat(encoder), method.log_step_size.grad))
+    cosine = torch.nn.functional.cosine_similarity(found[0][0], found[1][0], dim=0)
+    assert cosine > 0.999
+    torch.testing.assert_close(found[0][0].norm(), found[1][0].norm(), rtol=0.03, atol=0.0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.quick
+def test_images_do_not_influence_each_other() -> None:
+    method = small("energy")
+    images = photographs(2).requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (gradient,) = torch.autograd.grad(method.energy(images)[0], images)
+    assert gradient[0].any()
+    assert not gradient[1].any()
+
+
+@pytest.mark.quick
+def test_constants_of_the_energy_are_absent() -> None:
+    method = small("energy")
+    assert method.head.bias is None
+    assert not method.encoder.model.norm.bias.requires_grad
+
+
+def test_with_the_step_size_frozen_the_network_still_learns() -> None:
+    method, images = small("energy", step_size=0.3), photographs(8)
+    method.log_step_size.requires_grad_(False)
+    draws = fixed(method, images)
+    first = method(images, draws).loss.detach()
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3, weight_decay=0.0)
+    for _ in range(60):
+        optimiser.zero_grad()
+        method(images, draws).loss.backward()
+        optimiser.step()
+    assert method(images, draws).loss < 0.7 * first
+
+
+def test_the_energy_falls_from_corrupted_towards_clean() -> None:
+    """Training asks for the slope at the corrupted image, so the slope is what can be promised of every image."""
+    method, images = small("energy"), photographs(8)
+    draws = fixed(method, images)
+    corrupted = method.corrupt(images, draws)
+    method.calibrate(images, draws)
+
+    def slope() -> Tensor:
+        with torch.no_grad():
+            gradient = method.gradient(corrupted)[0].images
+        return (gradient * (images - corrupted.images)).sum((1, 2, 3))
+
+    assert (slope() > 0).any()  # untrained it knows nothing
+    optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
+    for _ in range(150):
+        optimiser.zero_grad()
+        method(images, draws).loss.backward()
+        optimiser.step()
+    assert (slope() < 0).all()
+
+
+@pytest.mark.quick
+def test_calibration_sets_each_change_to_a_tenth() -> None:
+    method, images = small("energy", corruption="mixture"), photographs(8)
+    draws = fixed(method, images)
+    found = method.calibrate(images, draws)
+    before = method.corrupt(images, draws)
+    after = method.step(before)
+    for old, new in zip(before, after, strict=True):
+        assert float((new - old).square().mean().sqrt().detach()) == pytest.approx(0.1, abs=1e-4)
+    again = small("energy", corruption="mixture", **found)
+    assert again.calibrate(images, draws) == {}  # given: measured no more
+    assert float(again.log_step_size.detach().exp()) == pytest.approx(found["step_size"], rel=1e-5)
+
+
+@pytest.mark.quick
+def test_a_zero_head_restores_nothing_at_first_and_learns() -> None:
+    method, images = small("energy", zero_head=True), photographs(4)
+    draws = fixed(method, images)
+    method.calibrate(images, draws)
+    corrupted = method.corrupt(images, draws)
+    assert torch.equal(method.step(corrupted).images, corrupted.images)
+    method(images, draws).loss.backward()
+    assert method.head.weight.grad.any()
+
+
+@pytest.mark.quick
+def test_loss_on_hidden_cells_ignores_the_visible_ones() -> None:
+    whole, hidden = (small("energy", loss_on=place, step_size=0.3) for place in ("image", "hidden"))
+    images = photographs(4)
+    draws = fixed(whole, images)
+    corrupted = whole.corrupt(images, draws)
+    # doing nothing is wrong on hidden cells only, half of the image
+    torch.testing.assert_close(hidden.loss(corrupted, images, draws), 2 * whole.loss(corrupted, images, draws))
+    off = State(corrupted.images + 3 * (corrupted.images != 0), None)
+    torch.testing.assert_close(hidden.loss(off, images, draws), hidden.loss(corrupted, images, draws))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, "at least 1"),
+        ({"readout": "class"}, "class token"),
+        ({"corruption": "gray", "channels": 1}, "more than one channel"),
+    ],
+)
+def test_what_cannot_be_is_said(settings: dict[str, Any], said: str) -> None:
+    channels = settings.pop("channels", 3)
+    arguments = create_arguments(
+        "vit_tiny_patch16_224",
+        image_size=(16, 16),
+        patch_size=4,
+        channels=channels,
+        embed_dim=32,
+        depth=1,
+        num_heads=2,
+        **({"class_token": False, "global_pool": "avg"} if settings.get("readout") else {}),
+    )
+    with pytest.raises(ValueError, match=said):
+        Energy(from_arguments(arguments), **settings)
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize(("task", "gradient"), [("mixture", "exact"), ("mask", "difference"), ("shuffle", "exact")])
+def test_other_paths_compile(task: str, gradient: str) -> None:
+    method, images = (
+        small("energy", corruption=task, step_size=0.3, position_step=0.3, gradient=gradient),
+        photographs(),
+    )
+    draws = fixed(method, images)
+    eager = method(images, draws).loss
+    compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
+    loss = compiled(images, draws).loss
+    loss.backward()
+    torch.testing.assert_close(loss, eager, rtol=1e-4, atol=1e-5)
