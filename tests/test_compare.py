@@ -254,6 +254,8 @@ def test_every_row_is_there_and_had_the_same_time(compared: tuple[Path, dict[str
         assert row["memory_gib"] > 0
         assert row["tokenizer_seconds"] is None
         assert set(row["probes"]) == {"linear", "attentive", "knn", "few_linear", "few_attentive"}
+        assert 0 < row["restoration"]["mask"]["error"] < 3
+        assert row["restoration"]["mask"]["standard_error"] > 0
         assert len(result["curves"][row["name"]]["minutes"]) == result["rounds"] + 1
         assert (folder / "runs" / f"{row['name']}-0" / "report.html").is_file()
     assert json.loads((folder / "compare.json").read_text())["verdict"] == result["verdict"]
@@ -288,7 +290,14 @@ def test_another_comparison_is_not_written_over(
 @pytest.mark.xdist_group("compare")
 def test_the_page_holds_table_curves_pictures_and_verdict(compared: tuple[Path, dict[str, Any]]) -> None:
     page = write_comparison(compared[0]).read_text()
-    for heading in ("Which method for these images?", "The table", "On the way", "Restorations", "Settings of each"):
+    for heading in (
+        "Which method for these images?",
+        "The table",
+        "How well they restore",
+        "On the way",
+        "Restorations",
+        "Settings of each",
+    ):
         assert heading in page
     assert page.count("<svg") == 6
     assert "data:image/png" in page

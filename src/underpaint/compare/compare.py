@@ -340,7 +340,8 @@ def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: Judge, receive
                 known = {"encoder": worth, "untrained": found.worths["untrained encoder"][seed]}
                 for key, title in (("raw_pixels", "raw pixels"), ("hog", "HOG")):
                     known |= {key: found.worths[title][0]} if title in found.worths else {}
-                run.write_json("probes.json", judge.summary(known, encoder))
+                restoration = judge.restoration(load_method(run.path)[0], standardize)
+                run.write_json("probes.json", {"restoration": restoration} | judge.summary(known, encoder))
                 write_looks(encoder, untrained[seed], judge, standardize, run.path / "pictures")
                 write_report(run.path)
         found.kinds[name] = ("method", True)
@@ -465,9 +466,25 @@ def _row(arm: Arm, arms: Sequence[Arm], start: str, runs: Sequence[Run] | None, 
             "memory_gib": max(recipe.measured["memory_gib"] for recipe in recipes),
             "tokenizer_seconds": recipes[0].measured.get("tokenizer_seconds"),
             "loss_over_baseline": float(np.mean([_share(line) for line in lines])),
+            "restoration": _restoration(runs),
             "recipe": plain(recipes[0]),
         }
     return row
+
+
+def _restoration(runs: Sequence[Run]) -> dict[str, Any]:
+    """By task, the error on held-out images over that of the trivial restoration; means over the seeds."""
+    found = [json.loads((run.path / "probes.json").read_text()).get("restoration", {}) for run in runs]
+    means = {}
+    for task, first in found[0].items():
+        if not isinstance(first, dict):
+            continue
+        errors = [one[task]["error"] for one in found]
+        # the same images for all seeds, so their part does not shrink with the seeds
+        images = float(np.mean([one[task]["standard_error"] ** 2 for one in found]))
+        between = float(np.var(errors, ddof=1)) / len(errors) if len(errors) > 1 else 0.0
+        means[task] = {"error": float(np.mean(errors)), "standard_error": math.sqrt(images + between)}
+    return means
 
 
 def _share(lines: Sequence[Mapping[str, Any]]) -> float:

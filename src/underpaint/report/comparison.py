@@ -25,6 +25,15 @@ PROBES = {  # title in the table, and what an axis says
 }
 
 
+TASKS = {
+    "mask": "Hidden cells",
+    "shuffle": "Patches out of order",
+    "downsample": "Lost resolution",
+    "noise": "Noise",
+    "gray": "Lost colour",
+}
+
+
 def comparison(folder: Path) -> str:
     """The page as text."""
     result = read_json(folder / "compare.json")
@@ -34,6 +43,7 @@ def comparison(folder: Path) -> str:
         heading(result),
         verdict_section(result),
         table_section(result),
+        restoration_section(result),
         curve_section(result),
         picture_section(folder / "pictures" / "restorations.png", result),
         settings_section(result),
@@ -125,6 +135,41 @@ def table_section(result: Mapping[str, Any]) -> str:
         '<div class="scroll" tabindex="0" role="region" aria-labelledby="rows"><table class="wide" '
         f'aria-labelledby="rows"><thead><tr><th scope="col">Row</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f"{drawn}</section>"
+    )
+
+
+def restoration_section(result: Mapping[str, Any]) -> str:
+    """How well each method restores images that it was not trained on, task by task."""
+    found = {
+        str(row.get("name")): row["restoration"]
+        for row in result["rows"]
+        if isinstance(row, dict) and isinstance(row.get("restoration"), dict) and row["restoration"]
+    }
+    tasks = list(dict.fromkeys(task for tasks in found.values() for task in tasks if task != "placed"))
+    if not tasks:
+        return ""
+    heads = [str(TASKS.get(task, task)) for task in tasks]
+    placed = any("placed" in tasks for tasks in found.values())
+    heads += ["Patches placed right (%)"] if placed else []
+    body = ""
+    for name, errors in found.items():
+        cells = []
+        for task in tasks:
+            value, error = number(errors, task, "error"), number(errors, task, "standard_error")
+            cells.append(f"{value:.3f} ± {error:.3f}" if math.isfinite(value) else "–")
+        if placed:
+            cells.append(percent_text(number(errors, "placed", "error"), number(errors, "placed", "standard_error")))
+        body += table_row(name, cells)
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    note = (
+        "Squared error on what was corrupted over that of the trivial restoration (doing nothing; for mae the mean of "
+        "each hidden patch), ± one standard error, on test images where there are some. 1 has restored nothing."
+    )
+    return (
+        f'<section><h2>How well they restore</h2><p class="note" id="restored">{note}</p>'
+        '<div class="scroll" tabindex="0" role="region" aria-labelledby="restored">'
+        f'<table aria-labelledby="restored"><thead><tr><th scope="col">Method</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></section>"
     )
 
 
