@@ -80,10 +80,10 @@ def _above(found: Difference, claims: int) -> bool:
 def _advice(top: Sequence[Arm], proven: Sequence[str], bar: Arm | None, ahead: Sequence[str]) -> str:
     if not proven:
         assert bar is not None
-        return (
-            f"Take none of them: no method measurably beats the {bar.name}. More `--minutes`, more images, or public "
-            "weights (`--init timm:NAME`) may change that."
-        )
+        first = f"Take none of them: no method measurably beats the {bar.name}."
+        if bar.name == "public weights":
+            return f"{first} Use those as they are, or try more `--minutes` or more images."
+        return f"{first} More `--minutes`, more images, or public weights (`--init timm:NAME`) may change that."
     if len(top) == 1:
         advice = f"Take {proven[0]}"
     elif len(proven) == 1:
