@@ -17,35 +17,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from step import counted_flops, interleaved, matrix_rate
+from step import BATCHES, ENCODERS, counted_flops, interleaved, matrix_rate
 
 import underpaint
 from underpaint.measure import peak, restart_peak
 
-SHAPES: dict[str, tuple[dict[str, Any], int]] = {
-    "ViT-128x4/8, 32 px": (
-        {
-            "name": "vit_tiny_patch16_224",
-            "image_size": 32,
-            "patch_size": 8,
-            "embed_dim": 128,
-            "depth": 4,
-            "num_heads": 4,
-        },
-        256,
-    ),
-    "ViT-128x4/4, 32 px": (
-        {
-            "name": "vit_tiny_patch16_224",
-            "image_size": 32,
-            "patch_size": 4,
-            "embed_dim": 128,
-            "depth": 4,
-            "num_heads": 4,
-        },
-        128,
-    ),
-    "ViT-S/16, 224 px": ({"name": "vit_small_patch16_224", "image_size": 224}, 16),
+SMALL = "ViT-128x4/4, 32 px"
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {  # encoder, batch
+    "ViT-128x4/8, 32 px": (ENCODERS[SMALL] | {"patch_size": 8}, 256),
+    **{name: (ENCODERS[name], BATCHES[name]) for name in (SMALL, "ViT-S/16, 224 px")},
 }
 WAYS = ("plain", "exact", "exact, compiled", "exact, N = 2", "difference", "difference, compiled")
 

@@ -36,7 +36,7 @@ from underpaint.pictures import sheet
 from underpaint.progress import say
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
-from underpaint.report import markdown_table, write_comparison, write_report
+from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
 from underpaint.runs import Run, environment, finite, write_atomically
 from underpaint.train import FLAGS, Interrupted, build, open_data, watched_signals
@@ -307,7 +307,8 @@ def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: Judge, receive
     floors: dict[str, Worth] = {}
 
     def floor(name: str) -> Worth:
-        floors.update(floors or judge.floors(DRAWS))
+        if not floors:
+            floors.update(judge.floors(DRAWS))
         return floors[name]
 
     if judge.parts is not None:
@@ -537,10 +538,8 @@ def _restorations(judge: Judge, runs: Mapping[str, Sequence[Run]], path: Path) -
 
 def table(result: Mapping[str, Any]) -> list[str]:
     """The rows as text."""
-    probes = [probe for probe in TITLES if any(probe in row["probes"] for row in result["rows"])]
-    head = [*(TITLES[probe] for probe in probes), "rank", "images/s", "GiB", "min"]
-    width = max(len(row["name"]) for row in result["rows"]) + 2
-    lines = [" " * width + "".join(f"{name:>15}" for name in head)]
+    probes = [probe for probe in PROBES if any(probe in row["probes"] for row in result["rows"])]
+    rows = [["", *(PROBES[probe] for probe in probes), "rank", "images/s", "GiB", "min"]]
     for row in result["rows"]:
         cells = [
             f"{100 * row['probes'][p]['accuracy']:.1f} ± {100 * row['probes'][p]['standard_error']:.1f}"
@@ -551,14 +550,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
         cells.append("-" if row["rank"] is None else f"{row['rank']:.1f}")
         for key, form in (("images_per_second", "{:.0f}"), ("memory_gib", "{:.2f}"), ("minutes", "{:.1f}")):
             cells.append(form.format(row[key]) if key in row else "-")
-        lines.append(f"{row['name']:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
-    return lines
-
-
-TITLES = {
-    "linear": "linear",
-    "attentive": "attentive",
-    "knn": "kNN",
-    "few_linear": "few linear",
-    "few_attentive": "few attentive",
-}
+        rows.append([row["name"], *cells])
+    first, *widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for name, *cells in rows
+    ]

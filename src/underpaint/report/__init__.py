@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from underpaint.report.comparison import comparison, markdown_table
+from underpaint.report.comparison import PROBES, comparison, markdown_table
 from underpaint.report.page import write_page
 from underpaint.report.run import report
 from underpaint.report.verdict import Verdict, is_falling, verdict
@@ -24,4 +24,4 @@ def write_comparison(folder: Path) -> Path:
     return write_page(folder / "report.html", comparison(folder))
 
 
-__all__ = ["Verdict", "is_falling", "markdown_table", "verdict", "write_comparison", "write_report"]
+__all__ = ["PROBES", "Verdict", "is_falling", "markdown_table", "verdict", "write_comparison", "write_report"]

@@ -16,12 +16,12 @@ from underpaint.report.reading import accuracy, number, read_json
 from underpaint.report.run import environment_section
 from underpaint.report.words import count_text, percent_text, points_text, sentence_html, time_text
 
-PROBES = {  # title in the table, and what an axis says
-    "linear": ("Linear", "linear probe"),
-    "attentive": ("Attentive", "attentive probe"),
-    "knn": ("kNN", "kNN accuracy"),
-    "few_linear": ("Linear, few labels", "linear probe, few labels"),
-    "few_attentive": ("Attentive, few labels", "attentive probe, few labels"),
+PROBES = {
+    "linear": "Linear",
+    "attentive": "Attentive",
+    "knn": "kNN",
+    "few_linear": "Linear, few labels",
+    "few_attentive": "Attentive, few labels",
 }
 
 
@@ -95,7 +95,7 @@ def table_section(result: Mapping[str, Any]) -> str:
     """One row each: methods, what they started from, what needs no network."""
     rows = [row for row in result["rows"] if isinstance(row, dict)]
     probes = [key for key in PROBES if any(key in row.get("probes", {}) for row in rows)]
-    heads = [PROBES[key][0] for key in probes]
+    heads = [PROBES[key] for key in probes]
     heads += ["Gain"] if "linear" in probes else []
     heads += ["Rank", "Loss / baseline", "Images / s", "Memory (GiB)", "Tokenizer", "Minutes"]
     body = ""
@@ -304,7 +304,7 @@ def plain_number(value: float, digits: int) -> str:
 def markdown_table(result: Mapping[str, Any]) -> str:
     """The table as Markdown, for a README."""
     probes = [key for key in PROBES if any(key in row["probes"] for row in result["rows"])]
-    heads = ["", *(PROBES[key][0] for key in probes), "Images / s", "GiB"]
+    heads = ["", *(PROBES[key] for key in probes), "Images / s", "GiB"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in result["rows"]:
         cells = [row["name"], *(percent_text(*accuracy(row, "probes", key)) for key in probes)]
