@@ -37,8 +37,17 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "ViT-Ti/16, 224 px": {"name": "vit_tiny_patch16_224", "image_size": 224},
     "ViT-S/16, 224 px": {"name": "vit_small_patch16_224", "image_size": 224},
     "ViT-B/16, 224 px": {"name": "vit_base_patch16_224", "image_size": 224},
+    "Swin-T/4, 224 px": {"name": "swin_tiny_patch4_window7_224", "image_size": 224, "drop_path_rate": 0.0},
+    "Swin-B/4, 224 px": {"name": "swin_base_patch4_window7_224", "image_size": 224, "drop_path_rate": 0.0},
 }
-BATCHES = {"ViT-128x4/4, 32 px": 128, "ViT-Ti/16, 224 px": 32, "ViT-S/16, 224 px": 16, "ViT-B/16, 224 px": 8}
+BATCHES = {
+    "ViT-128x4/4, 32 px": 128,
+    "ViT-Ti/16, 224 px": 32,
+    "ViT-S/16, 224 px": 16,
+    "ViT-B/16, 224 px": 8,
+    "Swin-T/4, 224 px": 16,
+    "Swin-B/4, 224 px": 8,
+}
 ON_GPU = 16  # times larger batches
 
 
@@ -126,8 +135,8 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> float | None:
     return round(peak() / 2**30, 2)
 
 
-def own_rows(device: torch.device, seconds: float, only: str) -> list[dict[str, Any]]:
-    """Every method on every encoder."""
+def own_rows(device: torch.device, seconds: float, only: str, methods: list[str]) -> list[dict[str, Any]]:
+    """Every method on every encoder that admits it."""
     rate = matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     rows = []
     for encoder_name, settings in ENCODERS.items():
@@ -135,10 +144,13 @@ def own_rows(device: torch.device, seconds: float, only: str) -> list[dict[str, 
             continue
         batch = BATCHES[encoder_name] * (ON_GPU if device.type == "cuda" else 1)
         images = torch.randn(batch, 3, settings["image_size"], settings["image_size"], device=device)
-        for name, method_class in METHODS.items():
+        for name in methods:
             arguments = dict(settings)
             encoder = underpaint.encoder(arguments.pop("name"), **arguments)
-            method = method_class(encoder).to(device)  # pyright: ignore[reportCallIssue]
+            try:
+                method = METHODS[name](encoder).to(device)  # pyright: ignore[reportCallIssue]
+            except TypeError:  # this method needs another kind of encoder
+                continue
             mask = method.draw(batch, images.shape[2], images.shape[3]).to(device)
             step = training_step(method, lambda m=method, k=mask, x=images: m(x, k).loss, device)
             flops = counted_flops(step)
@@ -236,6 +248,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="beside other libraries")
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring a row")
     parser.add_argument("--only", default="", help="encoders whose name holds this")
+    parser.add_argument("--methods", nargs="+", default=sorted(METHODS), choices=sorted(METHODS))
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -243,7 +256,7 @@ def main() -> None:
     if given.peers:
         peers(device, given.seconds)
     else:
-        own_rows(device, given.seconds, given.only)
+        own_rows(device, given.seconds, given.only, given.methods)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import underpaint
 from underpaint.backbones import create_arguments, from_arguments
+from underpaint.masking import hidden_map
 from underpaint.methods.energy import TASKS, Energy, State
 
 each_task = pytest.mark.parametrize("task", [*TASKS, "mixture"])
@@ -57,6 +58,53 @@ def test_gradient_equals_finite_differences(task: str, readout: str) -> None:
     draws = fixed(method, images)
     draws = draws._replace(noise=None if draws.noise is None else draws.noise.double())
     exact_equals_finite_differences(method, images, lambda: method(images, draws).loss)
+
+
+VISIBLE: dict[str, Any] = {"context": "visible", "hidden_ratio": 0.75}
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("readout", ["sum", "mean", "square"])
+def test_gradient_given_the_visible_patches_equals_finite_differences(readout: str, standardize: bool) -> None:
+    method = small("energy", readout=readout, step_size=0.5, standardize_targets=standardize, **VISIBLE).double()
+    images = photographs(3).double()
+    draws = fixed(method, images)
+    exact_equals_finite_differences(method, images, lambda: method(images, draws).loss)
+
+
+def test_given_the_visible_patches_only_hidden_ones_are_restored_and_they_do_not_leak() -> None:
+    for standardize in (False, True):
+        method = small("energy", step_size=0.5, readout="square", standardize_targets=standardize, **VISIBLE)
+        images = photographs()
+        draws = fixed(method, images)
+        corrupted = method.corrupt(images, draws)
+        restored = method.step(corrupted, draws).images
+        hidden = hidden_map(draws.mask, (4, 4), (4, 4)).expand_as(images)
+        assert torch.equal(restored * (1 - hidden), images * (1 - hidden))
+        assert not torch.equal(restored * hidden, corrupted.images * hidden)
+        changed = images + 10 * hidden
+        assert torch.equal(method.step(method.corrupt(changed, draws), draws).images * hidden, restored * hidden)
+        # the target is the image but for the mean and the contrast of hidden patches
+        target = method.target(images, draws)
+        assert torch.equal(target * (1 - hidden), images * (1 - hidden))
+        assert torch.equal(target, images) != standardize
+
+
+def test_given_the_visible_patches_it_learns_and_its_parts_add_up() -> None:
+    images = photographs(8)
+    for gradient in ("exact", "difference"):
+        method = small("energy", readout="square", gradient=gradient, standardize_targets=True, steps=2, **VISIBLE)
+        draws = fixed(method, images)
+        method.calibrate(images, draws)
+        whole = method(images, draws)
+        parts = [part.loss.detach() for part in method.parts(images, draws)]
+        torch.testing.assert_close(sum(parts), whole.loss.detach())
+        optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
+        for _ in range(150):
+            optimiser.zero_grad()
+            method(images, draws).loss.backward()
+            optimiser.step()
+        assert method(images, draws).terms["error"] < 0.6
 
 
 @pytest.mark.parametrize("settings", [{"encoder": "swin"}, {"encoder": "resnet"}])
@@ -215,9 +263,10 @@ def test_no_gradient_flows_between_steps() -> None:
     method, images = small("energy", steps=2, step_size=0.3), photographs(2)
     draws = fixed(method, images)
     first, second = list(method.parts(images, draws))
-    assert not first.carry.images.requires_grad
+    reached, target = first.carry
+    assert not reached.images.requires_grad
     # the second step's loss knows the first only by its result
-    alone = method(images, draws, 1, State(first.carry.images.clone(), None))
+    alone = method(images, draws, 1, (State(reached.images.clone(), None), target))
     assert torch.equal(alone.loss, second.loss)
 
 
@@ -294,7 +343,7 @@ def test_calibration_sets_each_change_to_a_tenth() -> None:
     draws = fixed(method, images)
     found = method.calibrate(images, draws)
     before = method.corrupt(images, draws)
-    after = method.step(before)
+    after = method.step(before, draws)
     for old, new in zip(before, after, strict=True):
         assert float((new - old).square().mean().sqrt().detach()) == pytest.approx(0.1, abs=1e-4)
     again = small("energy", corruption="mixture", **found)
@@ -308,7 +357,7 @@ def test_a_zero_head_restores_nothing_at_first_and_learns() -> None:
     draws = fixed(method, images)
     method.calibrate(images, draws)
     corrupted = method.corrupt(images, draws)
-    assert torch.equal(method.step(corrupted).images, corrupted.images)
+    assert torch.equal(method.step(corrupted, draws).images, corrupted.images)
     method(images, draws).loss.backward()
     assert method.head.weight.grad.any()
 
@@ -332,6 +381,9 @@ def test_loss_on_hidden_cells_ignores_the_visible_ones() -> None:
         ({"steps": 0}, "at least 1"),
         ({"readout": "class"}, "class token"),
         ({"corruption": "gray", "channels": 1}, "more than one channel"),
+        ({"context": "visible", "corruption": "noise"}, "corruption mask"),
+        ({"context": "visible", "cell": 8}, "cells of one patch"),
+        ({"standardize_targets": True}, "needs context visible"),
     ],
 )
 def test_what_cannot_be_is_said(settings: dict[str, Any], said: str) -> None:
@@ -351,12 +403,12 @@ def test_what_cannot_be_is_said(settings: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.unhooked
-@pytest.mark.parametrize(("task", "gradient"), [("mixture", "exact"), ("mask", "difference"), ("shuffle", "exact")])
+@pytest.mark.parametrize(
+    ("task", "gradient"), [("mixture", "exact"), ("mask", "difference"), ("shuffle", "exact"), ("visible", "exact")]
+)
 def test_other_paths_compile(task: str, gradient: str) -> None:
-    method, images = (
-        small("energy", corruption=task, step_size=0.3, position_step=0.3, gradient=gradient),
-        photographs(),
-    )
+    given: dict[str, Any] = VISIBLE | {"readout": "square"} if task == "visible" else {"corruption": task}
+    method, images = small("energy", step_size=0.3, position_step=0.3, gradient=gradient, **given), photographs()
     draws = fixed(method, images)
     eager = method(images, draws).loss
     compiled = torch.compile(method, backend="aot_eager", fullgraph=True)

@@ -23,7 +23,15 @@ WITHOUT_GRADIENT: dict[str, dict[str, str]] = {}
 # what a method predicts of hidden pixels, from the clean images and the mask
 PREDICTIONS: dict[str, Callable[[Any, Tensor, Any], Tensor]] = {
     "mae": lambda method, images, mask: method.predict(images, mask),
-    "energy": lambda method, images, draws: method.step(method.corrupt(images, draws)).images,
+    "energy": lambda method, images, draws: method.step(method.corrupt(images, draws), draws).images,
+    "localmim": lambda method, images, mask: torch.cat(
+        [
+            tap(tokens, mask).flatten(1)
+            for tap, tokens in zip(method.decoders, method.every_tap(images, mask), strict=True)
+        ],
+        1,
+    ),
+    "simmim": lambda method, images, mask: method.predict(images, mask),
 }
 each_method = pytest.mark.parametrize("name", sorted(METHODS))
 
@@ -90,7 +98,8 @@ def test_overfits_one_batch(name: str) -> None:
 def test_hidden_pixels_do_not_leak(name: str) -> None:
     method, images = small(name), photographs()
     mask = method.draw(4, 16, 16, torch.Generator().manual_seed(0))
-    hidden = hidden_map(getattr(mask, "mask", mask), (4, 4), (4, 4)).expand_as(images)
+    cell = 8 if name == "simmim" else 4  # pixels
+    hidden = hidden_map(getattr(mask, "mask", mask), (16 // cell, 16 // cell), (cell, cell)).expand_as(images)
     predict = PREDICTIONS[name]
     changed = images + 10 * hidden * torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
     assert torch.equal(predict(method, changed, mask), predict(method, images, mask))
@@ -149,7 +158,9 @@ def test_rectangular_images(name: str) -> None:
     images = photographs(2, 3, 16, 32)
     assert torch.isfinite(method(images).loss)
     frames = method.restore(images)
-    assert all(frame.shape == images.shape for frame in frames.values())
+    (shape,) = {frame.shape for frame in frames.values()}
+    assert shape[0] == 2
+    assert shape[3] == 2 * shape[2]  # pictures may be enlarged
     # visible pixels of the corrupted picture are the original's, hidden ones are not
     original, corrupted = list(frames.values())[:2]
     same = (corrupted == original).float().mean()

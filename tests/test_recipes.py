@@ -56,7 +56,7 @@ def test_settings_are_the_constructors_arguments() -> None:
     assert settings["init"] == "timm:x"
 
 
-@pytest.mark.parametrize("name", ["energy-tiny-32", "mae-tiny-32"])
+@pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_twenty_steps_of_each_tiny_recipe(name: str, tmp_path: Path) -> None:
     import numpy as np
 

@@ -2,7 +2,7 @@
 
 from underpaint.backbones import encoder, load_encoder, standardize_for
 from underpaint.errors import InputError, NotFinite
-from underpaint.methods import MAE, METHODS, Energy, Method, Objective
+from underpaint.methods import MAE, METHODS, Energy, LocalMIM, Method, Objective, SimMIM
 
 __version__ = "0.1.0"
 __all__ = [
@@ -10,9 +10,11 @@ __all__ = [
     "METHODS",
     "Energy",
     "InputError",
+    "LocalMIM",
     "Method",
     "NotFinite",
     "Objective",
+    "SimMIM",
     "encoder",
     "load_encoder",
     "standardize_for",

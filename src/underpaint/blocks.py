@@ -31,12 +31,13 @@ class MaskedDecoder(nn.Module):
 
     Visible tokens, narrowed to `dim`, and one learned mask token for each hidden place get fixed positions and go
     through `depth` transformer blocks together. Attention does not mind the order, so nothing is sorted back into
-    the grid, and the norm and the head run on hidden places only.
+    the grid, and the norm and the head run on hidden places only. Without `outputs` there is no head. Hidden places
+    may have contents of their own, which are added to the mask token.
     """
 
     positions: Tensor
 
-    def __init__(self, encoder_dim: int, grid: tuple[int, int], dim: int, depth: int, outputs: int):
+    def __init__(self, encoder_dim: int, grid: tuple[int, int], dim: int, depth: int, outputs: int | None):
         super().__init__()
         heads = max(1, dim // 32)  # 32 wide, as in MAE's 512 with 16 heads
         if dim % heads:
@@ -46,18 +47,28 @@ class MaskedDecoder(nn.Module):
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, outputs)
+        self.head = nn.Identity() if outputs is None else nn.Linear(dim, outputs)
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(_xavier)
 
-    def forward(self, latent: Float[Tensor, "b v e"], mask: Mask) -> Float[Tensor, "b h outputs"]:
+    def forward(
+        self, latent: Float[Tensor, "b v e"], mask: Mask, contents: Float[Tensor, "b h d"] | None = None
+    ) -> Float[Tensor, "b h outputs"]:
+        return self.head(self.norm(self.tokens(latent, mask, contents)[:, latent.shape[1] :]))
+
+    def tokens(
+        self, latent: Float[Tensor, "b v e"], mask: Mask, contents: Float[Tensor, "b h d"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """After the blocks and before the norm: first the visible places, then the hidden ones."""
         positions = self.positions.expand(len(latent), -1, -1)
         visible = self.narrow(latent) + take(positions, mask.visible)
         hidden = self.mask_token + take(positions, mask.hidden)
+        if contents is not None:
+            hidden = hidden + contents
         tokens = torch.cat([visible, hidden.to(visible.dtype)], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.head(self.norm(tokens[:, visible.shape[1] :]))
+        return tokens
 
 
 def _xavier(module: nn.Module) -> None:

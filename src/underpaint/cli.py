@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="the run folder")
     given: dict[str, Any] = {"default": argparse.SUPPRESS}  # what is not said comes from the recipe
     made.add_argument("--recipe", help="a shipped name ('underpaint recipes') or a YAML file", **given)
-    made.add_argument("--method", help="energy or mae (default energy)", **given)
+    made.add_argument("--method", help=f"{', '.join(underpaint.METHODS)} (default energy)", **given)
     length = made.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the images (default 100)", **given)
     length.add_argument("--steps", type=int, help="optimiser steps", **given)

@@ -61,3 +61,18 @@ def hidden_map(mask: Mask, grid: tuple[int, int], cell: tuple[int, int]) -> Floa
     flat = torch.zeros(b, grid[0] * grid[1], device=mask.hidden.device)
     flat = flat.scatter(1, mask.hidden, 1.0).reshape(b, 1, grid[0], 1, grid[1], 1)
     return flat.expand(-1, -1, -1, cell[0], -1, cell[1]).reshape(b, 1, grid[0] * cell[0], grid[1] * cell[1])
+
+
+def refine(mask: Mask, grid: tuple[int, int], factor: int) -> Mask:
+    """The same mask on a grid that is `factor` times as fine: each place becomes factor x factor of them.
+
+    Both lists are in the order of the coarse places, then row by row inside each.
+    """
+    steps = torch.arange(factor, device=mask.hidden.device)
+    inside = (steps.view(-1, 1) * (grid[1] * factor) + steps).flatten()
+
+    def finer(index: Int[Tensor, "b k"]) -> Int[Tensor, "b m"]:
+        first = index // grid[1] * (grid[1] * factor * factor) + index % grid[1] * factor
+        return (first.unsqueeze(-1) + inside).flatten(1)
+
+    return Mask(finer(mask.visible), finer(mask.hidden))

@@ -11,12 +11,16 @@ from underpaint.backbones.build import (
     standardize_for,
 )
 from underpaint.backbones.protocols import Backbone, Encoded, Features, TokenBackbone
+from underpaint.backbones.swin import Swin
+from underpaint.backbones.vit import ViT
 
 __all__ = [
     "Backbone",
     "Encoded",
     "Features",
+    "Swin",
     "TokenBackbone",
+    "ViT",
     "create_arguments",
     "describe_encoder",
     "encoder",

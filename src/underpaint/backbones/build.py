@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from underpaint.backbones.maps import MapBackbone
 from underpaint.backbones.protocols import Backbone
+from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
@@ -109,6 +111,8 @@ def from_arguments(arguments: dict[str, Any]) -> Backbone:
         raise InputError(f"encoder: timm cannot build '{arguments['model_name']}': {error}") from error
     if isinstance(model, VisionTransformer):
         return ViT(model)
+    if isinstance(model, SwinTransformer):
+        return Swin(model, arguments["in_chans"])
     return MapBackbone(model, arguments["in_chans"])
 
 

@@ -74,6 +74,22 @@ class ViT(TokenBackbone):
         taps: Sequence[int] = (),
         positions: Float[Tensor, "b n d"] | None = None,
     ) -> Encoded:
+        tokens, tapped = self.begin(tokens, index, positions), []
+        for number, block in enumerate(self.model.blocks):
+            tokens = block(tokens)
+            if number in taps:
+                tapped.append(self.patches(tokens))
+        return self.finish(tokens)._replace(taps=tapped)
+
+    # the same in pieces, for methods that stop in between
+
+    def begin(
+        self,
+        tokens: Float[Tensor, "b k d"],
+        index: Int[Tensor, "b k"] | None = None,
+        positions: Float[Tensor, "b n d"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """What goes into the first block: positions added, class and register tokens in front."""
         model, prefix = self.model, self.model.num_prefix_tokens
         embedded_prefix = 0 if model.no_embed_class else prefix
         places = model.pos_embed[:, embedded_prefix:] if positions is None else positions
@@ -84,14 +100,22 @@ class ViT(TokenBackbone):
             if embedded_prefix:
                 first = first + model.pos_embed[:, :prefix]
             tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
-        tokens = model.norm_pre(model.pos_drop(tokens))
-        tapped = []
-        for number, block in enumerate(model.blocks):
+        return model.norm_pre(model.pos_drop(tokens))
+
+    def run(self, tokens: Float[Tensor, "b t d"], first: int, stop: int) -> Float[Tensor, "b t d"]:
+        """Through the blocks from `first` up to, not including, `stop`."""
+        for block in self.model.blocks[first:stop]:
             tokens = block(tokens)
-            if number in taps:
-                tapped.append(tokens[:, prefix:])
-        tokens = model.norm(tokens)
-        return Encoded(tokens[:, prefix:], tapped, tokens[:, :prefix])
+        return tokens
+
+    def patches(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b k d"]:
+        """Without class and register tokens."""
+        return tokens[:, self.model.num_prefix_tokens :]
+
+    def finish(self, tokens: Float[Tensor, "b t d"]) -> Encoded:
+        """Through the final norm."""
+        tokens, prefix = self.model.norm(tokens), self.model.num_prefix_tokens
+        return Encoded(tokens[:, prefix:], [], tokens[:, :prefix])
 
     def positions(self) -> Float[Tensor, "n d"]:
         return self.model.pos_embed[0, -self.model.patch_embed.num_patches :]

@@ -1,9 +1,11 @@
 """The pretraining methods, by the name that `--method` takes."""
 
 from underpaint.methods.energy import Energy
+from underpaint.methods.localmim import LocalMIM
 from underpaint.methods.mae import MAE
 from underpaint.methods.method import Method, Objective
+from underpaint.methods.simmim import SimMIM
 
-METHODS: dict[str, type[Method]] = {"energy": Energy, "mae": MAE}
+METHODS: dict[str, type[Method]] = {"energy": Energy, "localmim": LocalMIM, "mae": MAE, "simmim": SimMIM}
 
-__all__ = ["MAE", "METHODS", "Energy", "Method", "Objective"]
+__all__ = ["MAE", "METHODS", "Energy", "LocalMIM", "Method", "Objective", "SimMIM"]

@@ -26,10 +26,11 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from underpaint.backbones import Backbone, TokenBackbone
+from underpaint.blocks import MaskedDecoder
 from underpaint.corruptions import add_noise, downsample, gray, mask_cells, shuffle_patches
 from underpaint.masking import Mask, hidden_count, hidden_map, random_mask
 from underpaint.methods.method import Method, Objective
-from underpaint.patches import patchify, take, unpatchify, weighted_mean
+from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize, weighted_mean
 
 TASKS = ("mask", "shuffle", "downsample", "noise", "gray")
 SMALLEST_STEP = 1e-4
@@ -86,6 +87,13 @@ class State(NamedTuple):
         return State.of(variable.detach() for variable in self.variables)
 
 
+class Given(NamedTuple):
+    """What the energy of hidden patches is conditioned on: the encoder's tokens of the visible ones."""
+
+    latent: Float[Tensor, "b v d"]
+    mask: Mask
+
+
 class Energy(Method):
     """Restore corrupted images by steps down the gradient of an energy.
 
@@ -114,6 +122,12 @@ class Energy(Method):
             back, so that what restores must be in the features.
         loss_on: the whole image, or hidden cells only (masking).
         zero_head: the head starts at 0, so that restoration starts as the identity.
+        context: "image", the whole corrupted image goes through the encoder; or "visible", the energy is that of the
+            hidden patches given the visible ones (masking in a ViT, cells of one patch).
+        upper_dim: width of the blocks above the encoder (context visible); half the encoder's where None.
+        upper_depth: their number; a sixth of the encoder's depth where None, half of a masked autoencoder's decoder: going
+                back through them does the other half.
+        standardize_targets: hidden patches to mean 0 and variance 1 each, as in MAE (context visible).
         gradient: exact (double backward), or by a central finite difference along d loss / d x_{n+1}, which needs
             first derivatives only and their memory, and is approximate.
 
@@ -138,6 +152,10 @@ class Energy(Method):
         readout: Literal["sum", "mean", "class", "square"] = "sum",
         loss_on: Literal["image", "hidden"] = "image",
         zero_head: bool = False,
+        context: Literal["image", "visible"] = "image",
+        upper_dim: int | None = None,
+        upper_depth: int | None = None,
+        standardize_targets: bool = False,
         gradient: Literal["exact", "difference"] = "exact",
     ):
         super().__init__()
@@ -164,10 +182,22 @@ class Energy(Method):
         self.calibrated = step_size is not None
         self.log_step_size = nn.Parameter(torch.tensor(math.log(step_size or 0.1)))
         self.step_rate = step_rate
+        self.upper, self.standardize_targets = None, standardize_targets
+        dim, final_norm = encoder.dim, getattr(encoder.model, "norm", None)
+        if context == "visible":
+            if not isinstance(encoder, TokenBackbone) or self.tasks != ("mask",) or self.cell != patch:
+                raise ValueError("context visible needs a plain ViT, corruption mask, and cells of one patch")
+            grid = encoder.grid(*encoder.image_size)
+            dim = upper_dim or max(64, round(encoder.dim / 2 / 32) * 32)
+            self.upper = MaskedDecoder(encoder.dim, grid, dim, upper_depth or max(1, encoder.depth // 6), None)
+            self.embed_hidden = nn.Linear(patch[0] * patch[1] * encoder.channels, dim, bias=False)
+            nn.init.xavier_uniform_(self.embed_hidden.weight)
+            final_norm = self.upper.norm
+        elif standardize_targets:
+            raise ValueError("standardize_targets needs context visible: elsewhere the target is the image itself")
         # a bias would be a constant of the energy
-        self.head = nn.Linear(encoder.dim, encoder.dim if readout == "square" else 1, bias=False)
+        self.head = nn.Linear(dim, dim if readout == "square" else 1, bias=False)
         nn.init.zeros_(self.head.weight) if zero_head else nn.init.xavier_uniform_(self.head.weight)
-        final_norm = getattr(encoder.model, "norm", None)
         if readout != "square" and isinstance(final_norm, nn.LayerNorm) and final_norm.bias is not None:
             final_norm.bias.requires_grad_(False)  # a constant of the energy too: no gradient ever reaches it
         places = None  # the true position of each patch, where those are what is restored
@@ -179,8 +209,8 @@ class Energy(Method):
             self.calibrated = self.calibrated and position_step is not None
         self.register_buffer("places", places, persistent=False)
         has_class = isinstance(encoder, TokenBackbone) and getattr(encoder.model, "cls_token", None) is not None
-        if readout == "class" and not has_class:
-            raise ValueError("readout class needs an encoder with a class token")
+        if readout == "class" and (self.upper is not None or not has_class):
+            raise ValueError("readout class needs an encoder with a class token, and context image")
 
     def rate_factors(self) -> dict[str, float]:
         return {name: self.step_rate for name in ("log_step_size", "log_position_step") if hasattr(self, name)}
@@ -249,11 +279,27 @@ class Energy(Method):
 
     # --- the energy and one step down ------------------------------------------------------------------------------
 
+    def given(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Given | None:
+        """The visible patches through the encoder, where the energy is conditioned on them."""
+        if self.upper is None:
+            return None
+        assert draws.mask is not None
+        assert isinstance(self.encoder, TokenBackbone)
+        visible = draws.mask.visible
+        return Given(self.encoder.encode(self.encoder.embed(images, visible), visible).tokens, draws.mask)
+
     def energy(
-        self, images: Float[Tensor, "b c height width"], positions: Float[Tensor, "b n d"] | None = None
+        self,
+        images: Float[Tensor, "b c height width"],
+        positions: Float[Tensor, "b n d"] | None = None,
+        given: Given | None = None,
     ) -> Float[Tensor, "b"]:
         """One scalar an image."""
-        if self.readout == "class" or positions is not None:
+        if self.upper is not None:
+            assert given is not None
+            hidden = take(patchify(images, self.piece), given.mask.hidden)
+            tokens = self.upper(given.latent, given.mask, self.embed_hidden(hidden))
+        elif self.readout == "class" or positions is not None:
             assert isinstance(self.encoder, TokenBackbone)
             encoded = self.encoder.encode(self.encoder.embed(images), positions=positions)
             tokens = encoded.special[:, :1] if self.readout == "class" else encoded.tokens
@@ -265,12 +311,12 @@ class Energy(Method):
             return 0.5 * read.square().sum((1, 2))
         return read.mean((1, 2)) if self.readout == "mean" else read.sum((1, 2))
 
-    def gradient(self, state: State) -> tuple[State, Float[Tensor, "b"]]:
+    def gradient(self, state: State, given: Given | None = None) -> tuple[State, Float[Tensor, "b"]]:
         """dE/dx and dE/dz, themselves differentiable, and the energy."""
         wanted = tuple(range(len(state.variables)))
 
         def summed(*changed: Tensor) -> tuple[Tensor, Tensor]:
-            energy = self.energy(*changed)
+            energy = self.energy(*changed, given=given)
             return energy.sum(), energy
 
         # the fused attention kernels have no second derivative
@@ -283,9 +329,9 @@ class Energy(Method):
         logarithms = [self.log_step_size] if self.places is None else [self.log_step_size, self.log_position_step]
         return [value.clamp(min=math.log(SMALLEST_STEP)).exp() for value in logarithms]
 
-    def step(self, state: State) -> State:
+    def step(self, state: State, draws: Corruption) -> State:
         """One restoring step down the energy; no clamp of pixels, which would kill gradients."""
-        return self._moved(state, self.gradient(state)[0])
+        return self._moved(state, self.gradient(state, self.given(state.images, draws))[0])
 
     def _moved(self, state: State, gradient: State) -> State:
         three = zip(state.variables, self.step_sizes(), gradient.variables, strict=True)
@@ -312,14 +358,16 @@ class Energy(Method):
             loss = loss + objective.loss
         return Objective(loss, objective.terms)
 
-    def _exact(self, images: Tensor, draws: Corruption, part: int, carry: State | None) -> Objective:
+    def _exact(self, images: Tensor, draws: Corruption, part: int, carry: Any) -> Objective:
         """Step number `part`, from what the step before it reached."""
-        state = carry or self.corrupt(images, draws)
-        gradient, energy = self.gradient(state)
+        state, target = carry or (self.corrupt(images, draws), self.target(images, draws))
+        gradient, energy = self.gradient(state, self.given(state.images, draws))
         moved = self._moved(state, gradient)
-        last = part + 1 == self.steps
-        terms = self._terms(images, draws, moved, gradient, energy) if last else {}
-        return Objective(self.loss(moved, images, draws), terms, moved.detach())
+        terms = {}
+        if part + 1 == self.steps:
+            corrupted = state if part == 0 else self.corrupt(images, draws)
+            terms = self._terms(corrupted, target, draws, moved, gradient, energy)
+        return Objective(self.loss(moved, target, draws), terms, (moved.detach(), target))
 
     def _difference(self, images: Tensor, draws: Corruption, part: int, carry: Any) -> Objective:
         """Two parts a step, each with the memory of one ordinary forward and backward.
@@ -328,19 +376,20 @@ class Energy(Method):
         -(E(x_n + h w) - E(x_n - h w)) / (2 h), a part for each of the two energies, h a thousandth of |x| / |w|.
         """
         if part % 2 == 1:
-            minus, weight, reached, terms = carry
-            surrogate = (weight * self.energy(*minus.variables)).sum()
-            return Objective(surrogate - surrogate.detach(), terms, reached)
-        state = carry or self.corrupt(images, draws)
+            minus, weight, reached, target, terms = carry
+            surrogate = (weight * self.energy(*minus.variables, given=self.given(images, draws))).sum()
+            return Objective(surrogate - surrogate.detach(), terms, (reached, target))
+        state, target = carry or (self.corrupt(images, draws), self.target(images, draws))
+        given = self.given(state.images, draws)
         with torch.no_grad():  # the inner gradient alone
-            gradient, energy = self.gradient(state)
+            gradient, energy = self.gradient(state, given)
         moved = self._moved(state, gradient)
-        loss = self.loss(moved, images, draws)  # its gradient reaches the step sizes
+        loss = self.loss(moved, target, draws)  # its gradient reaches the step sizes
         reached = moved.detach()
         wanted = tuple(range(len(reached.variables)))
 
         def loss_at(*variables: Tensor) -> Tensor:
-            return self.loss(State.of(variables), images, draws)
+            return self.loss(State.of(variables), target, draws)
 
         slopes = torch.func.grad(loss_at, wanted)(*reached.variables)
         directions = [size.detach() * slope for size, slope in zip(self.step_sizes(), slopes, strict=True)]
@@ -350,23 +399,37 @@ class Energy(Method):
             for sign in (1, -1)
         )
         weight = 0.5 / h
-        surrogate = -(weight * self.energy(*plus.variables)).sum()
-        last = part + 2 == self.part_count
-        terms = self._terms(images, draws, moved, gradient, energy) if last else {}
-        return Objective(loss + surrogate - surrogate.detach(), {}, (minus, weight, reached, terms))
+        surrogate = -(weight * self.energy(*plus.variables, given=given)).sum()
+        terms = {}
+        if part + 2 == self.part_count:
+            corrupted = state if part == 0 else self.corrupt(images, draws)
+            terms = self._terms(corrupted, target, draws, moved, gradient, energy)
+        return Objective(loss + surrogate - surrogate.detach(), {}, (minus, weight, reached, target, terms))
 
-    def loss(self, state: State, images: Float[Tensor, "b c height width"], draws: Corruption) -> Float[Tensor, ""]:
+    def loss(self, state: State, target: Float[Tensor, "b c height width"], draws: Corruption) -> Float[Tensor, ""]:
         """Smooth L1 (beta 1): of an image's pixels, or of the positions of its patches, mean over the batch."""
-        error = functional.smooth_l1_loss(state.images, images, reduction="none")
+        error = functional.smooth_l1_loss(state.images, target, reduction="none")
         each = error.mean((1, 2, 3))
         if self.loss_on == "hidden" and draws.mask is not None:
-            hidden = self._hidden(images, draws)
+            hidden = self._hidden(target, draws)
             each = torch.where(self._is("mask", draws), (error * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)), each)
         if state.positions is not None and self.places is not None:
             places = self.places.expand_as(state.positions)
             sorting = functional.smooth_l1_loss(state.positions, places, reduction="none").mean((1, 2))
             each = torch.where(self._is("shuffle", draws), sorting, each)
         return each.mean()
+
+    def target(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Float[Tensor, "b c height width"]:
+        """What is to be restored: the images, with each hidden patch standardised where that is asked for."""
+        if not self.standardize_targets:
+            return images
+        assert draws.mask is not None
+        patches = patchify(images, self.piece)
+        hidden = standardize(take(patches, draws.mask.hidden))
+        return unpatchify(put(patches, draws.mask.hidden, hidden), self.piece, self._pieces(images))
+
+    def _pieces(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.piece[0], images.shape[-1] // self.piece[1]
 
     def _hidden(self, images: Tensor, draws: Corruption) -> Tensor:
         assert draws.mask is not None
@@ -377,12 +440,11 @@ class Energy(Method):
 
     @torch.no_grad()
     def _terms(
-        self, images: Tensor, draws: Corruption, restored: State, gradient: State, energy: Tensor
+        self, corrupted: State, target: Tensor, draws: Corruption, restored: State, gradient: State, energy: Tensor
     ) -> dict[str, Tensor]:
-        corrupted = self.corrupt(images, draws)
-        left, before = self.errors(images, draws, restored)
+        left, before = (self._error(state, target, draws) for state in (restored, corrupted))
         terms = {
-            "baseline": self.steps * self.loss(corrupted, images, draws),
+            "baseline": self.steps * self.loss(corrupted, target, draws),
             "step_size": self.step_sizes()[0],
             "gradient_rms": gradient.images.square().mean().sqrt(),
             "energy": energy.mean(),
@@ -392,7 +454,7 @@ class Energy(Method):
             ratio = (left * those).sum() / (before * those).sum().clamp_min(torch.finfo(left.dtype).tiny)
             terms["error" if len(self.tasks) == 1 else f"error_{name}"] = ratio
         if "shuffle" in self.tasks:
-            terms["placed"] = weighted_mean(self.placed(images, restored), self._is("shuffle", draws).to(left.dtype))
+            terms["placed"] = weighted_mean(self.placed(target, restored), self._is("shuffle", draws).to(left.dtype))
         return {name: value.detach() for name, value in terms.items()}
 
     def errors(
@@ -400,19 +462,19 @@ class Energy(Method):
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """Squared error on what was corrupted, after restoring and after doing nothing; a loss over a whole image
         falls while nothing is restored, since what was not corrupted is right already."""
-        corrupted = self.corrupt(images, draws)
-        found = []
-        for state in (restored, corrupted):
-            squares = (state.images - images).square()
-            if draws.mask is not None:
-                masked = self._is("mask", draws).view(-1, 1, 1, 1)
-                squares = torch.where(masked, squares * self._hidden(images, draws), squares)
-            each = squares.mean((1, 2, 3))
-            if state.positions is not None and self.places is not None:
-                moved = (state.positions - self.places).square().mean((1, 2))
-                each = torch.where(self._is("shuffle", draws), moved, each)
-            found.append(each)
-        return found[0], found[1]
+        target = self.target(images, draws)
+        return self._error(restored, target, draws), self._error(self.corrupt(images, draws), target, draws)
+
+    def _error(self, state: State, target: Tensor, draws: Corruption) -> Float[Tensor, "b"]:
+        squares = (state.images - target).square()
+        if draws.mask is not None:
+            masked = self._is("mask", draws).view(-1, 1, 1, 1)
+            squares = torch.where(masked, squares * self._hidden(target, draws), squares)
+        each = squares.mean((1, 2, 3))
+        if state.positions is not None and self.places is not None:
+            moved = (state.positions - self.places).square().mean((1, 2))
+            each = torch.where(self._is("shuffle", draws), moved, each)
+        return each
 
     def placed(self, images: Float[Tensor, "b c height width"], state: State) -> Float[Tensor, "b"]:
         """Share of an image's patches whose place is read off right: the nearest position, or the patch of the
@@ -438,7 +500,8 @@ class Energy(Method):
         if self.calibrated:
             return {}
         with torch.no_grad():
-            gradient, _ = self.gradient(self.corrupt(images, draws))
+            state = self.corrupt(images, draws)
+            gradient, _ = self.gradient(state, self.given(state.images, draws))
         found = {}
         for name, log_size, slope in (
             ("step_size", self.log_step_size, gradient.images),
@@ -474,7 +537,7 @@ class Energy(Method):
         """The corrupted images, and what each step makes of them."""
         states = [self.corrupt(images, draws)]
         for _ in range(self.steps):
-            states.append(self.step(states[-1]).detach())
+            states.append(self.step(states[-1], draws).detach())
         return states
 
     @torch.no_grad()
@@ -491,27 +554,40 @@ class Energy(Method):
         for number, state in enumerate(states[1:], start=1):
             caption = "restored" if number == self.steps else f"step {number}"
             frames[caption] = self._shown(state, images, draws)
-        still = State(images, None if self.places is None else self.places.expand(len(images), -1, -1))
-        change = (self.step(still).images - images).square().mean(1, keepdim=True).sqrt()
+        still = State(
+            self.target(images, draws), None if self.places is None else self.places.expand(len(images), -1, -1)
+        )
+        change = (self.step(still, draws).images - still.images).square().mean(1, keepdim=True).sqrt()
         bright = change / change.amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
         frames["unusual"] = (4 * bright - 2).expand_as(images)  # about black to white of standardised images
         return frames
 
     def _shown(self, state: State, images: Tensor, draws: Corruption) -> Tensor:
-        """Where positions are restored, the patches lie where their positions say."""
+        """Where positions are restored, the patches lie where their positions say; mean and contrast of patches that
+        were standardised are those of the original."""
+        if self.standardize_targets:
+            assert draws.mask is not None
+            patches, hidden = patchify(state.images, self.piece), draws.mask.hidden
+            shown = unstandardize(take(patches, hidden), take(patchify(images, self.piece), hidden))
+            return unpatchify(put(patches, hidden, shown), self.piece, self._pieces(images))
         if self.places is None or state.positions is None:
             return state.images
         patches = patchify(images, self.piece)
         index = self.nearest(state.positions).unsqueeze(-1).expand_as(patches)
         arranged = torch.zeros_like(patches).scatter(1, index, patches)
-        grid = (images.shape[-2] // self.piece[0], images.shape[-1] // self.piece[1])
         sorted_ = self._is("shuffle", draws).view(-1, 1, 1, 1)
-        return torch.where(sorted_, unpatchify(arranged, self.piece, grid), state.images)
+        return torch.where(sorted_, unpatchify(arranged, self.piece, self._pieces(images)), state.images)
 
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
-        """The energy."""
-        return self.energy(images)
+        """The energy; where it is that of hidden patches, its mean over four fixed masks."""
+        if self.upper is None:
+            return self.energy(images)
+        energies = [
+            self.energy(self.target(images, draws), given=self.given(images, draws))
+            for draws in self.fixed_draws(images, 4)
+        ]
+        return torch.stack(energies).mean(0)
 
 
 def _length(variables: Iterable[Tensor]) -> Float[Tensor, "b"]:

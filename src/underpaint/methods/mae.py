@@ -4,6 +4,8 @@ The control that every other method stands beside. Most patches are hidden; the 
 a small decoder, thrown away afterwards, predicts the pixels of the hidden ones.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +15,10 @@ from underpaint.blocks import MaskedDecoder
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask, hidden_count, random_mask
 from underpaint.methods.method import Method, Objective
-from underpaint.patches import patchify, put, standardize, take, unpatchify
+from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize
+from underpaint.targets import SMALLEST_CELL, enlarge, enlargement, hog_pyramid, strokes
+
+BINS = 9
 
 
 class MAE(Method):
@@ -32,10 +37,13 @@ class MAE(Method):
         decoder_dim: width of the decoder; half the encoder's where None (512 in the paper at every encoder, which
             at ViT-Ti makes the decoder 90 % of a step).
         decoder_depth: blocks of the decoder; a third of the encoder's where None (8 in the paper).
+        target: the pixels of a patch, or its HOG (cells of half a patch, 9 bins a channel): the control that shows
+            what LocalMIM's several depths add to its target.
         standardize_targets: each target patch to mean 0 and variance 1 (the paper's better variant).
 
     Raises:
         TypeError: the encoder cannot run on a subset of its patches.
+        ValueError: half a patch is below 2 px, or no whole number of pixels (HOG).
     """
 
     paper = "hide most patches, predict their pixels from the rest (MAE, arXiv 2111.06377)"
@@ -47,6 +55,7 @@ class MAE(Method):
         hidden_ratio: float = 0.75,
         decoder_dim: int | None = None,
         decoder_depth: int | None = None,
+        target: Literal["pixels", "hog"] = "pixels",
         standardize_targets: bool = True,
     ):
         super().__init__()
@@ -55,13 +64,20 @@ class MAE(Method):
         self.encoder = encoder
         self.patch_size = encoder.patch_size
         self.hidden_ratio = hidden_ratio
-        self.standardize_targets = standardize_targets
+        self.target, self.standardize_targets = target, standardize_targets
         grid = encoder.grid(*encoder.image_size)
         hidden_count(grid[0] * grid[1], hidden_ratio)  # says early that a ratio or a grid is impossible
         dim = decoder_dim or max(64, round(encoder.dim / 2 / 32) * 32)
         depth = decoder_depth or max(2, encoder.depth // 3)
-        pixels = self.patch_size[0] * self.patch_size[1] * encoder.channels
-        self.decoder = MaskedDecoder(encoder.dim, grid, dim, depth, pixels)
+        outputs = self.patch_size[0] * self.patch_size[1] * encoder.channels
+        if target == "hog":
+            side = self.patch_size[0]
+            if self.patch_size != (side, side) or side % 2 or side < 2 * SMALLEST_CELL:
+                raise ValueError(
+                    f"HOG cells of half a patch need square patches of an even side of 4 px or more, not {self.patch_size}"
+                )
+            outputs = 4 * BINS * encoder.channels
+        self.decoder = MaskedDecoder(encoder.dim, grid, dim, depth, outputs)
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         rows, columns = self.encoder.grid(height, width)
@@ -74,16 +90,26 @@ class MAE(Method):
         return self.decoder(latent, mask).float()
 
     def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
+        if self.target == "hog":
+            return take(patchify(self.hog(images), (2, 2)), mask.hidden)
         hidden = take(patchify(images, self.patch_size), mask.hidden)
         return standardize(hidden) if self.standardize_targets else hidden
+
+    def hog(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b d rows columns"]:
+        return hog_pyramid(images, [self.patch_size[0] // 2], BINS)[0]
+
+    def trivial(self, target: Float[Tensor, "b h d"]) -> Float[Tensor, "b h d"]:
+        """What is to be beaten: the mean of each patch, or the mean HOG."""
+        if self.target == "hog":
+            return target.mean((0, 1)).expand_as(target)
+        return target.mean(-1, keepdim=True).expand_as(target)
 
     def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
         if mask is None:
             mask = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
         target = self.targets(images, mask)
         loss = (self.predict(images, mask) - target).square().mean()
-        flat = target - target.mean(-1, keepdim=True)  # what is left where each patch's mean is predicted
-        return Objective(loss, {"baseline": flat.square().mean().detach()})
+        return Objective(loss, {"baseline": (target - self.trivial(target)).square().mean().detach()})
 
     @torch.no_grad()
     def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
@@ -91,11 +117,19 @@ class MAE(Method):
         if mask is None:
             mask = Mask(*self.fixed_draws(images, 1)[0])
         grid = self.encoder.grid(*images.shape[-2:])
-        patches = patchify(images, self.patch_size)
         predicted = self.predict(images, mask)
+        if self.target == "hog":
+            times, level = enlargement(images), self.hog(images)
+            filled = unpatchify(put(patchify(level, (2, 2)), mask.hidden, predicted), (2, 2), grid)
+            frames = {"original": images, "hidden": mask_cells(images, mask, self.patch_size)}
+            frames = {name: enlarge(frame, times) for name, frame in frames.items()}
+            for name, values in (("target\nhog", level), ("restored\nhog", filled)):
+                drawn = strokes(values, BINS, images.shape[1], self.patch_size[0] // 2 * times)
+                frames[name] = (4 * drawn - 2).expand(-1, images.shape[1], -1, -1)
+            return frames
+        patches = patchify(images, self.patch_size)
         if self.standardize_targets:
-            hidden = take(patches, mask.hidden)
-            predicted = predicted * hidden.std(-1, keepdim=True) + hidden.mean(-1, keepdim=True)
+            predicted = unstandardize(predicted, take(patches, mask.hidden))
         restored = unpatchify(put(patches, mask.hidden, predicted), self.patch_size, grid)
         return {"original": images, "hidden": mask_cells(images, mask, self.patch_size), "restored": restored}
 
@@ -103,11 +137,11 @@ class MAE(Method):
     def held_out(
         self, images: Float[Tensor, "b c height width"], generator: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Against the mean of each hidden patch, as in the loss."""
+        """Against the trivial prediction, as in the loss."""
         mask = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
         target = self.targets(images, mask)
         left = (self.predict(images, mask) - target).square().mean((1, 2))
-        return {"mask": (left, (target - target.mean(-1, keepdim=True)).square().mean((1, 2)))}
+        return {"mask": (left, (target - self.trivial(target)).square().mean((1, 2)))}
 
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:

@@ -1,0 +1,279 @@
+"""timm's Swin transformers: on all patches, on replaced ones, and on visible ones alone.
+
+Windows of visible patches are smaller than whole windows and of many sizes. Packed into groups of about one whole
+window each, with attention only between patches of the same window, they cost what their number costs (GreenMIM,
+arXiv 2205.13515). Which patch goes to which group depends on the mask alone, so masks come from a pool that is drawn
+once, with everything worked out; a step only looks it up. Coordinates are the true ones, borders as in timm's shifted
+windows, the order of merged neighbours timm's.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from underpaint.backbones.maps import MapBackbone
+from underpaint.backbones.protocols import Encoded
+from underpaint.masking import Mask, hidden_count, random_mask
+from underpaint.patches import patchify, take
+
+POOL = 256  # masks
+
+
+class PooledMask(NamedTuple):
+    """Which mask of a pool each image has: the same one for each of `groups` equal runs of consecutive images."""
+
+    choice: Int[Tensor, "b"]
+    groups: int
+
+    def to(self, device: torch.device) -> "PooledMask":
+        return PooledMask(self.choice.to(device, non_blocking=True), self.groups)
+
+    def rows(self, rows: slice) -> "PooledMask":
+        """The masks of some images, which must be whole groups or lie inside one.
+
+        Raises:
+            ValueError: they are neither.
+        """
+        start, stop, _ = rows.indices(len(self.choice))
+        size, count = len(self.choice) // self.groups, stop - start
+        if start % size == 0 and count % size == 0:
+            return PooledMask(self.choice[rows], count // size)
+        if start // size == (stop - 1) // size:
+            return PooledMask(self.choice[rows], 1)
+        raise ValueError(f"images {start} to {stop} are no whole groups of {size} images with one mask")
+
+    def repeat(self, batch: int) -> "PooledMask":
+        return PooledMask(self.choice.expand(batch), 1)
+
+
+class Windows(nn.Module):
+    """For each mask of a pool: how the visible tokens of one stage are packed into groups (buffers).
+
+    token [p, group, place]: number of the token there; slot [p, token]: where it went, group * size + place;
+    window, row, column [p, group, place]: its window (-1 where the place is empty) and true coordinates.
+    """
+
+    token: Tensor
+    slot: Tensor
+    window: Tensor
+    row: Tensor
+    column: Tensor
+
+    def __init__(
+        self,
+        tokens: Int[np.ndarray, "p n"],
+        columns: int,
+        size: tuple[int, int],
+        shift: tuple[int, int],
+    ):
+        super().__init__()
+        packed = [_pack(numbers, columns, size, shift) for numbers in tokens]
+        groups = max(group.max() + 1 for group, _, _ in packed)
+        places = max(place.max() + 1 for _, place, _ in packed)
+        shape = (len(tokens), groups, places)
+        token, window = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+        row, column = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        slot = np.zeros(tokens.shape, np.int64)
+        for number, (group, place, of) in enumerate(packed):
+            token[number, group, place] = np.arange(tokens.shape[1])
+            window[number, group, place] = of
+            row[number, group, place], column[number, group, place] = np.divmod(tokens[number], columns)
+            slot[number] = group * places + place
+        for name, values in (("token", token), ("slot", slot), ("window", window), ("row", row), ("column", column)):
+            self.register_buffer(name, torch.from_numpy(values).to(torch.int32), persistent=False)
+
+    def chosen(self, choice: Int[Tensor, "m"], batch: int) -> "Packing":
+        """Those of some masks, for a batch of as many equal runs of images."""
+        token, slot, window, row, column = (
+            getattr(self, name)[choice].long() for name in ("token", "slot", "window", "row", "column")
+        )
+        images = torch.arange(batch, device=choice.device).view(len(choice), -1, 1)
+        places = token.shape[1] * token.shape[2]
+        return Packing(
+            (images * slot.shape[1] + token.flatten(1).unsqueeze(1)).flatten(),
+            (images * places + slot.unsqueeze(1)).flatten(),
+            window.unsqueeze(3) == window.unsqueeze(2),
+            row.unsqueeze(3) - row.unsqueeze(2),
+            column.unsqueeze(3) - column.unsqueeze(2),
+        )
+
+
+class Packing(NamedTuple):
+    """Where the tokens of a batch go and come back from, and which see each other (m masks, g groups of s places)."""
+
+    gather: Int[Tensor, "k"]  # rows of [b * n] tokens, group by group
+    back: Int[Tensor, "k2"]  # rows of [b * groups * places]
+    together: Tensor  # bool [m, g, s, s]
+    down: Int[Tensor, "m g s s"]  # rows from key to query
+    right: Int[Tensor, "m g s s"]
+
+
+def _pack(
+    tokens: Int[np.ndarray, "n"], columns: int, size: tuple[int, int], shift: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group, place and window of each token: windows whole, the largest first, each into the first group with room."""
+    row, column = np.divmod(tokens, columns)
+    window = ((row - shift[0]) // size[0] + 1) * (columns + 1) + (column - shift[1]) // size[1] + 1
+    names, of, counts = np.unique(window, return_inverse=True, return_counts=True)
+    room = size[0] * size[1]
+    if len(tokens) <= 2 * room:
+        room = len(tokens)
+    group_of, first = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
+    filled: list[int] = []
+    for which in np.argsort(-counts, kind="stable"):
+        fitting = [group for group, used in enumerate(filled) if used + counts[which] <= room]
+        if not fitting:
+            filled.append(0)
+        group = fitting[0] if fitting else len(filled) - 1
+        group_of[which], first[which] = group, filled[group]
+        filled[group] += int(counts[which])
+    order = np.argsort(of, kind="stable")
+    rank = np.empty(len(tokens), np.int64)
+    rank[order] = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return group_of[of], first[of] + rank, of
+
+
+class MaskPool(nn.Module):
+    """Masks of units, and for each what every stage needs to run on its visible tokens (buffers).
+
+    A unit is one place of the last stage: hidden or visible as a whole at every stage.
+    """
+
+    def __init__(self, encoder: "Swin", hidden: int, masks: int = POOL, seed: int = 0):
+        super().__init__()
+        rows, columns = encoder.grid(*encoder.image_size)
+        self.units = (rows, columns)
+        drawn = random_mask(masks, rows * columns, hidden, torch.Generator().manual_seed(seed))
+        self.count, self.stages = masks, len(encoder.stages)
+        self.windows = nn.ModuleList()
+        for number, stage in enumerate(encoder.stages):
+            factor = 2 ** (self.stages - 1 - number)
+            for name, index in (("visible", drawn.visible), ("hidden", drawn.hidden)):
+                finer = np.stack([_finer(units, columns, factor) for units in index.numpy()])
+                self.register_buffer(f"{name}{number}", torch.from_numpy(finer), persistent=False)
+            tokens = getattr(self, f"visible{number}").numpy()
+            kinds = {(tuple(block.window_size), tuple(block.shift_size)) for block in stage.blocks}
+            self.windows.append(
+                nn.ModuleDict({_kind(*kind): Windows(tokens, columns * factor, *kind) for kind in sorted(kinds)})
+            )
+            if number + 1 < self.stages:
+                children = np.stack([_children(numbers, columns * factor) for numbers in tokens])
+                self.register_buffer(f"children{number}", torch.from_numpy(children), persistent=False)
+
+    def mask(self, draws: PooledMask, stage: int) -> Mask:
+        """Visible and hidden places of each image on the grid of a stage, in ascending order."""
+        visible, hidden = getattr(self, f"visible{stage}"), getattr(self, f"hidden{stage}")
+        return Mask(visible[draws.choice], hidden[draws.choice])
+
+
+def _kind(window: tuple[int, int], shift: tuple[int, int]) -> str:
+    return "_".join(str(number) for number in (*window, *shift))
+
+
+def _finer(units: Int[np.ndarray, "v"], columns: int, factor: int) -> Int[np.ndarray, "n"]:
+    """Row by row, the places of these units on a grid that is `factor` times as fine."""
+    row, column = np.divmod(units, columns)
+    inside = np.arange(factor)
+    rows = (row[:, None, None] * factor + inside[:, None]) * (columns * factor)
+    return np.sort((rows + column[:, None, None] * factor + inside).reshape(-1))
+
+
+def _children(tokens: Int[np.ndarray, "n"], columns: int) -> Int[np.ndarray, "m four"]:
+    """The four tokens that merge, in timm's order (down, then right), for each coarse place row by row."""
+    row, column = np.divmod(tokens, columns)
+    coarse = row // 2 * (columns // 2) + column // 2
+    order = np.lexsort((row % 2, column % 2, coarse))
+    return order.reshape(-1, 4)
+
+
+class Swin(MapBackbone):
+    """An adapter around timm's SwinTransformer, which stays timm's: `model`.
+
+    Besides what every map encoder does it can run on embeddings of which some were replaced (`embed`, `encode`), and
+    stage by stage on visible patches alone (`mask_pool`, `embed`, `run_stage`).
+    """
+
+    def __init__(self, model: SwinTransformer, channels: int):
+        super().__init__(model, channels)
+        self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
+        self.image_size: tuple[int, int] = self.model.patch_embed.img_size
+        self.stages: Any = self.model.layers
+        self.depth = sum(len(stage.blocks) for stage in self.stages)
+
+    def embed(
+        self, images: Float[Tensor, "b c height width"], index: Int[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b k d"]:
+        """Tokens of the patches `index`, all where None."""
+        embedding = self.model.patch_embed
+        patches = patchify(images, self.patch_size)
+        if index is not None:
+            patches = take(patches, index)  # hidden patches are never embedded
+        return embedding.norm(functional.linear(patches, embedding.proj.weight.flatten(1), embedding.proj.bias))
+
+    def encode(self, tokens: Float[Tensor, "b n d"]) -> Encoded:
+        """All patches, embedded, to the tokens of the last stage after the final norm."""
+        grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
+        maps = self.model.norm(self.model.layers(tokens.unflatten(1, grid)))
+        return Encoded(maps.flatten(1, 2), [], tokens[:, :0])
+
+    # --- visible patches alone ------------------------------------------------------------------------------------
+
+    def mask_pool(self, hidden_ratio: float, masks: int = POOL, seed: int = 0) -> MaskPool:
+        """Masks of units with as many hidden as this ratio makes.
+
+        Raises:
+            ValueError: the image is no whole number of units.
+        """
+        unit = self.patch_size[0] * 2 ** (len(self.stages) - 1)
+        height, width = self.image_size
+        if height % unit or width % unit:
+            raise ValueError(f"an image of {height}x{width} px is no whole number of units of {unit} px")
+        rows, columns = self.grid(height, width)
+        return MaskPool(self, hidden_count(rows * columns, hidden_ratio), masks, seed)
+
+    def merge(
+        self, tokens: Float[Tensor, "b n d"], pool: MaskPool, draws: PooledMask, stage: int
+    ) -> Float[Tensor, "b m e"]:
+        """Into this stage from the one before: four neighbours become one token."""
+        if stage == 0:
+            return tokens
+        children = getattr(pool, f"children{stage - 1}")[draws.choice]
+        four = take(tokens, children.flatten(1)).unflatten(1, (-1, 4)).flatten(2)
+        merging = self.stages[stage].downsample
+        return merging.reduction(merging.norm(four))
+
+    def run_stage(
+        self, tokens: Float[Tensor, "b n d"], pool: MaskPool, draws: PooledMask, stage: int
+    ) -> Float[Tensor, "b n d"]:
+        """The blocks of a stage on its visible tokens."""
+        choice = draws.choice.view(draws.groups, -1)[:, 0]
+        windows: Any = pool.windows[stage]
+        packings = {kind: windows[kind].chosen(choice, len(tokens)) for kind in windows}
+        for block in self.stages[stage].blocks:
+            packing = packings[_kind(tuple(block.window_size), tuple(block.shift_size))]
+            attended = _attention(block.attn, block.norm1(tokens), packing)
+            tokens = tokens + block.drop_path1(attended)
+            tokens = tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
+        return tokens
+
+
+def _attention(attention: Any, tokens: Float[Tensor, "b n d"], packing: Packing) -> Float[Tensor, "b n d"]:
+    """timm's window attention on packed windows, with the same relative biases."""
+    b, n, _ = tokens.shape
+    masks, groups, places = packing.together.shape[:3]
+    heads, (tall, wide) = attention.num_heads, attention.window_size
+    joint = attention.qkv(tokens).flatten(0, 1).index_select(0, packing.gather)
+    joint = joint.view(masks, b // masks, groups, places, 3, heads, -1).permute(4, 0, 1, 2, 5, 3, 6)
+    down = packing.down.clamp(1 - tall, tall - 1) + tall - 1
+    right = packing.right.clamp(1 - wide, wide - 1) + wide - 1
+    bias = attention.relative_position_bias_table[down * (2 * wide - 1) + right].permute(0, 1, 4, 2, 3)
+    bias = bias.masked_fill(~packing.together.unsqueeze(2), -torch.inf).unsqueeze(1)
+    q, k, v = joint.unbind(0)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    out = out.transpose(3, 4).reshape(b * groups * places, -1).index_select(0, packing.back)
+    return attention.proj(out.view(b, n, -1))

@@ -1,0 +1,422 @@
+"""LocalMIM: Wang et al., "Masked Image Modeling with Local Multi-Scale Reconstruction", CVPR 2023, arXiv 2303.05251.
+
+Reconstruction is asked not only of the top of the encoder but of several depths, each with a small decoder of its
+own: lower depths predict a fine description of the hidden patches, upper ones a coarse one. So the lower layers get a
+task that fits them, and learn it from a nearby loss. For each tapped depth k, with cells of s_k pixels:
+
+    tokens_k  = norm_k(output of the block, visible patches only)
+    h_k       = block(visible tokens and mask tokens, with positions)      reasoning
+    y_k       = linear(rescale(h_k))          deconvolution where s_k is finer than the patch, pooling where coarser
+    loss     += mean over hidden cells of (y_k - target_k)^2               targets: HOG, or standardised pixels
+
+On a Swin the taps follow the merging of patches, whose grids have the scales already; the encoder runs on visible
+patches alone, by packed windows (`backbones/swin.py`).
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from underpaint.backbones import Backbone, ViT
+from underpaint.backbones.swin import PooledMask, Swin
+from underpaint.blocks import MaskedDecoder
+from underpaint.corruptions import mask_cells
+from underpaint.masking import Mask, hidden_count, random_mask
+from underpaint.methods.method import Method, Objective
+from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize
+from underpaint.targets import SMALLEST_CELL, enlarge, enlargement, hog_pyramid, pixel_pyramid, strokes
+
+log = logging.getLogger(__name__)
+
+
+class Tap(nn.Module):
+    """What hangs on one depth: reason, rescale, predict.
+
+    `factor` finer cells fit along a patch: 1, 2 or 4. 0 stands for cells of 2 x 2 patches.
+    Deconvolutions of kernel and stride 2 do not overlap, so they are linear maps of single tokens, and run on hidden
+    patches only. Where patches are pooled every cell is predicted, since most hold a hidden patch.
+    """
+
+    cells: Tensor
+
+    def __init__(self, encoder_dim: int, grid: tuple[int, int], dim: int, depth: int, factor: int, outputs: int):
+        super().__init__()
+        self.factor = factor
+        self.decoder = MaskedDecoder(encoder_dim, grid, dim, depth, None)
+        steps: list[nn.Module] = []
+        widths = [dim // 2 ** (step + 1) for step in range({0: 0, 1: 0, 2: 1, 4: 2}[factor])]
+        for number, width in enumerate(widths):
+            if number:
+                steps += [nn.LayerNorm(dim), nn.GELU()]
+            steps.append(Deconvolve(dim, width))
+            dim = width
+        self.rescale = nn.Sequential(*steps)
+        self.predict = nn.Linear(dim, outputs)
+        rows = torch.arange(grid[0]).view(-1, 1) // 2 * (grid[1] // 2)
+        self.register_buffer("cells", (rows + torch.arange(grid[1]) // 2).flatten(), persistent=False)
+        self.cell_count = (grid[0] // 2) * (grid[1] // 2)
+
+    def forward(self, tokens: Float[Tensor, "b v e"], mask: Mask) -> Tensor:
+        """[b, hidden, factor * factor, outputs], or [b, cells, outputs] where patches are pooled."""
+        if self.factor:
+            found = self.predict(self.rescale(self.decoder(tokens, mask)))
+            return found.reshape(*found.shape[:2], -1, found.shape[-1])
+        every = self.decoder.norm(self.decoder.tokens(tokens, mask))
+        cells = self.cells[torch.cat([mask.visible, mask.hidden], dim=1)]
+        pooled = every.new_zeros(len(every), self.cell_count, every.shape[-1])
+        pooled = pooled.scatter_add(1, cells.unsqueeze(-1).expand_as(every), every / 4)
+        return self.predict(pooled)
+
+    def target(self, level: Shaped[Tensor, "b d rows columns"], mask: Mask) -> Tensor:
+        """What `forward` should give."""
+        if not self.factor:
+            return level.flatten(2).transpose(1, 2)
+        b, d, rows, columns = level.shape
+        f = self.factor
+        # along a patch, in the order of the deconvolutions: halves first, then halves of halves
+        halves = (2,) * (f // 2)
+        split = level.reshape(b, d, rows // f, *halves, columns // f, *halves)
+        n = len(halves)
+        inner = [axis for step in range(n) for axis in (3 + step, 4 + n + step)]
+        nested = split.permute(0, 2, 3 + n, *inner, 1).reshape(b, (rows // f) * (columns // f), f * f * d)
+        return take(nested, mask.hidden).unflatten(2, (f * f, d))
+
+    def weights(self, mask: Mask) -> Tensor | None:
+        """Share of each pooled cell that is hidden."""
+        if self.factor:
+            return None
+        share = torch.zeros(len(mask.hidden), self.cell_count, device=mask.hidden.device)
+        return share.scatter_add(1, self.cells[mask.hidden], share.new_full(mask.hidden.shape, 0.25))
+
+
+class Deconvolve(nn.Module):
+    """A transposed convolution of kernel and stride 2, on single tokens: [..., d] to [..., 4, width]."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, 4 * width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(tokens).unflatten(-1, (4, -1))
+
+
+class LocalMIM(Method):
+    """Restore hidden patches at several scales from several depths.
+
+    >>> import torch, underpaint
+    >>> local = underpaint.LocalMIM(underpaint.encoder("vit_tiny_patch16_224", image_size=64))
+    >>> objective = local(torch.randn(2, 3, 64, 64))
+    >>> objective.loss.backward(); sorted(objective.terms)
+    ['baseline', 'hog_16px', 'hog_32px', 'hog_4px', 'hog_8px']
+
+    Args:
+        encoder: a plain ViT or a Swin.
+        hidden_ratio: share of the patches that is hidden (of a Swin: of units, a place of its last stage each).
+        taps: blocks of a ViT with a loss, 0-based, the last block among them; blocks 1, 3, L-3 and L-1 where None
+            (the outputs of evenly spread blocks below depth 8). A Swin's follow its stages.
+        scales: pixels of a cell for each tap of a ViT: a quarter, a half, one and two patches where None. A scale that
+            does not fit the image, or makes HOG cells below 2 px, is dropped with its tap and a message.
+        target: hog (9 bins a channel) or pixels (each cell standardised).
+        bins: of HOG (18 in the paper for ViT-L and Swin).
+        decoder_dim: width of the decoders; a third of the encoder's (256 at ViT-B, as in the paper), or for a Swin an
+            eighth of the last stage's and half of that at the first tap (64 and 128 at Swin-B), where None.
+        decoder_depth: blocks of each decoder.
+        stop_gradient: each part between taps is trained by its own loss alone; memory is then that of one part.
+        pixel_head: a linear map from the decoder of the tap at the patch's scale to pixels, for pictures; nothing below it is trained by it.
+        images_per_mask: how many consecutive images share a mask (Swin).
+
+    Raises:
+        TypeError: an encoder of another kind.
+        ValueError: no scale fits; taps that do not end at the last block; as many scales as taps are needed.
+    """
+
+    paper = "several depths predict hidden patches at several scales (LocalMIM, arXiv 2303.05251)"
+    encoder: Any
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        hidden_ratio: float = 0.75,
+        taps: Sequence[int] | None = None,
+        scales: Sequence[int] | None = None,
+        target: Literal["hog", "pixels"] = "hog",
+        bins: int = 9,
+        decoder_dim: int | None = None,
+        decoder_depth: int = 1,
+        stop_gradient: bool = False,
+        pixel_head: bool = False,
+        images_per_mask: int = 64,
+    ):
+        super().__init__()
+        if not isinstance(encoder, (ViT, Swin)):
+            raise TypeError(f"LocalMIM needs a plain ViT or a Swin, not {type(encoder).__name__}")
+        self.encoder, self.hidden_ratio = encoder, hidden_ratio
+        self.bins, self.target_kind, self.stop_gradient = bins, target, stop_gradient
+        self.images_per_mask = images_per_mask
+        self.patch_size: tuple[int, int] = encoder.patch_size
+        patch, channels = self.patch_size[0], encoder.channels
+        if isinstance(encoder, ViT):
+            self.pool = None
+            grid = encoder.grid(*encoder.image_size)
+            hidden_count(grid[0] * grid[1], hidden_ratio)  # says early that a ratio or a grid is impossible
+            self.taps, self.scales = self._fitting(taps, scales)
+            dims, grids = [encoder.dim] * len(self.taps), [grid] * len(self.taps)
+            width = decoder_dim or max(64, round(encoder.dim / 3 / 32) * 32)
+            widths = [width] * len(self.taps)
+            factors = [patch // scale for scale in self.scales]
+        else:
+            if taps is not None or scales is not None:
+                raise ValueError("taps and scales of a Swin follow its stages; leave them away")
+            self.pool = encoder.mask_pool(hidden_ratio)
+            last = len(encoder.stages) - 1
+            self.taps = list(range(last + 1))
+            strides = [patch * 2 ** min(stage + 1, last) for stage in self.taps]
+            self.scales = strides
+            grids = [(encoder.image_size[0] // stride, encoder.image_size[1] // stride) for stride in strides]
+            dims = [encoder.info[min(stage + 1, last)]["num_chs"] for stage in self.taps]
+            width = decoder_dim or max(64, round(encoder.dim / 8 / 32) * 32)
+            widths = [max(32, width // 2), *[width] * last]
+            factors = [1] * len(self.taps)
+        outputs = [channels * (bins if target == "hog" else scale * scale) for scale in self.scales]
+        # the norm of the last tap is the encoder's own final norm
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims[:-1])
+        self.decoders = nn.ModuleList(
+            Tap(*settings)
+            for settings in zip(dims, grids, widths, [decoder_depth] * len(dims), factors, outputs, strict=True)
+        )
+        self.part_count = len(self.taps) if stop_gradient else 1
+        self.painter = max(number for number, factor in enumerate(factors) if factor == 1) if 1 in factors else None
+        if pixel_head and self.painter is None:
+            raise ValueError(f"pixel_head needs a tap whose cells are patches; scales are {self.scales} px")
+        self.to_pixels = None
+        if pixel_head and self.painter is not None:
+            self.to_pixels = nn.Linear(widths[self.painter], channels * self.scales[self.painter] ** 2)
+
+    def _fitting(self, taps: Sequence[int] | None, scales: Sequence[int] | None) -> tuple[list[int], list[int]]:
+        """The taps of a ViT, and for each the pixels of its cells."""
+        patch, depth = self.patch_size[0], self.encoder.depth
+        height, width = self.encoder.image_size
+        if self.patch_size[0] != self.patch_size[1]:
+            raise ValueError(f"LocalMIM needs square patches, not {self.patch_size}")
+        wanted = [patch / 4, patch / 2, patch, 2 * patch] if scales is None else list(scales)
+        blocks = [1, 3, depth - 3, depth - 1] if depth >= 8 else [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]
+        kept = []
+        for place, scale in enumerate(wanted):
+            smallest = SMALLEST_CELL if self.target_kind == "hog" else 1
+            known = scale in (patch / 4, patch / 2, patch, 2 * patch)
+            if not known or scale != int(scale) or scale < smallest or height % scale or width % scale:
+                if scales is not None:
+                    raise ValueError(
+                        f"scale {scale} px: a quarter, a half, one or two patches of {patch} px are possible, "
+                        f"of at least {smallest} px and a whole number of them along {height}x{width}"
+                    )
+                log.warning("LocalMIM: cells of %g px do not fit here; that scale and its tap are left out", scale)
+            else:
+                kept.append((place, int(scale)))
+        if taps is None:
+            taps = [max(0, blocks[place if len(wanted) == 4 else -len(wanted) + place]) for place, _ in kept]
+            taps = sorted({*taps[:-1], depth - 1})  # whatever was dropped, the last block has a loss
+            kept = kept[-len(taps) :]
+        found = [scale for _, scale in kept]
+        if not found or len(found) != len(taps):
+            raise ValueError(f"taps {list(taps)} and scales {found} px: as many of one as of the other are needed")
+        if list(taps) != sorted(set(taps)) or taps[-1] != depth - 1 or taps[0] < 0:
+            raise ValueError(
+                f"taps are {list(taps)}; they must ascend and end at the last block, {depth - 1}, since the encoder's "
+                f"final norm is that of the last tap"
+            )
+        return list(taps), found
+
+    # --- masks and targets -----------------------------------------------------------------------------------------
+
+    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask | PooledMask:
+        if self.pool is None:
+            rows, columns = self.encoder.grid(height, width)
+            return random_mask(batch, rows * columns, hidden_count(rows * columns, self.hidden_ratio), generator)
+        groups = batch // self.images_per_mask if batch % self.images_per_mask == 0 else 1
+        choice = torch.randint(self.pool.count, (groups,), generator=generator)
+        return PooledMask(choice.repeat_interleave(batch // groups), groups)
+
+    def mask(self, draws: Any, number: int) -> Mask:
+        """Which places of tap `number`'s grid are hidden."""
+        if self.pool is None:
+            return draws
+        return self.pool.mask(draws, min(number + 1, len(self.taps) - 1))
+
+    def targets(self, images: Float[Tensor, "b c height width"]) -> list[Float[Tensor, "b d rows columns"]]:
+        cells = sorted(set(self.scales))
+        levels = hog_pyramid(images, cells, self.bins) if self.target_kind == "hog" else pixel_pyramid(images, cells)
+        return [levels[cells.index(scale)] for scale in self.scales]
+
+    # --- the encoder, tap by tap -----------------------------------------------------------------------------------
+
+    def advance(
+        self, number: int, state: Any, images: Float[Tensor, "b c height width"], draws: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The encoder's state at tap `number` from that at the tap before, and the normed tokens there."""
+        encoder, last = self.encoder, number == len(self.taps) - 1
+        if self.pool is None:
+            if state is None:
+                state = encoder.begin(encoder.embed(images, draws.visible), draws.visible)
+            first = self.taps[number - 1] + 1 if number else 0
+            state = encoder.run(state, first, self.taps[number] + 1)
+            if last:
+                return state, encoder.finish(state).tokens
+            return state, self.norms[number](encoder.patches(state))
+        if state is None:
+            state = encoder.embed(images, self.pool.mask(draws, 0).visible)
+        state = encoder.run_stage(state, self.pool, draws, number)
+        if last:
+            return state, encoder.model.norm(state)
+        state = encoder.merge(state, self.pool, draws, number + 1)
+        return state, self.norms[number](state)
+
+    # --- the loss ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c height width"],
+        draws: Any = None,
+        part: int | None = None,
+        carry: Any = None,
+    ) -> Objective:
+        if draws is None:
+            draws = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+        state, targets, terms = carry or (None, self.targets(images), {"baseline": images.new_zeros(())})
+        loss: Any = 0
+        for number in range(len(self.taps)) if part is None else (part,):
+            state, tokens = self.advance(number, state, images, draws)
+            here, trivial = (each.mean() for each in self.errors(number, tokens, targets[number], draws))
+            terms = terms | {self._name(number): here.detach(), "baseline": terms["baseline"] + trivial}
+            loss = loss + here
+            if number == self.painter and self.to_pixels is not None:
+                here, trivial = (each.mean() for each in self.painting(tokens, images, draws))
+                terms = terms | {"pixels": here.detach(), "baseline": terms["baseline"] + trivial}
+                loss = loss + here
+            if self.stop_gradient:
+                state = state.detach()
+        return Objective(loss, terms, (state, targets, terms))
+
+    def _cell(self, number: int) -> tuple[int, int]:
+        return self.scales[number], self.scales[number]
+
+    def _name(self, number: int) -> str:
+        name = f"{self.target_kind}_{self.scales[number]}px"
+        return f"{name}_{number}" if self.scales.count(self.scales[number]) > 1 else name
+
+    def errors(
+        self, number: int, tokens: Float[Tensor, "b v d"], target: Float[Tensor, "b f rows columns"], draws: Any
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+        """An image's mean squared error over hidden cells at one tap, and that of the best constant prediction."""
+        tap: Any = self.decoders[number]
+        mask = self.mask(draws, number)
+        wanted = tap.target(target, mask)
+        squares = (tap(tokens, mask).float() - wanted).square().mean(-1)
+        flat = (wanted - wanted.flatten(0, -2).mean(0)).square().mean(-1)
+        weights = tap.weights(mask)
+        if weights is None:
+            return squares.flatten(1).mean(1), flat.flatten(1).mean(1)
+        # every image has as many hidden patches, so the mean over images is that over all cells
+        hidden = weights.sum(1)
+        return (squares * weights).sum(1) / hidden, (flat * weights).sum(1) / hidden
+
+    def paint(self, tokens: Float[Tensor, "b v d"], mask: Mask) -> Float[Tensor, "b h p"]:
+        """Standardised pixels of hidden patches, by a linear map that trains nothing below it."""
+        assert self.to_pixels is not None
+        tap: Any = self.decoders[self.painter or 0]
+        with torch.no_grad():
+            seen = tap.decoder(tokens, mask)
+        return self.to_pixels(seen).float()
+
+    def painting(self, tokens: Tensor, images: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
+        number = self.painter or 0
+        mask = self.mask(draws, number)
+        wanted = standardize(take(patchify(images, self._cell(number)), mask.hidden))
+        return (self.paint(tokens, mask) - wanted).square().mean((1, 2)), wanted.square().mean((1, 2))
+
+    # --- pictures and scores ----------------------------------------------------------------------------------------
+
+    def every_tap(self, images: Float[Tensor, "b c height width"], draws: Any) -> list[Float[Tensor, "b v d"]]:
+        """The normed tokens at each tap."""
+        state, found = None, []
+        for number in range(len(self.taps)):
+            state, tokens = self.advance(number, state, images, draws)
+            found.append(tokens)
+        return found
+
+    @torch.no_grad()
+    def held_out(
+        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each scale, against the best constant prediction."""
+        draws = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        targets = self.targets(images)
+        return {
+            self._name(number): self.errors(number, tokens, targets[number], draws)
+            for number, tokens in enumerate(self.every_tap(images, draws))
+        }
+
+    @torch.no_grad()
+    def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
+        """The sum of the squared errors of all taps on hidden cells, mean over four fixed masks."""
+        targets = self.targets(images)
+        total = images.new_zeros(len(images))
+        for draws in self.fixed_draws(images, 4):
+            for number, tokens in enumerate(self.every_tap(images, draws)):
+                total = total + self.errors(number, tokens, targets[number], draws)[0] / 4
+        return total
+
+    @torch.no_grad()
+    def restore(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> dict[str, Tensor]:
+        """Original, visible patches, and the target with the prediction in its hidden cells, at the finest scale and
+        at the patch's: for HOG a stroke along the edges of each cell. All frames are enlarged alike, so that strokes
+        can be seen."""
+        if draws is None:
+            draws = self.fixed_draws(images, 1)[0]
+        times = enlargement(images)
+        unit = self.encoder.stride if self.pool is not None else self.patch_size[0]
+        hidden = mask_cells(images, self.mask(draws, len(self.taps) - 1), (unit, unit))
+        frames = {"original": enlarge(images, times), "hidden": enlarge(hidden, times)}
+        targets, tokens = self.targets(images), self.every_tap(images, draws)
+        shown = {number for number, scale in enumerate(self.scales) if scale <= unit}
+        for number in sorted({min(shown, default=0), max(shown, default=0)}):
+            scale, level = self.scales[number], targets[number]
+            filled = self._filled(number, tokens[number], level, self.mask(draws, number))
+            for name, values in (("target", level), ("restored", filled)):
+                frames[f"{name}\n{self.target_kind} {scale} px"] = self._picture(values, images, scale, times)
+        if self.to_pixels is not None and self.painter is not None:
+            patches, mask = patchify(images, self._cell(self.painter)), self.mask(draws, self.painter)
+            painted = unstandardize(self.paint(tokens[self.painter], mask), take(patches, mask.hidden))
+            grid = (images.shape[-2] // self.scales[self.painter], images.shape[-1] // self.scales[self.painter])
+            whole = unpatchify(put(patches, mask.hidden, painted), self._cell(self.painter), grid)
+            frames["restored\npixels"] = enlarge(whole, times)
+        return frames
+
+    def _filled(self, number: int, tokens: Tensor, level: Tensor, mask: Mask) -> Tensor:
+        """The target with hidden cells predicted."""
+        tap: Any = self.decoders[number]
+        predicted = tap(tokens, mask)
+        every = level.flatten(2).transpose(1, 2)
+        if not tap.factor:
+            share = (tap.weights(mask) > 0).unsqueeze(-1)
+            made = torch.where(share, predicted, every)
+        else:
+            # where each of the cells of a patch lies among all cells
+            rows, columns = level.shape[-2:]
+            numbers = torch.arange(rows * columns, device=level.device).view(1, 1, rows, columns)
+            where = tap.target(numbers.expand(len(level), -1, -1, -1), mask).flatten(1)
+            made = put(every, where, predicted.flatten(1, 2))
+        return made.transpose(1, 2).unflatten(2, level.shape[-2:])
+
+    def _picture(self, level: Tensor, images: Tensor, scale: int, times: int) -> Tensor:
+        if self.target_kind == "hog":
+            drawn = strokes(level, self.bins, images.shape[1], scale * times)
+            return (4 * drawn - 2).expand(-1, images.shape[1], -1, -1)  # about black to white of standardised images
+        patches, size = patchify(images, (scale, scale)), (scale, scale)
+        shown = unstandardize(level.flatten(2).transpose(1, 2), patches)
+        shown = unpatchify(shown, size, (level.shape[-2], level.shape[-1]))
+        return enlarge(shown, times)

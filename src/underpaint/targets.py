@@ -1,0 +1,109 @@
+"""What hidden places should become: oriented gradients or standardised pixels, at one scale or several."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from underpaint.patches import patchify, standardize
+
+SMALLEST_CELL = 2  # pixels; an orientation needs two
+
+
+@torch.no_grad()
+def hog_pyramid(
+    images: Float[Tensor, "b c height width"], cells: Sequence[int], bins: int = 9
+) -> list[Float[Tensor, "b d rows columns"]]:
+    """Histograms of oriented gradients at several scales (LocalMIM, arXiv 2303.05251; as in MaskFeat, 2112.09133).
+
+    For each channel: Sobel gradients (reflected at the border), each pixel's magnitude counted whole in one of `bins`
+    bins of 180 degrees, the mean over a cell, and each cell's histogram to length 1. Magnitudes and bins are computed
+    once and coarser cells pooled from finer ones, which is exact up to rounding since the mean comes before the
+    length. float32 (or float64), also under autocast: bins flip near their edges in half precision.
+
+    Args:
+        images: of any range and channels; the target does not depend on a channel's contrast.
+        cells: pixels of a side, ascending, each a multiple of the one before; each divides the image.
+        bins: of orientations.
+
+    Returns:
+        One map a cell size, d = channels * bins (bins of the first channel first). A flat cell is 0.
+
+    Raises:
+        ValueError: a cell that does not divide the image, or the next cell.
+    """
+    height, width = images.shape[-2:]
+    for cell, finer in zip(cells, (1, *cells), strict=False):
+        if cell < 1 or cell % finer or height % cell or width % cell:
+            raise ValueError(
+                f"HOG cells of {tuple(cells)} px do not divide one another and an image of {height}x{width}"
+            )
+    with torch.autocast(images.device.type, enabled=False):
+        images = images if images.dtype == torch.float64 else images.float()
+        magnitude, bin_ = _gradients(images, bins)
+        sums = [functional.avg_pool2d(torch.where(bin_ == k, magnitude, 0), cells[0]) for k in range(bins)]
+        level = torch.stack(sums, dim=2)  # [b, c, bins, rows, columns]
+        found, size = [], cells[0]
+        for cell in cells:
+            if cell != size:
+                level = functional.avg_pool2d(level.flatten(1, 2), cell // size).unflatten(1, (-1, bins))
+                size = cell
+            found.append((level / level.norm(dim=2, keepdim=True).clamp_min(1e-12)).flatten(1, 2))
+    return found
+
+
+def _gradients(images: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Magnitude and orientation bin of each pixel of each channel.
+
+    The Sobel filters are written as sums of shifted images (smoothing one way, difference the other), which a
+    convolution of one channel at a time is not faster at. The angle is atan2(gx, gy), in this order, as published.
+    """
+    padded = functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    down = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
+    gx = down[..., :-2] - down[..., 2:]
+    along = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+    gy = along[..., :-2, :] - along[..., 2:, :]
+    bin_ = (torch.atan2(gx, gy) * (bins / math.pi)).floor().to(torch.int16) % bins
+    return (gx.square() + gy.square()).sqrt(), bin_
+
+
+@torch.no_grad()
+def pixel_pyramid(
+    images: Float[Tensor, "b c height width"], cells: Sequence[int]
+) -> list[Float[Tensor, "b d rows columns"]]:
+    """Patches of several sizes, each to mean 0 and variance 1: d = channels * cell * cell. float32, as above."""
+    height, width = images.shape[-2:]
+    found = []
+    for cell in cells:
+        patches = standardize(patchify(images.float(), (cell, cell)))
+        found.append(patches.transpose(1, 2).unflatten(2, (height // cell, width // cell)))
+    return found
+
+
+def strokes(
+    histograms: Float[Tensor, "b d rows columns"], bins: int, channels: int, side: int = 9
+) -> Float[Tensor, "b 1 height width"]:
+    """A picture of a HOG map, `side` pixels a cell: a bright line along the edge for each orientation, its brightness
+    the mean of the channels. Values from 0 to 1."""
+    b, _, rows, columns = histograms.shape
+    weights = histograms.unflatten(1, (channels, bins)).mean(1)
+    weights = weights / weights.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+    middle = torch.arange(side, device=histograms.device) - (side - 1) / 2
+    # atan2(gx, gy) of a bin's middle: the gradient points along (sin, cos) in (x, y), the edge across it
+    angles = (torch.arange(bins, device=histograms.device) + 0.5) * math.pi / bins
+    off = angles.sin().view(-1, 1, 1) * middle + angles.cos().view(-1, 1, 1) * middle.view(-1, 1)
+    lines = (1 - off.abs()).clamp(min=0).to(histograms.dtype)  # [bins, side, side], one pixel wide
+    drawn = torch.einsum("bkrc,kyx->brycx", weights.clamp(min=0), lines)
+    return drawn.reshape(b, 1, rows * side, columns * side).clamp(max=1)
+
+
+def enlargement(images: Float[Tensor, "b c height width"]) -> int:
+    """How many times as large a picture must be for strokes to be seen: to at least 96 px."""
+    return max(1, -(-96 // min(images.shape[-2:])))
+
+
+def enlarge(images: Float[Tensor, "b c height width"], times: int) -> Float[Tensor, "b c tall wide"]:
+    return images.repeat_interleave(times, 2).repeat_interleave(times, 3)

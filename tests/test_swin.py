@@ -1,0 +1,146 @@
+"""Swin on replaced and on visible patches: the same numbers as timm's own blocks give."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import underpaint
+from underpaint.backbones.swin import PooledMask, Swin
+from underpaint.masking import Mask, random_mask, refine
+from underpaint.patches import take
+
+
+def swin(image_size: tuple[int, int] = (64, 64), window: int = 4, patch: int = 2) -> Swin:
+    """Three stages; on 64 px grids of 32, 16 and 8 places, units of 8 px."""
+    torch.manual_seed(0)
+    made: Any = underpaint.encoder(
+        "swin_tiny_patch4_window7_224",
+        image_size=image_size,
+        patch_size=patch,
+        window_size=window,
+        embed_dim=16,
+        depths=(2, 2, 2),
+        num_heads=(1, 2, 4),
+        drop_path_rate=0.0,
+    )
+    assert isinstance(made, Swin)
+    return made
+
+
+def relative_tables(encoder: Swin) -> None:
+    """Random relative biases: at timm's start they are too small to matter."""
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            if "relative_position_bias_table" in name:
+                weight.normal_()
+
+
+@pytest.mark.quick
+def test_embed_and_encode_equal_timm() -> None:
+    encoder = swin().eval()
+    images = torch.randn(2, 3, 64, 64)
+    tokens = encoder.encode(encoder.embed(images)).tokens  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(tokens, encoder(images).patches)
+    index = torch.tensor([[3, 9, 700], [5, 6, 1000]])
+    torch.testing.assert_close(encoder.embed(images, index), take(encoder.embed(images), index))
+
+
+def dense(block: Any, x: Tensor, hidden: Tensor) -> Tensor:
+    """timm's block on the whole grid [b, rows, columns, d], with hidden places removed as keys.
+
+    Their keys get a value of minus infinity in the mask that timm itself adds to the attention.
+    """
+    from timm.models.swin_transformer import window_partition
+
+    rows, columns = x.shape[1:3]
+    gone = hidden.view(1, rows, columns, 1)
+    if any(block.shift_size):
+        gone = torch.roll(gone, (-block.shift_size[0], -block.shift_size[1]), (1, 2))
+    keys = window_partition(gone.double(), tuple(block.window_size)).flatten(1)  # [windows, area]
+    area = keys.shape[1]
+    own = torch.eye(area, dtype=torch.bool).unsqueeze(0)  # a hidden query sees itself, or softmax has no key
+    removed = torch.where((keys > 0).unsqueeze(1) & ~own, -torch.inf, 0.0).expand(-1, area, -1).double()
+    mask = removed if block.attn_mask is None else removed + block.attn_mask * 1e6
+    kept, block.attn_mask = block.attn_mask, mask
+    try:
+        return block(x)
+    finally:
+        block.attn_mask = kept
+
+
+@pytest.mark.parametrize("image_size", [(64, 64), (32, 64)])
+@pytest.mark.parametrize("window", [4, 8])
+def test_visible_windows_equal_dense_ones_without_hidden_keys(window: int, image_size: tuple[int, int]) -> None:
+    """At every stage, shifted and not, with different masks in one batch, in float64."""
+    encoder = swin(image_size, window).double().eval()
+    relative_tables(encoder)
+    pool = encoder.mask_pool(0.6, masks=5)
+    draws = PooledMask(torch.tensor([3, 3, 1, 1]), 2)
+    rows, columns = image_size[0] // 2, image_size[1] // 2
+    whole: Any = torch.randn(4, rows, columns, 16, dtype=torch.float64)
+    shifts, before = set(), whole
+    for number, stage in enumerate(encoder.stages):
+        mask = pool.mask(draws, number)
+        tokens = take(whole.flatten(1, 2), mask.visible)
+        if number:
+            tokens = encoder.merge(before, pool, draws, number)
+        found = encoder.run_stage(tokens, pool, draws, number)
+        if number:  # the grid of this stage: visible units are visible as a whole, so merging keeps them apart
+            whole = stage.downsample(whole)
+            torch.testing.assert_close(take(whole.flatten(1, 2), mask.visible), tokens)
+        parts = []
+        for image in range(4):
+            hidden = torch.zeros(whole.shape[1] * whole.shape[2], dtype=torch.bool)
+            hidden[mask.hidden[image]] = True
+            x = whole[image : image + 1]
+            for block in stage.blocks:
+                shifts.add((number, any(block.shift_size)))
+                x = dense(block, x, hidden)
+            parts.append(x)
+        whole = torch.cat(parts)
+        torch.testing.assert_close(found, take(whole.flatten(1, 2), mask.visible))
+        before = found
+    assert (0, True) in shifts
+    assert (0, False) in shifts
+
+
+@pytest.mark.quick
+def test_hidden_patches_do_not_matter_and_counts_are_exact() -> None:
+    encoder = swin().eval()
+    pool = encoder.mask_pool(0.75, masks=9)
+    for choice in range(9):
+        for stage, side in enumerate((32, 16, 8)):
+            mask = pool.mask(PooledMask(torch.tensor([choice]), 1), stage)
+            assert mask.visible.shape == (1, 16 * 4 ** (2 - stage))
+            every = torch.cat([mask.visible, mask.hidden], 1).sort().values
+            assert torch.equal(every, torch.arange(side * side).unsqueeze(0))
+
+
+@pytest.mark.quick
+def test_masks_on_finer_grids_cover_the_same_pixels() -> None:
+    mask = random_mask(3, 6, 4, torch.Generator().manual_seed(0))
+    finer = refine(mask, (2, 3), 2)
+    for image in range(3):
+        coarse, fine = torch.zeros(2, 3), torch.zeros(4, 6)
+        coarse.view(-1)[mask.hidden[image]] = 1
+        fine.view(-1)[finer.hidden[image]] = 1
+        assert torch.equal(fine, coarse.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert isinstance(finer, Mask)
+
+
+@pytest.mark.quick
+def test_rows_of_pooled_masks_keep_whole_groups() -> None:
+    draws = PooledMask(torch.tensor([5, 5, 7, 7, 9, 9]), 3)
+    assert draws.rows(slice(2, 6)).groups == 2
+    assert draws.rows(slice(2, 3)).groups == 1
+    with pytest.raises(ValueError, match="no whole groups"):
+        draws.rows(slice(1, 4))
+    assert draws.rows(slice(0, 1)).repeat(4).choice.tolist() == [5] * 4
+
+
+@pytest.mark.quick
+def test_sizes_that_are_no_whole_units_are_refused() -> None:
+    with pytest.raises(ValueError, match="no whole number of units of 16 px"):
+        swin((64, 72), patch=4).mask_pool(0.75)
