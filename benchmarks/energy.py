@@ -2,6 +2,7 @@
 
     python benchmarks/energy.py                    every way on ViT-S/16 at 224 px and on a small ViT at 32 px
     python benchmarks/energy.py --only 32 --seconds 20
+    python benchmarks/energy.py --only S/16 --ways exact difference "given visible"
 
 Plain is one forward and backward of all tokens with fused attention and a linear head (what a SimMIM step costs).
 Times are medians of steps taken in turns in one process. Memory is the growth over what the process held before the
@@ -27,7 +28,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {  # encoder, batch
     "ViT-128x4/8, 32 px": (ENCODERS[SMALL] | {"patch_size": 8}, 256),
     **{name: (ENCODERS[name], BATCHES[name]) for name in (SMALL, "ViT-S/16, 224 px")},
 }
-WAYS = ("plain", "exact", "exact, compiled", "exact, N = 2", "difference", "difference, compiled")
+WAYS = ("plain", "exact", "exact, compiled", "exact, N = 2", "difference", "difference, compiled", "given visible")
 
 
 def make(way: str, shape: str, device: torch.device) -> tuple[Callable[[], None], int]:
@@ -46,8 +47,10 @@ def make(way: str, shape: str, device: torch.device) -> tuple[Callable[[], None]
         def losses() -> Any:
             yield head(encoder(images).patches).square().mean()
     else:
+        form: dict[str, Any] = {"context": "visible", "readout": "square", "hidden_ratio": 0.75}
         method = underpaint.Energy(
             encoder,
+            **(form if way == "given visible" else {}),
             steps=2 if "N = 2" in way else 1,
             step_size=0.3,
             gradient="difference" if "difference" in way else "exact",
@@ -98,6 +101,7 @@ def main() -> None:
     given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given.add_argument("--only", default="")
     given.add_argument("--seconds", type=float, default=20.0)
+    given.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="plain is always among them")
     given.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = given.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,21 +110,22 @@ def main() -> None:
         return
     rate = matrix_rate(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     print(f"matrix rate {rate / 1e9:.0f} GFLOP/s; {torch.get_num_threads()} threads")
+    ways = [way for way in WAYS if way in {"plain", *arguments.ways}]
     for shape in SHAPES:
         if arguments.only not in shape:
             continue
-        steps = {way: make(way, shape, device)[0] for way in WAYS}
+        steps = {way: make(way, shape, device)[0] for way in ways}
         flops = {way: counted_flops(step) for way, step in steps.items() if "compiled" not in way}
         times = interleaved(steps, device, arguments.seconds)
         memory = {}
-        for way in WAYS:
+        for way in ways:
             command = [sys.executable, __file__, "--memory", way, shape]
             # freed memory goes back at once, so that growth is what a step needs
             environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
             memory[way] = float(json.loads(done.stdout.splitlines()[-1]))
         print(f"\n{shape}, batch {make('plain', shape, device)[1]}")
-        for way in WAYS:
+        for way in ways:
             share = f"{flops[way] / times[way] / rate:.2f} of the matrix rate" if way in flops else ""
             print(
                 f"{way:<22}{times[way]:8.4f} s {times[way] / times['plain']:6.2f} x time"

@@ -29,7 +29,10 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Any) -> No
     [
         (["pretrain", "DATA"], "required: --out"),
         (["pretrain", "nowhere", "--out", "OUT"], "nowhere"),
-        (["pretrain", "DATA", "--out", "OUT", "--method", "mea"], "there is no 'mea'; there are: energy, localmim, mae, simmim"),
+        (
+            ["pretrain", "DATA", "--out", "OUT", "--method", "mea"],
+            "there is no 'mea'; there are: energy, localmim, mae, simmim",
+        ),
         (["pretrain", "DATA", "--out", "OUT", "--encoder", "vit_tinny"], "timm has no model 'vit_tinny'"),
         (["pretrain", "DATA", "--out", "OUT", "--set", "method.hidden=1"], "no setting 'hidden'; there are: name"),
         (["pretrain", "DATA", "--out", "OUT", "--set", "methd.x=1"], "no such setting; paths are method.NAME"),

@@ -317,7 +317,7 @@ def test_with_the_step_size_frozen_the_network_still_learns() -> None:
 
 
 def test_the_energy_falls_from_corrupted_towards_clean() -> None:
-    """Training asks for the slope at the corrupted image, so the slope is what can be promised of every image."""
+    """Training asks for the slope at the corrupted image, so that comes first; trained on, the energy itself follows."""
     method, images = small("energy"), photographs(8)
     draws = fixed(method, images)
     corrupted = method.corrupt(images, draws)
@@ -330,11 +330,15 @@ def test_the_energy_falls_from_corrupted_towards_clean() -> None:
 
     assert (slope() > 0).any()  # untrained it knows nothing
     optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
-    for _ in range(150):
+    for number in range(300):
         optimiser.zero_grad()
         method(images, draws).loss.backward()
         optimiser.step()
-    assert (slope() < 0).all()
+        if number == 150:
+            assert (slope() < 0).all()
+    with torch.no_grad():
+        below = method.energy(images) < method.energy(corrupted.images)
+    assert below.float().mean() >= 0.75  # 7 or 8 of the 8, by the machine's rounding
 
 
 @pytest.mark.quick

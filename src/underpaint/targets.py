@@ -21,7 +21,7 @@ def hog_pyramid(
 
     For each channel: Sobel gradients (reflected at the border), each pixel's magnitude counted whole in one of `bins`
     bins of 180 degrees, the mean over a cell, and each cell's histogram to length 1. Magnitudes and bins are computed
-    once and coarser cells pooled from finer ones, which is exact up to rounding since the mean comes before the
+    once and coarser cells added up from finer ones, which is exact up to rounding since the mean comes before the
     length. float32 (or float64), also under autocast: bins flip near their edges in half precision.
 
     Args:
@@ -43,15 +43,21 @@ def hog_pyramid(
             )
     with torch.autocast(images.device.type, enabled=False):
         images = images if images.dtype == torch.float64 else images.float()
-        magnitude, bin_ = _gradients(images, bins)
-        sums = [functional.avg_pool2d(torch.where(bin_ == k, magnitude, 0), cells[0]) for k in range(bins)]
-        level = torch.stack(sums, dim=2)  # [b, c, bins, rows, columns]
-        found, size = [], cells[0]
+        size = cells[0]
+        pixels = [
+            # [b, c, rows, columns, pixels of a cell]
+            values.unflatten(3, (-1, size)).unflatten(2, (-1, size)).transpose(3, 4).flatten(4)
+            for values in _gradients(images, bins)
+        ]
+        magnitude, bin_ = pixels
+        level = magnitude.new_zeros(*magnitude.shape[:-1], bins).scatter_add_(4, bin_, magnitude)
+        found = []
         for cell in cells:
-            if cell != size:
-                level = functional.avg_pool2d(level.flatten(1, 2), cell // size).unflatten(1, (-1, bins))
-                size = cell
-            found.append((level / level.norm(dim=2, keepdim=True).clamp_min(1e-12)).flatten(1, 2))
+            if cell != size:  # sums do as well as means: only the direction of a histogram is kept
+                times, size = cell // size, cell
+                level = level.unflatten(3, (-1, times)).unflatten(2, (-1, times)).sum((3, 5))
+            length = level.square().sum(4, keepdim=True).sqrt()
+            found.append((level / length.clamp_min(1e-12)).permute(0, 1, 4, 2, 3).flatten(1, 2))
     return found
 
 
@@ -66,7 +72,7 @@ def _gradients(images: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     gx = down[..., :-2] - down[..., 2:]
     along = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
     gy = along[..., :-2, :] - along[..., 2:, :]
-    bin_ = (torch.atan2(gx, gy) * (bins / math.pi)).floor().to(torch.int16) % bins
+    bin_ = (torch.atan2(gx, gy) * (bins / math.pi)).floor().remainder(bins).long()
     return (gx.square() + gy.square()).sqrt(), bin_
 
 

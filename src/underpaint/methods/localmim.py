@@ -126,7 +126,8 @@ class LocalMIM(Method):
             eighth of the last stage's and half of that at the first tap (64 and 128 at Swin-B), where None.
         decoder_depth: blocks of each decoder.
         stop_gradient: each part between taps is trained by its own loss alone; memory is then that of one part.
-        pixel_head: a linear map from the decoder of the tap at the patch's scale to pixels, for pictures; nothing below it is trained by it.
+        pixel_head: a linear map from the decoder of the tap at the patch's scale to pixels, for pictures; it trains
+            nothing below it.
         images_per_mask: how many consecutive images share a mask (Swin).
 
     Raises:
@@ -220,6 +221,8 @@ class LocalMIM(Method):
         if taps is None:
             taps = [max(0, blocks[place if len(wanted) == 4 else -len(wanted) + place]) for place, _ in kept]
             taps = sorted({*taps[:-1], depth - 1})  # whatever was dropped, the last block has a loss
+            for _, scale in kept[: -len(taps)]:
+                log.warning("LocalMIM: %d blocks are too few for all scales; cells of %d px are left out", depth, scale)
             kept = kept[-len(taps) :]
         found = [scale for _, scale in kept]
         if not found or len(found) != len(taps):
@@ -316,7 +319,9 @@ class LocalMIM(Method):
         mask = self.mask(draws, number)
         wanted = tap.target(target, mask)
         squares = (tap(tokens, mask).float() - wanted).square().mean(-1)
-        flat = (wanted - wanted.flatten(0, -2).mean(0)).square().mean(-1)
+        constant = wanted.flatten(0, -2).mean(0)
+        # |wanted - constant|^2, without another tensor as large
+        flat = (wanted.square().sum(-1) - 2 * wanted @ constant + constant @ constant) / wanted.shape[-1]
         weights = tap.weights(mask)
         if weights is None:
             return squares.flatten(1).mean(1), flat.flatten(1).mean(1)

@@ -28,7 +28,7 @@ def mae_tiny_32() -> Recipe:
         method={"name": "mae", "hidden_ratio": 0.75},
         encoder=dict(TINY),
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
-        optimiser=Optimiser(rate=1e-3, batch_size=256),
+        optimiser=Optimiser(rate=2e-3, batch_size=256),
         run=Length(minutes=8.0),
     )
 
@@ -119,7 +119,7 @@ def localmim_tiny_32() -> Recipe:
         method={"name": "localmim", "hidden_ratio": 0.75},
         encoder=dict(TINY),
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
-        optimiser=Optimiser(rate=1e-3, batch_size=256),
+        optimiser=Optimiser(rate=2e-3, batch_size=256),
         run=Length(minutes=8.0),
     )
 
@@ -137,7 +137,7 @@ def _small_64(method: dict[str, object], rate: float) -> Recipe:
 def localmim_small_64() -> Recipe:
     """LocalMIM for 64-px images: a ViT 192 wide, 8 blocks, 8-px patches, four taps, 30 minutes on a laptop. Rate and
     batch are carried over from 32 px, not tuned at this size."""
-    return _small_64({"name": "localmim", "hidden_ratio": 0.75}, 1e-3)
+    return _small_64({"name": "localmim", "hidden_ratio": 0.75}, 2e-3)
 
 
 def energy_small_64() -> Recipe:
