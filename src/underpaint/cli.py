@@ -226,7 +226,7 @@ def _recipes(_: argparse.Namespace) -> None:
     from underpaint.recipes import RECIPES
 
     for name, recipe in RECIPES.items():
-        print(f"{name:<22} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+        print(f"{name:<26} {(recipe.__doc__ or '').strip().splitlines()[0]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

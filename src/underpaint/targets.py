@@ -106,6 +106,13 @@ def strokes(
     return drawn.reshape(b, 1, rows * side, columns * side).clamp(max=1)
 
 
+def hog_picture(
+    histograms: Float[Tensor, "b d rows columns"], bins: int, channels: int, side: int
+) -> Float[Tensor, "b c height width"]:
+    """Strokes among standardised images: about black to white."""
+    return (4 * strokes(histograms, bins, channels, side) - 2).expand(-1, channels, -1, -1)
+
+
 def enlargement(images: Float[Tensor, "b c height width"]) -> int:
     """How many times as large a picture must be for strokes to be seen: to at least 96 px."""
     return max(1, -(-96 // min(images.shape[-2:])))

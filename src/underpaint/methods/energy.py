@@ -125,8 +125,8 @@ class Energy(Method):
         context: "image", the whole corrupted image goes through the encoder; or "visible", the energy is that of the
             hidden patches given the visible ones (masking in a ViT, cells of one patch).
         upper_dim: width of the blocks above the encoder (context visible); half the encoder's where None.
-        upper_depth: their number; a sixth of the encoder's depth where None, half of a masked autoencoder's decoder: going
-                back through them does the other half.
+        upper_depth: their number; a sixth of the encoder's depth where None, half of a masked autoencoder's decoder:
+            going back through them does the other half.
         standardize_targets: hidden patches to mean 0 and variance 1 each, as in MAE (context visible).
         gradient: exact (double backward), or by a central finite difference along d loss / d x_{n+1}, which needs
             first derivatives only and their memory, and is approximate.

@@ -28,7 +28,7 @@ from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask, hidden_count, random_mask
 from underpaint.methods.method import Method, Objective
 from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize
-from underpaint.targets import SMALLEST_CELL, enlarge, enlargement, hog_pyramid, pixel_pyramid, strokes
+from underpaint.targets import SMALLEST_CELL, enlarge, enlargement, hog_picture, hog_pyramid, pixel_pyramid
 
 log = logging.getLogger(__name__)
 
@@ -419,8 +419,7 @@ class LocalMIM(Method):
 
     def _picture(self, level: Tensor, images: Tensor, scale: int, times: int) -> Tensor:
         if self.target_kind == "hog":
-            drawn = strokes(level, self.bins, images.shape[1], scale * times)
-            return (4 * drawn - 2).expand(-1, images.shape[1], -1, -1)  # about black to white of standardised images
+            return hog_picture(level, self.bins, images.shape[1], scale * times)
         patches, size = patchify(images, (scale, scale)), (scale, scale)
         shown = unstandardize(level.flatten(2).transpose(1, 2), patches)
         shown = unpatchify(shown, size, (level.shape[-2], level.shape[-1]))

@@ -16,7 +16,7 @@ from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask, hidden_count, random_mask
 from underpaint.methods.method import Method, Objective
 from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize
-from underpaint.targets import SMALLEST_CELL, enlarge, enlargement, hog_pyramid, strokes
+from underpaint.targets import SMALLEST_CELL, enlarge, enlargement, hog_picture, hog_pyramid
 
 BINS = 9
 
@@ -124,8 +124,7 @@ class MAE(Method):
             frames = {"original": images, "hidden": mask_cells(images, mask, self.patch_size)}
             frames = {name: enlarge(frame, times) for name, frame in frames.items()}
             for name, values in (("target\nhog", level), ("restored\nhog", filled)):
-                drawn = strokes(values, BINS, images.shape[1], self.patch_size[0] // 2 * times)
-                frames[name] = (4 * drawn - 2).expand(-1, images.shape[1], -1, -1)
+                frames[name] = hog_picture(values, BINS, images.shape[1], self.patch_size[0] // 2 * times)
             return frames
         patches = patchify(images, self.patch_size)
         if self.standardize_targets:
