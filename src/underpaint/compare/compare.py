@@ -22,6 +22,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from timm.models import is_model_in_modules
 
 from underpaint.backbones import Backbone, load_encoder, standardize_for
 from underpaint.compare.stand import Arm, Kind, difference, spread, standing
@@ -170,7 +171,8 @@ def _plan(
     for entry in methods:
         chosen = {"encoder": dict(base["encoder"]), "data": dict(base["data"]), "init": base["init"], "run": {}}
         size = flags.get("image_size") or chosen["data"]["image_size"]
-        theirs = _settings_of(entry, min(size))
+        encoder = flags.get("encoder") or settings.get("encoder.name") or chosen["encoder"]["name"]
+        theirs = _settings_of(entry, min(size), encoder)
         chosen |= {"method": theirs["method"], "optimiser": theirs["optimiser"]}
         for name, value in flags.items():
             if value is not None:
@@ -187,11 +189,13 @@ def _plan(
     return Plan(recipes, {}, list(range(seeds)), minutes)
 
 
-def _settings_of(entry: str, side: int) -> dict[str, Any]:
-    """The recipe that an entry of `--methods` means; a method without one for this size gets its defaults."""
+def _settings_of(entry: str, side: int, encoder: str) -> dict[str, Any]:
+    """The recipe that an entry of `--methods` means; a method without one for this size and kind of encoder (the tuned
+    ones are for plain ViTs) gets its defaults."""
     small = f"{entry}-tiny-32"
     if entry in METHODS:
-        return read_recipe(small) if side <= TINY and small in RECIPES else plain(checked({"method": {"name": entry}}))
+        tuned = side <= TINY and small in RECIPES and is_model_in_modules(encoder, ["vision_transformer", "deit"])
+        return read_recipe(small) if tuned else plain(checked({"method": {"name": entry}}))
     if entry in RECIPES or Path(entry).is_file():
         return read_recipe(entry)
     raise InputError(
