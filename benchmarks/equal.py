@@ -1,9 +1,10 @@
 """The curves of a comparison at equal epochs, equal FLOPs and equal wall-clock.
 
-    python benchmarks/equal.py runs/which/compare.json            --probe linear
+    python benchmarks/equal.py runs/which/compare.json --probe linear --reach mae
 
 FLOPs of a step are counted on each method's own recipe (forward and all backward, matrix products, convolutions and
-attention), so this needs no data. Between two judgements a curve is taken as straight.
+attention), so this needs no data. Between two judgements a curve is taken as straight. `--reach NAME` also says when
+each method first is where NAME ends.
 """
 
 import argparse
@@ -39,11 +40,24 @@ def flops_per_image(recipe: dict[str, Any]) -> float:
     return counted_flops(step) / BATCH
 
 
+def first_time(minutes: np.ndarray, values: np.ndarray, goal: float) -> float | None:
+    """When a curve, straight between its points, first is at least `goal`; None where it never is."""
+    above = np.flatnonzero(values >= goal)
+    if not len(above):
+        return None
+    k = int(above[0])
+    if k == 0:
+        return float(minutes[0])
+    share = (goal - values[k - 1]) / (values[k] - values[k - 1])
+    return float(minutes[k - 1] + share * (minutes[k] - minutes[k - 1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("compared", type=Path, nargs="+", help="compare.json")
     parser.add_argument("--probe", default="linear")
     parser.add_argument("--points", type=int, default=5)
+    parser.add_argument("--reach", help="a method: when is each where this one ends?")
     given = parser.parse_args()
     curves: dict[str, dict[str, np.ndarray]] = {}
     for file in given.compared:
@@ -70,6 +84,17 @@ def main() -> None:
         for name, curve in curves.items():
             values = np.interp(at, curve[unit], curve[given.probe])
             print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    if given.reach is not None:
+        goal = curves[given.reach]
+        value, error = goal[given.probe][-1], goal["error"][-1]
+        print(f"\n{given.reach} ends at {value:.3f} +- {error:.3f} after {goal['minutes'][-1]:.1f} minutes")
+        for name, curve in curves.items():
+            # the same goal less and plus its standard error says how sure the time is
+            times = [
+                first_time(curve["minutes"], curve[given.probe], at) for at in (value, value - error, value + error)
+            ]
+            shown = [f"{minutes:.1f}" if minutes is not None else "never" for minutes in times]
+            print(f"  {name}: {shown[0]} minutes ({shown[1]} to one standard error less, {shown[2]} to one more)")
     for name, curve in curves.items():
         print(f"\n{name}: standard error of a point {curve['error'].max():.3f}; whole curve:")
         for epoch, minute, value in zip(curve["epochs"], curve["minutes"], curve[given.probe], strict=True):

@@ -35,6 +35,11 @@ def test_taps_and_scales() -> None:
     assert local(4).taps == [0, 1, 2, 3]
     assert local(6).taps == [1, 2, 3, 5]
     assert local(8, taps=[2, 7], scales=[4, 8]).scales == [4, 8]
+    # counted from the end; of fewer than four the scales end at one patch
+    for depth, taps in ((4, [1, 3]), (12, [9, 11])):
+        assert (local(depth, taps=[-3, -1]).taps, local(depth, taps=[-3, -1]).scales) == (taps, [4, 8])
+    assert local(4, taps=[0, 1, -1]).scales == [2, 4, 8]
+    assert (local(4, taps=[-3, -1], patch=2).taps, local(4, taps=[-3, -1], patch=2).scales) == ([3], [2])
 
 
 @pytest.mark.quick
@@ -48,7 +53,14 @@ def test_scales_that_do_not_fit_are_dropped_with_a_message(caplog: pytest.LogCap
     assert odd.scales == [2, 4, 8]
     assert odd.taps[-1] == 7  # whatever was dropped, the last block has a loss
     assert local(8, patch=4, target="pixels").scales == [1, 2, 4, 8]
-    for wrong in ({"taps": [1, 3], "scales": [4, 8]}, {"taps": [7]}, {"scales": [5]}, {"scales": [1]}):
+    for wrong in (
+        {"taps": [1, 3], "scales": [4, 8]},
+        {"taps": [1, 3]},
+        {"taps": [-9, -1]},
+        {"taps": [1, 2, 3, 5, 7]},
+        {"scales": [5]},
+        {"scales": [1]},
+    ):
         with pytest.raises(ValueError, match=r"taps|scale"):
             local(8, **wrong)  # pyright: ignore[reportArgumentType]
 

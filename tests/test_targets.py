@@ -48,11 +48,14 @@ def test_a_small_table() -> None:
         inner = hog_pyramid((down * y + right * x).view(1, 1, 12, 12), [4])[0][0, :, 1, 1]
         assert inner.argmax() == expected[name], name
         torch.testing.assert_close(inner, torch.eye(9)[expected[name]], msg=name)
-    # half of a cell's magnitude in each of two bins: 1 / sqrt 2 twice
-    both = torch.cat([x[:, :4], torch.zeros(12, 4), x[:, :4]], 1)
-    both[:, 4:8] = y[:, 4:8]
-    level = hog_pyramid(both.view(1, 1, 12, 12), [4])[0][0]
-    assert level[0, 1, 1] > 0.5
+    # min(x, y) is a ramp downwards above the diagonal and to the right below it. In the middle cell, on each side: 3
+    # pixels of 8, and beside the diagonal 3 of (1, 7), whose length is root 50 and whose bin is still the side's; on the
+    # diagonal 4 of (4, 4), down right
+    side, diagonal = 3 * 8 + 3 * 50**0.5, 4 * 32**0.5
+    wanted = torch.zeros(9)
+    wanted[[0, 4]], wanted[2] = side, diagonal
+    inner = hog_pyramid(torch.minimum(x, y).view(1, 1, 12, 12), [4])[0][0, :, 1, 1]
+    torch.testing.assert_close(inner, wanted / wanted.norm())
 
 
 @pytest.mark.quick

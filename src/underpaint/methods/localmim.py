@@ -116,10 +116,11 @@ class LocalMIM(Method):
     Args:
         encoder: a plain ViT or a Swin.
         hidden_ratio: share of the patches that is hidden (of a Swin: of units, a place of its last stage each).
-        taps: blocks of a ViT with a loss, 0-based, the last block among them; blocks 1, 3, L-3 and L-1 where None
-            (the outputs of evenly spread blocks below depth 8). A Swin's follow its stages.
-        scales: pixels of a cell for each tap of a ViT: a quarter, a half, one and two patches where None. A scale that
-            does not fit the image, or makes HOG cells below 2 px, is dropped with its tap and a message.
+        taps: blocks of a ViT with a loss, 0-based or from the end below 0, the last block among them; blocks 1, 3, L-3
+            and L-1 where None (the outputs of evenly spread blocks below depth 8). A Swin's follow its stages.
+        scales: pixels of a cell for each tap of a ViT: a quarter, a half, one and two patches where None, or for fewer
+            than four taps the largest of them up to one patch. A scale that does not fit the image, or makes HOG cells
+            below 2 px, is dropped with its tap and a message.
         target: hog (9 bins a channel) or pixels (each cell standardised).
         bins: of HOG (18 in the paper for ViT-L and Swin).
         decoder_dim: width of the decoders; a third of the encoder's (256 at ViT-B, as in the paper), or for a Swin an
@@ -203,13 +204,18 @@ class LocalMIM(Method):
         height, width = self.encoder.image_size
         if self.patch_size[0] != self.patch_size[1]:
             raise ValueError(f"LocalMIM needs square patches, not {self.patch_size}")
-        wanted = [patch / 4, patch / 2, patch, 2 * patch] if scales is None else list(scales)
+        possible = [patch / 4, patch / 2, patch, 2 * patch]
+        if scales is not None:
+            wanted = list(scales)
+        elif taps is None or len(taps) == 4:
+            wanted = possible
+        else:
+            wanted = possible[max(0, 3 - len(taps)) : 3]
         blocks = [1, 3, depth - 3, depth - 1] if depth >= 8 else [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]
         kept = []
         for place, scale in enumerate(wanted):
             smallest = SMALLEST_CELL if self.target_kind == "hog" else 1
-            known = scale in (patch / 4, patch / 2, patch, 2 * patch)
-            if not known or scale != int(scale) or scale < smallest or height % scale or width % scale:
+            if scale not in possible or scale != int(scale) or scale < smallest or height % scale or width % scale:
                 if scales is not None:
                     raise ValueError(
                         f"scale {scale} px: a quarter, a half, one or two patches of {patch} px are possible, "
@@ -224,6 +230,10 @@ class LocalMIM(Method):
             for _, scale in kept[: -len(taps)]:
                 log.warning("LocalMIM: %d blocks are too few for all scales; cells of %d px are left out", depth, scale)
             kept = kept[-len(taps) :]
+        else:
+            taps = [tap + depth if tap < 0 else tap for tap in taps]
+            if scales is None and len(taps) == len(wanted):
+                taps = [taps[place] for place, _ in kept]
         found = [scale for _, scale in kept]
         if not found or len(found) != len(taps):
             raise ValueError(f"taps {list(taps)} and scales {found} px: as many of one as of the other are needed")
