@@ -84,6 +84,8 @@ def main() -> None:
         for name, curve in curves.items():
             values = np.interp(at, curve[unit], curve[given.probe])
             print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    if given.reach is not None and given.reach not in curves:
+        parser.error(f"--reach {given.reach}: there are {', '.join(curves)}")
     if given.reach is not None:
         goal = curves[given.reach]
         value, error = goal[given.probe][-1], goal["error"][-1]
