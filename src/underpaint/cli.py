@@ -122,6 +122,47 @@ def parser() -> argparse.ArgumentParser:
     )
     _shared(made, given)
 
+    made = command(
+        "evaluate",
+        _evaluate,
+        "what an encoder is worth on your answered images, beside the same one untrained",
+        "evaluate runs/first --data labelled/ --task knn,linear --out runs/worth",
+    )
+    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument("--data", required=True, help="images with class labels, masks or boxes")
+    made.add_argument(
+        "--task", required=True, type=_names, help="knn, linear, attentive, finetune, segment, detect, outliers: a,b,c"
+    )
+    made.add_argument("--out", type=Path, required=True, help="a folder; where it holds this evaluation, go on")
+    made.add_argument("--against", help="other images, for outliers")
+    made.add_argument("--untrained", action="store_true", help="the encoder with weights as before training")
+    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
+    made.add_argument("--label-fraction", type=float, default=1.0, help="share of the training images used, stratified")
+    made.add_argument("--minutes", type=float, help="of training, for each network that a task trains")
+    made.add_argument("--seed", type=int, default=0, help="of everything random")
+    made.add_argument("--ignore-index", type=int, help="of masks (default: that of classes.json, or 255)")
+    made.add_argument("--groups", metavar="REGEX", help="images of one group stay on one side of a hold-out")
+    made.add_argument("--recipe", help="of fine-tuning: mae-vit-base, localmim-swin-base, rsb-a3, small, ...")
+    made.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="any setting of the training"
+    )
+
+    made = command(
+        "predict",
+        _predict,
+        "use a trained classifier, segmenter or detector",
+        "predict runs/worth/finetune photos/ --out predicted",
+    )
+    made.add_argument("trained", metavar="DIR", type=Path, help="a folder of evaluate, or that of one of its tasks")
+    made.add_argument("images", help="images, as for pretrain")
+    made.add_argument("--out", type=Path, required=True, help="a folder: a table, masks or COCO json, and pictures")
+
+    made = command("embed", _embed, "a feature vector an image", "embed runs/first photos/ --out vectors.parquet")
+    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument("data", help="images, as for pretrain")
+    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
+    made.add_argument("--out", type=Path, required=True, help="a parquet file: path, vector")
+
     made = command("report", _report, "write the HTML page of a run or a comparison", "report runs/first")
     made.add_argument("run_folder", metavar="RUN|DIR", type=Path)
 
@@ -198,6 +239,40 @@ def _compare(given: argparse.Namespace) -> None:
         settings=dict(given.set),
         **flags,
     )
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from underpaint.evaluate.command import evaluate
+
+    evaluate(
+        given.encoder,
+        given.data,
+        given.task,
+        given.out,
+        image_size=given.image_size,
+        untrained=given.untrained,
+        label_fraction=given.label_fraction,
+        minutes=given.minutes,
+        seed=given.seed,
+        ignore_index=given.ignore_index,
+        against=given.against,
+        groups=given.groups,
+        recipe=given.recipe,
+        settings=dict(given.set),
+    )
+
+
+def _predict(given: argparse.Namespace) -> None:
+    from underpaint.predict import predict
+
+    predict(given.trained, given.images, given.out)
+
+
+def _embed(given: argparse.Namespace) -> None:
+    from underpaint.predict import embed
+
+    count = embed(given.encoder, given.data, given.out, image_size=given.image_size)
+    print(f"{given.out}: {count} images")
 
 
 def _report(given: argparse.Namespace) -> None:

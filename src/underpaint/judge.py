@@ -30,6 +30,7 @@ from underpaint.evaluate import (
     shots,
     stratified,
 )
+from underpaint.evaluate.parts import Part
 from underpaint.methods import Method
 from underpaint.patches import Standardize
 
@@ -53,26 +54,6 @@ class Worth:
 
     probes: dict[str, list[Probe]]
     rank: float
-
-
-@dataclass
-class Part:
-    """Some labelled images of a set."""
-
-    images: ImageSet
-    indices: list[int]
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.labels_of(self.indices)
-
-    def labels_of(self, samples: Sequence[int]) -> np.ndarray:
-        """A streamed set learns only on the way which images can be read."""
-        return np.array([self.images.labels[k] for k in samples])
-
-    def subset(self, count: int, seed: int) -> "Part":
-        chosen = stratified(self.labels, count, seed)
-        return Part(self.images, [self.indices[k] for k in chosen])
 
 
 @dataclass

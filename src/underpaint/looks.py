@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from underpaint.backbones import Backbone
 from underpaint.data import ImageSet, eval_batches
 from underpaint.evaluate import extract, stratified
-from underpaint.judge import Judge, Part
+from underpaint.evaluate.parts import Part
+from underpaint.judge import Judge
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet, to_rgb
 from underpaint.runs import finite, write_atomically

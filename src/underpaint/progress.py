@@ -35,6 +35,12 @@ class Bar:
             self.task = self.live.add_task("training", total=total, completed=start)
             self.live.start()
 
+    def expect(self, total: int) -> None:
+        """Another number of steps than was expected so far."""
+        self.total = total
+        if self.live:
+            self.live.update(self.task, total=total)
+
     def step(self, step: int) -> None:
         if step == self.first + 1:
             self.began = time.monotonic()  # what came before the first step says nothing about the rest

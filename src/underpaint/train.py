@@ -8,10 +8,8 @@ nothing again.
 import copy
 import math
 import signal
-import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from underpaint.progress import Bar, say
 from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
 from underpaint.report import write_report
 from underpaint.runs import Run, environment, finite, restore_state, training_state
+from underpaint.signals import Interrupted, watched_signals
 from underpaint.step import Session, Window, learning_rate, session, update
 
 # flag of the command line and keyword of `pretrain` -> place in the recipe
@@ -58,14 +57,6 @@ FLAGS = {
 }
 DEFAULT_EPOCHS = 100
 ROLL_BACK_AFTER, STOP_AFTER = 3, 10  # steps in a row without a finite gradient; such steps in all
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came; a checkpoint was written."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(f"interrupted by signal {signal_number}")
-        self.signal_number = signal_number
 
 
 def resolve(
@@ -133,29 +124,6 @@ def build(recipe: Recipe, images: ImageSet) -> tuple[Method, Standardize, dict[s
     except (TypeError, ValueError) as error:
         raise InputError(f"method {recipe.method['name']}: {error}") from error
     return method, Standardize(list(mean), list(std)), arguments, matched
-
-
-@contextmanager
-def watched_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM fill a list instead of ending the process; a second one ends it as usual."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    watched = (signal.SIGINT, signal.SIGTERM)
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in watched}
-
-    def note(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in watched:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number in watched:
-            signal.signal(number, previous[number])
 
 
 def pretrain(

@@ -17,7 +17,8 @@ from underpaint.errors import InputError, NotFinite
 
 def turn(plan: dict[str, Any]) -> int:
     """Train until `pause` seconds of training are done, or to the end."""
-    from underpaint.train import Interrupted, pretrain
+    from underpaint.signals import Interrupted
+    from underpaint.train import pretrain
 
     try:
         pretrain(plan["data"], plan["out"], recipe=plan["recipe"], pause=float(plan["pause"]))

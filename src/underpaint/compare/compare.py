@@ -40,7 +40,8 @@ from underpaint.recipes.recipe import Recipe, checked, differences, override, pl
 from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
 from underpaint.runs import Run, environment, finite, write_atomically
-from underpaint.train import FLAGS, Interrupted, build, open_data, watched_signals
+from underpaint.signals import Interrupted, watched_signals
+from underpaint.train import FLAGS, build, open_data
 from underpaint.use import load_method
 
 ROUNDS = (2, 6)  # least and most turns a method has: a point of its curve after each, a minute apart or more

@@ -5,7 +5,7 @@ from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
 from underpaint.data.decode import Unreadable, decode, read_header
 from underpaint.data.images import ImageSet, load_images
 from underpaint.data.loader import Batch, eval_batches, steps_per_epoch, train_batches
-from underpaint.data.sources import Entry, Source, labelled_indices, open_source, pretraining_indices
+from underpaint.data.sources import Entry, Source, labelled_indices, open_source, pretraining_indices, split_indices
 
 __all__ = [
     "Batch",
@@ -25,6 +25,7 @@ __all__ = [
     "open_source",
     "pretraining_indices",
     "read_header",
+    "split_indices",
     "steps_per_epoch",
     "train_batches",
 ]

@@ -126,6 +126,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def fingerprint(self) -> str:
+        """Tells these images, as they are decoded, from all others."""
+        settings = f"{self._source.fingerprint()} {self._decoding} {self.value_range} {self.cached} "
+        return hashlib.sha256(settings.encode() + np.asarray(self._indices, dtype="<i8").tobytes()).hexdigest()
+
     @property
     def dtype(self) -> str:
         """Type of every image: "uint8", "uint16" or "float32"."""

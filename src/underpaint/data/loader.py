@@ -49,6 +49,7 @@ def train_batches(
     size: tuple[int, int],
     batch_size: int,
     seed: int,
+    indices: Sequence[int] | None = None,
     first_batch: int = 0,
     workers: int = 0,
     crop_scale: tuple[float, float] = (0.2, 1.0),
@@ -66,6 +67,7 @@ def train_batches(
     Args:
         size: height and width, in pixels.
         batch_size: of the global batch, over all ranks.
+        indices: which images; default all.
         first_batch: the number of the first batch given; a resumed run starts here, nothing is replayed.
         workers: processes that read ahead; the batches do not depend on it.
         crop_scale: range of a crop's share of the image's area.
@@ -78,7 +80,8 @@ def train_batches(
     """
     if batch_size % world or batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is not a multiple of the {world} processes")
-    prepare = _TrainRows(images, size, batch_size, seed, crop_scale, flip, rank, world)
+    chosen = np.arange(len(images)) if indices is None else np.asarray(indices)
+    prepare = _TrainRows(images, chosen, size, batch_size, seed, crop_scale, flip, rank, world)
     return _batches(prepare, itertools.count(first_batch), images, size, workers, torch.device(device), on_skip)
 
 
@@ -135,6 +138,7 @@ class _TrainRows:
     def __init__(
         self,
         images: ImageSet,
+        indices: np.ndarray,
         size: tuple[int, int],
         batch_size: int,
         seed: int,
@@ -144,6 +148,7 @@ class _TrainRows:
         world: int,
     ):
         self._images = images
+        self._indices = indices
         self._size = size
         self._batch_size = batch_size
         self._seed = seed
@@ -165,12 +170,12 @@ class _TrainRows:
     def _stand_ins(self, sample: int) -> Iterator[int]:
         generator = np.random.default_rng([self._seed % 2**64, sample])
         for _ in range(REPLACEMENTS):
-            yield int(generator.integers(len(self._images)))
+            yield int(self._indices[generator.integers(len(self._indices))])
         raise InputError(f"{self._images.names[sample]} and {REPLACEMENTS} images drawn in its place cannot be read")
 
     def _samples(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and sample of each of this rank's rows."""
-        count, size = len(self._images), self._batch_size
+        count, size = len(self._indices), self._batch_size
         if count >= size:
             epoch, step = divmod(batch, count // size)
             order = self._permutation(epoch)[step * size : (step + 1) * size]
@@ -184,7 +189,7 @@ class _TrainRows:
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
             generator = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, epoch]))
-            self._order = (epoch, generator.permutation(len(self._images)))
+            self._order = (epoch, self._indices[generator.permutation(len(self._indices))])
         return self._order[1]
 
 

@@ -151,13 +151,16 @@ def labelled_indices(source: Source, seed: int = 0) -> tuple[list[int], list[int
     groups, where the source was opened with `groups`). None where there are no labels.
     """
     labelled = [i for i, entry in enumerate(source.entries) if entry.label is not None]
-    if not labelled:
-        return None
+    return split_indices(source, labelled, seed) if labelled else None
+
+
+def split_indices(source: Source, indices: Sequence[int], seed: int = 0) -> tuple[list[int], list[int]]:
+    """Some entries in two: to fit on and to judge by, as `labelled_indices` does it."""
     by_split: dict[str | None, list[int]] = {}
-    for i in labelled:
+    for i in indices:
         by_split.setdefault(source.entries[i].split, []).append(i)
     if "train" not in by_split:
-        return _hold_out(source, labelled, seed)
+        return _hold_out(source, list(indices), seed)
     for judge in ("test", "val"):
         if judge in by_split:
             return by_split["train"], by_split[judge]

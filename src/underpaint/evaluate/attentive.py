@@ -36,6 +36,19 @@ def attentive(
     the batch norm uses its running statistics, so no test image influences another. It runs where `train_patches` lies.
     Raises InputError for labels or tokens that cannot be probed.
     """
+    return attentive_head(train_patches, train_y, test_patches, test_y, epochs=epochs, seed=seed)[0]
+
+
+def attentive_head(
+    train_patches: Float[Tensor, "n t d"],
+    train_y: Labels,
+    test_patches: Float[Tensor, "m t d"],
+    test_y: Labels,
+    *,
+    epochs: int = 20,
+    seed: int = 0,
+) -> "tuple[Probe, AttentiveHead]":
+    """What `attentive` found, and the probe itself, whose scores are of the classes of train, ascending."""
     if train_patches.shape[1] == 0:
         raise InputError("the attentive probe needs patch tokens; there are none an image")
     task = as_task(train_patches, train_y, test_patches, test_y)
@@ -47,7 +60,7 @@ def attentive(
         best = RATES[int(np.argmax(found))]
     (probe,) = _train(train_patches, task.train, np.arange(len(task.train)), [best], epochs, seed)
     predicted = _predict(probe, test_patches, np.arange(len(test_patches)))
-    return Probe.of(task.hits(predicted), {"rate": best})
+    return Probe.of(task.hits(predicted), {"rate": best}, task.classes[predicted]), AttentiveHead(probe)
 
 
 class AttentiveProbe(nn.Module):
@@ -85,6 +98,21 @@ class AttentiveProbe(nn.Module):
         values = torch.einsum("bhd,hed->bhe", pooled, self.value.view(self.heads, -1, dim)).flatten(1)
         seen = F.linear(values + self.value_bias, self.output)
         return F.linear(self.norm(seen), self.classify, self.classify_bias)
+
+
+class AttentiveHead(nn.Module):
+    """A probe on patch tokens as they come."""
+
+    def __init__(self, probe: AttentiveProbe):
+        super().__init__()
+        self.probe = probe
+
+    @classmethod
+    def untrained(cls, dim: int, classes: int) -> "AttentiveHead":
+        return cls(AttentiveProbe(dim, classes, torch.Generator().manual_seed(0)))
+
+    def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b classes"]:
+        return self.probe(normalized(tokens))
 
 
 def heads_of(dim: int) -> int:

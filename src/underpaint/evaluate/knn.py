@@ -42,7 +42,7 @@ def knn(
         best = candidates[int((found == task.train[held]).mean(axis=1).argmax())]
     test_x = F.normalize(test_x.to(train_x.device).float(), dim=1)
     predicted = _predict(train_x, task.train, test_x, [best], temperature)[0]
-    return Probe.of(task.hits(predicted), {"k": float(best)})
+    return Probe.of(task.hits(predicted), {"k": float(best)}, task.classes[predicted])
 
 
 def _predict(

@@ -1,5 +1,7 @@
 """The linear probe: the optimum of one convex problem in place of a training run."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +31,25 @@ def linear(
     regularisation until the validation accuracy falls (the strongest among equals), then all of train is fitted again
     with it. It runs where `train_x` lies. Raises InputError for labels or features that cannot be probed.
     """
+    return linear_head(train_x, train_y, test_x, test_y, seed=seed)[0]
+
+
+class Affine(NamedTuple):
+    """Class scores of features as they come: `x @ weight.T + bias`; rows are the classes of train, ascending."""
+
+    weight: Float[Tensor, "k d"]
+    bias: Float[Tensor, "k"]
+
+
+def linear_head(
+    train_x: Float[Tensor, "n d"],
+    train_y: Labels,
+    test_x: Float[Tensor, "m d"],
+    test_y: Labels,
+    *,
+    seed: int = 0,
+) -> tuple[Probe, Affine]:
+    """What `linear` found, and the probe itself."""
     task = as_task(train_x, train_y, test_x, test_y)
     mean, scale = _statistics(train_x.float())
     x = (train_x.float() - mean) / scale
@@ -38,7 +59,10 @@ def linear(
     c, start = _choose(x, y, spread, len(task.classes), seed)
     weights = _fit(x, y, spread, c, start)
     z = ((test_x.to(x.device).float() - mean) / scale) @ basis
-    return Probe.of(task.hits(_predict(weights, z)), {"C": c})
+    predicted = _predict(weights, z)
+    weight = (weights[:, :-1] @ basis.T / scale).cpu()
+    head = Affine(weight, weights[:, -1].cpu() - weight @ mean.cpu())
+    return Probe.of(task.hits(predicted), {"C": c}, task.classes[predicted]), head
 
 
 def _choose(

@@ -1,10 +1,11 @@
 """What a probe found, and how two probes of the same test images compare."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 
 from underpaint.errors import InputError
 
@@ -17,12 +18,15 @@ class Probe:
     standard_error: float  # of the accuracy, binomial: sqrt(p (1 - p) / n)
     correct: Bool[np.ndarray, "n"]  # one test image each, in order
     chosen: dict[str, float]  # selected on the validation part of train, never on test
+    said: Int[np.ndarray, "n"] | None = None  # the label that each test image was given
 
     @classmethod
-    def of(cls, correct: Bool[np.ndarray, "n"], chosen: dict[str, float]) -> "Probe":
+    def of(
+        cls, correct: Bool[np.ndarray, "n"], chosen: dict[str, float], said: Int[np.ndarray, "n"] | None = None
+    ) -> "Probe":
         """From the hits on the test images."""
         accuracy = float(correct.mean())
-        return cls(accuracy, float(np.sqrt(accuracy * (1 - accuracy) / len(correct))), correct, chosen)
+        return cls(accuracy, float(np.sqrt(accuracy * (1 - accuracy) / len(correct))), correct, chosen, said)
 
     def numbers(self) -> dict[str, Any]:
         """What a JSON file keeps: everything but the single hits."""
@@ -41,3 +45,41 @@ def gain(after: Probe, before: Probe) -> tuple[float, float]:
         )
     difference = after.correct.astype(np.float64) - before.correct
     return float(difference.mean()), float(difference.std() / np.sqrt(len(difference)))
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Numbers of test images by name, and the same of redrawn sets of them (bootstrap).
+
+    Which images a redraw holds depends on the seed alone, so what is judged on the same images is compared in pairs.
+    """
+
+    values: dict[str, float]
+    redrawn: dict[str, list[float]]
+
+    def numbers(self) -> dict[str, float]:
+        """Each number and its standard error ("..._error")."""
+        found: dict[str, float] = {}
+        for name, value in self.values.items():
+            found |= {name: value, f"{name}_error": _spread(np.asarray(self.redrawn[name]))}
+        return found
+
+    def above(self, other: "Measured") -> dict[str, float]:
+        """Each number minus that of `other`, and the standard error of the difference."""
+        found: dict[str, float] = {}
+        for name, value in self.values.items():
+            differences = np.asarray(self.redrawn[name]) - np.asarray(other.redrawn[name])
+            found |= {name: value - other.values[name], f"{name}_error": _spread(differences)}
+        return found
+
+
+def measured(names: Sequence[str], values: Sequence[float], redraws: Sequence[Sequence[float]]) -> Measured:
+    """From the numbers of all images, and those of each redraw, in the order of `names`."""
+    columns = {name: [float(redraw[k]) for redraw in redraws] for k, name in enumerate(names)}
+    return Measured(dict(zip(names, map(float, values), strict=True)), columns)
+
+
+def _spread(values: Float[np.ndarray, "n"]) -> float:
+    """Standard deviation of those that are defined: a redraw may hold no object at all."""
+    known = values[~np.isnan(values)]
+    return float(known.std()) if len(known) else float("nan")

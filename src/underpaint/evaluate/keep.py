@@ -1,0 +1,61 @@
+"""What an evaluation trained, on disk: `model.safetensors`, and `model.json` with all that is needed to use it.
+
+`model.json`: format; task; `create_model` (every argument of timm's), mean and std of the encoder's images, their
+size in pixels; the classes by name; and what the task adds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from underpaint.errors import InputError
+from underpaint.evaluate.subject import Subject
+from underpaint.runs import finite, write_atomically
+
+FORMAT = 1
+
+
+def keep(folder: Path, task: str, subject: Subject, model: nn.Module, classes: list[str], **facts: Any) -> None:
+    """Write a trained model into a folder, the weights first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    temporary = folder / "model.safetensors.part"
+    save_file(weights, temporary)
+    temporary.replace(folder / "model.safetensors")
+    described = {
+        "format": FORMAT,
+        "task": task,
+        "encoder": subject.name,
+        "create_model": subject.arguments,
+        "mean": subject.standardize.mean.flatten().tolist(),
+        "std": subject.standardize.std.flatten().tolist(),
+        "image_size": list(subject.size),
+        "classes": classes,
+        **facts,
+    }
+    write_atomically(folder / "model.json", json.dumps(finite(described), indent=2) + "\n")
+
+
+def kept(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `keep` wrote: the description and the weights.
+
+    Raises:
+        InputError: there is no such model, or its format is newer than this version knows.
+    """
+    file = folder / "model.json"
+    if not file.is_file():
+        trained = sorted({*folder.glob("*/model.json"), *folder.glob("*/*/model.json")})
+        if len(trained) > 1:
+            raise InputError(f"{folder}: holds several models; give one of {', '.join(str(f.parent) for f in trained)}")
+        if not trained:
+            raise InputError(
+                f"{folder}: no model.json here; 'underpaint evaluate' writes one for each task that trains"
+            )
+        file = trained[0]
+    described = json.loads(file.read_text())
+    if described.get("format") != FORMAT:
+        raise InputError(f"{file}: format {described.get('format')}; this version reads format {FORMAT}")
+    return described, load_file(file.parent / "model.safetensors")

@@ -1,0 +1,32 @@
+"""Whole images for dense tasks, in their own size."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from underpaint.data import ImageSet, Source, load_images
+
+AS_THEY_ARE = (2**14, 2**14)  # pixels: cached images are reduced to twice the size wanted, so this reduces none
+
+
+class Scenes:
+    """Images of a source by their number there, float32 [c, h, w] in [0, 1]."""
+
+    def __init__(self, source: Source, indices: Sequence[int], channels: int):
+        self._images: ImageSet = load_images(source, list(indices), size=AS_THEY_ARE, channels=channels)
+        place = {name: number for number, name in enumerate(self._images.names)}
+        self._place = {
+            index: place[source.entries[index].name] for index in indices if source.entries[index].name in place
+        }
+        self.skipped = self._images.skipped
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._place
+
+    def __getitem__(self, index: int) -> Float[Tensor, "c h w"]:
+        """Raises `Unreadable` where a streamed image cannot be decoded."""
+        low, high = self._images.value_range
+        array = torch.from_numpy(self._images.raw(self._place[index])).permute(2, 0, 1)
+        return ((array.float() - low) / (high - low)).clamp_(0, 1)

@@ -1,0 +1,135 @@
+"""What is judged: an encoder, the transform of its images, and the same choices untrained."""
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import get_pretrained_cfg, is_model
+from torch import Tensor
+
+from underpaint.backbones import Backbone, create_arguments, describe_encoder, from_arguments, load_encoder
+from underpaint.backbones.build import fill, init_from
+from underpaint.errors import InputError
+from underpaint.patches import Standardize
+from underpaint.runs import Run
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@dataclass
+class Subject:
+    """An encoder to judge.
+
+    Attributes:
+        name: what the user wrote.
+        arguments: of `timm.create_model`, so that a twin or a network with a head can be made.
+        standardize: from images in [0, 1] to what the encoder takes.
+        size: of its images, height and width in pixels.
+    """
+
+    name: str
+    encoder: Backbone
+    arguments: dict[str, Any]
+    standardize: Standardize
+    size: tuple[int, int]
+    trained: bool
+
+    def untrained(self, seed: int) -> Backbone:
+        """The same choices with weights as they are before training."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return from_arguments(copy.deepcopy(self.arguments)).eval()
+
+    def twin(self, seed: int) -> "Subject":
+        """The same choices untrained."""
+        encoder = self.untrained(seed).to(self.standardize.mean.device)
+        return replace(self, encoder=encoder, trained=False)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu() for name, value in self.encoder.model.state_dict().items()}
+
+
+def open_subject(
+    text: str, *, image_size: tuple[int, int] | None = None, untrained: bool = False, channels: int = 3, seed: int = 0
+) -> Subject:
+    """The encoder that ENCODER names: a run, an exported file, or `timm:NAME`; on the GPU where there is one.
+
+    Where `image_size` differs from the encoder's own, its positions are resampled. An untrained `timm:NAME` takes
+    images standardised as its weights would.
+
+    Raises:
+        InputError: no such encoder; weights that cannot be fetched; a size that does not fit.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if text.startswith("timm:"):
+        found = _public(text, image_size, untrained, channels, seed)
+    else:
+        found = _own(text, image_size, untrained, seed)
+    patch = getattr(found.encoder, "patch_size", (1, 1))
+    if found.size[0] % patch[0] or found.size[1] % patch[1]:
+        got, want = "x".join(map(str, found.size)), "x".join(map(str, patch))
+        raise InputError(f"--image-size {got}: does not divide into the encoder's patches of {want} px")
+    return replace(found, encoder=found.encoder.to(device), standardize=found.standardize.to(device))
+
+
+def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: int) -> Subject:
+    described = describe_encoder(text)
+    arguments = copy.deepcopy(described["create_model"])
+    own = arguments.get("img_size")
+    size = image_size or _pair(own) or _trained_size(Path(text))
+    if size is None:
+        raise InputError(f"{text}: does not say for which images it was trained; give --image-size")
+    resized = own is not None and _pair(own) != size
+    if resized:
+        arguments["img_size"] = list(size)
+    if untrained or resized:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = from_arguments(copy.deepcopy(arguments))
+        if not untrained:
+            matched = fill(encoder.model, load_encoder(text).model.state_dict())
+            if matched.untouched:
+                raise InputError(f"{text}: weights do not fit images of {size[0]}x{size[1]}: {matched}")
+    else:
+        encoder = load_encoder(text)
+    standardize = Standardize(described["mean"], described["std"])
+    return Subject(text, encoder.eval(), arguments, standardize, size, not untrained)
+
+
+def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, channels: int, seed: int) -> Subject:
+    name = text.removeprefix("timm:")
+    if not is_model(name):
+        raise InputError(f"{text}: timm has no model '{name}'; timm.list_models() lists them")
+    config: Any = get_pretrained_cfg(name)
+    size = image_size or (tuple(config.input_size[1:]) if config else (224, 224))
+    arguments = create_arguments(name, image_size=size, channels=channels)
+    statistics: dict[str, Any] = dict(IMAGENET)
+    if config is not None and config.mean is not None:
+        statistics = {"mean": list(config.mean), "std": list(config.std)}
+    if len(statistics["mean"]) != channels:
+        statistics = {"mean": [0.5] * channels, "std": [0.25] * channels}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = from_arguments(copy.deepcopy(arguments))
+    if not untrained:
+        _, found = init_from(encoder, text)
+        statistics = found or statistics
+    return Subject(
+        text, encoder.eval(), arguments, Standardize(statistics["mean"], statistics["std"]), size, not untrained
+    )
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _trained_size(path: Path) -> tuple[int, int] | None:
+    """Of a run, from its recipe: an encoder without positions does not say."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "recipe.yaml").is_file():
+        return None
+    return _pair(Run(folder).recipe().data.image_size)

@@ -1,0 +1,237 @@
+"""Using what `underpaint evaluate` trained on images without answers, and features for use elsewhere."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import timm
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from underpaint.backbones import from_arguments
+from underpaint.data import Source, Unreadable, eval_batches, load_images, open_source
+from underpaint.errors import InputError
+from underpaint.evaluate.attentive import AttentiveHead
+from underpaint.evaluate.detect import FOUND, Detecting, Sizes, detected, detector, found_frame
+from underpaint.evaluate.frozen import Classifier, LinearHead
+from underpaint.evaluate.keep import kept
+from underpaint.evaluate.scenes import Scenes
+from underpaint.evaluate.segment import Segmenting, colours, letterboxed, rgb, segmented, segmenter
+from underpaint.evaluate.subject import Subject, open_subject
+from underpaint.patches import Standardize
+from underpaint.pictures import sheet, to_rgb
+from underpaint.progress import say
+from underpaint.runs import write_atomically
+
+SHOWN = 24  # images on a picture of classes
+SHOWN_DENSE = 6
+TILE = 96  # pixels
+
+
+def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
+    """Run a trained classifier, segmenter or detector over images.
+
+    `out` gets predictions.csv (path, class, probability), masks/ (an index PNG an image, and classes.json), or
+    detections.json (COCO, with scores); and a picture of the first images.
+
+    Args:
+        trained: a folder of `underpaint evaluate`, or that of one of its tasks.
+        images: as for pretraining.
+        out: a folder.
+
+    Raises:
+        InputError: nothing trained there; no images.
+    """
+    described, weights = kept(Path(trained))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subject = Subject(
+        described["encoder"],
+        from_arguments(dict(described["create_model"])),
+        described["create_model"],
+        Standardize(described["mean"], described["std"]).to(device),
+        (described["image_size"][0], described["image_size"][1]),
+        True,
+    )
+    model = _rebuilt(described, subject)
+    model.load_state_dict(weights)
+    model = model.to(device).eval()
+    source = open_source(images)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    task, names = described["task"], described["classes"]
+    if task.startswith("segment"):
+        _masks(model, subject, source, names, described, folder)
+    elif task == "detect":
+        _boxes(model, subject, source, names, described, folder)
+    else:
+        _classes(model, subject, source, names, folder)
+
+
+def _rebuilt(described: dict[str, Any], subject: Subject) -> nn.Module:
+    """The network that was trained, untrained."""
+    task, classes = described["task"], len(described["classes"])
+    if task == "linear":
+        return Classifier(subject.encoder, LinearHead(subject.encoder.dim, classes), False)
+    if task == "attentive":
+        return Classifier(subject.encoder, AttentiveHead.untrained(subject.encoder.dim, classes), True)
+    if task == "finetune":
+        return timm.create_model(**{**described["create_model"], "num_classes": classes})
+    if task.startswith("segment-"):
+        head = task.removeprefix("segment-")
+        return segmenter(subject.encoder, head, classes, subject.size, Segmenting(**_tuples(described["settings"])))
+    if task == "detect":
+        sizes = Sizes(tuple(map(tuple, described["sizes"]["anchors"])), described["sizes"]["limit"])
+        settings = Detecting(**_tuples(described["settings"]))
+        return detector(subject.encoder, subject.size, classes, described["masks"], sizes, settings)
+    raise InputError(f"a model of task '{task}'; this version does not know it")
+
+
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+@torch.no_grad()
+def _classes(model: nn.Module, subject: Subject, source: Source, names: list[str], folder: Path) -> None:
+    images = load_images(source, range(len(source.entries)), size=subject.size, channels=subject.encoder.channels)
+    rows: list[tuple[str, str, str]] = []
+    tiles: list[tuple[np.ndarray, str]] = []
+    for batch in eval_batches(images, size=subject.size, device=subject.standardize.mean.device):
+        best = model(subject.standardize(batch.images)).softmax(1).max(1)
+        shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
+        for place, sample in enumerate(batch.samples):
+            name, probability = names[int(best.indices[place])], float(best.values[place])
+            rows.append((images.names[sample], name, f"{probability:.4f}"))
+            if place < len(shown):
+                tiles.append((shown[place], f"{name} {100 * probability:.0f} %"))
+    temporary = folder / "predictions.csv.part"
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "probability"])
+        writer.writerows(rows)
+    temporary.replace(folder / "predictions.csv")
+    _contact_sheet(tiles, folder / "predictions.png")
+    say(f"{folder / 'predictions.csv'}: {len(rows)} images")
+
+
+def _contact_sheet(tiles: list[tuple[np.ndarray, str]], path: Path, columns: int = 6) -> None:
+    """Small pictures, each with a line below."""
+    gap, line = 8, 18
+    wide, tall = TILE + 24, TILE + line
+    rows = -(-len(tiles) // columns)
+    canvas = Image.new("RGB", (columns * (wide + gap) + gap, rows * (tall + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for number, (tile, text) in enumerate(tiles):
+        x, y = gap + number % columns * (wide + gap), gap + number // columns * (tall + gap)
+        scale = TILE / max(tile.shape[:2])
+        size = (max(1, round(tile.shape[1] * scale)), max(1, round(tile.shape[0] * scale)))
+        resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        canvas.paste(Image.fromarray(tile).resize(size, resample), (x, y))
+        while text and font.getlength(text) > wide:
+            text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-2] + "…"
+        pen.text((x, y + TILE + 2), text, fill="black", font=font)
+    canvas.save(path, format="PNG", optimize=True)
+
+
+def _readable(scenes: Scenes, source: Source) -> Iterator[tuple[int, Tensor]]:
+    for index in range(len(source.entries)):
+        if index in scenes:
+            try:
+                yield index, scenes[index]
+            except Unreadable as error:
+                say(f"left out: {source.entries[index].name}: {error}")
+
+
+def _masks(
+    model: nn.Module, subject: Subject, source: Source, names: list[str], described: dict[str, Any], folder: Path
+) -> None:
+    scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels)
+    palette = colours(len(names))
+    columns: dict[str, list[Tensor]] = {"image": [], "found": []}
+    count = 0
+    for index, image in _readable(scenes, source):
+        device = subject.standardize.mean.device
+        standard = subject.standardize(image[None].to(device))[0]
+        found = segmented(model, standard, subject.size, len(names), described["settings"]["overlap"]).argmax(0)
+        mask = found.to(torch.uint8).cpu().numpy()
+        path = folder / "masks" / _safe(source.entries[index].name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+        count += 1
+        if len(columns["image"]) < SHOWN_DENSE:
+            columns["image"].append(letterboxed(rgb(image), 256))
+            painted = torch.from_numpy(palette).float()[torch.from_numpy(mask).long()].permute(2, 0, 1) / 255
+            columns["found"].append(letterboxed(painted, 256, "nearest-exact"))
+    if not count:
+        raise InputError(f"{source.location}: no image could be read")
+    write_atomically(folder / "classes.json", json.dumps(names) + "\n")
+    sheet({name: torch.stack(frames) for name, frames in columns.items()}, folder / "segmentations.png")
+    say(f"{folder / 'masks'}: {count} masks; classes.json names their numbers")
+
+
+def _boxes(
+    model: nn.Module, subject: Subject, source: Source, names: list[str], described: dict[str, Any], folder: Path
+) -> None:
+    scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels)
+    back = dict(enumerate(described["categories"], start=1))
+    listed, results = [], []
+    columns: dict[str, list[Tensor]] = {"image": [], FOUND: []}
+    for index, image in _readable(scenes, source):
+        number = len(listed) + 1
+        height, width = (int(side) for side in image.shape[-2:])
+        listed.append({"id": number, "file_name": source.entries[index].name, "width": width, "height": height})
+        found = detected(model, subject, image, number, back, described["masks"])
+        results += found
+        if number <= SHOWN_DENSE:
+            for column, frame in zip(columns.values(), (rgb(image), found_frame(image, found)), strict=True):
+                column.append(letterboxed(frame, 256))
+    if not listed:
+        raise InputError(f"{source.location}: no image could be read")
+    categories = [{"id": k, "name": name} for k, name in zip(described["categories"], names, strict=True)]
+    annotations = [{"id": k, "iscrowd": 0, "area": _area(one), **one} for k, one in enumerate(results, start=1)]
+    text = json.dumps({"images": listed, "annotations": annotations, "categories": categories})
+    write_atomically(folder / "detections.json", text + "\n")
+    sheet({name: torch.stack(frames) for name, frames in columns.items()}, folder / "detections.png")
+    say(f"{folder / 'detections.json'}: {len(results)} objects on {len(listed)} images")
+
+
+def _area(one: dict[str, Any]) -> float:
+    return one["bbox"][2] * one["bbox"][3]
+
+
+def _safe(name: str) -> Path:
+    """A path of an archive without a way out of the folder."""
+    return Path(*[part for part in PurePosixPath(name).parts if part not in ("..", "/", ".")])
+
+
+@torch.no_grad()
+def embed(encoder: str, data: str | Path, out: str | Path, *, image_size: tuple[int, int] | None = None) -> int:
+    """Write path and pooled feature vector of every image to a parquet file; how many there are.
+
+    Raises:
+        InputError: an encoder or data that cannot be used.
+    """
+    subject = open_subject(encoder, image_size=image_size)
+    source = open_source(data)
+    images = load_images(source, range(len(source.entries)), size=subject.size, channels=subject.encoder.channels)
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        kind = pa.list_(pa.float32(), subject.encoder.dim)
+        schema = pa.schema([("path", pa.string()), ("vector", kind)])
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for batch in eval_batches(images, size=subject.size, device=subject.standardize.mean.device):
+                pooled = subject.encoder(subject.standardize(batch.images)).pooled.float().cpu().numpy()
+                vectors = pa.FixedSizeListArray.from_arrays(pa.array(pooled.reshape(-1)), subject.encoder.dim)
+                names = pa.array([images.names[k] for k in batch.samples])
+                writer.write_table(pa.Table.from_arrays([names, vectors], schema=schema))
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
+    return len(images)

@@ -1,0 +1,410 @@
+"""`underpaint evaluate`, `predict` and `embed`, from the command line, on small made images."""
+
+import csv
+import json
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import write_pictures
+from PIL import Image
+from scenes import write_scenes
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+import underpaint
+from underpaint.cli import main
+from underpaint.data import eval_batches, load_images, open_source
+from underpaint.errors import InputError, NotFinite
+from underpaint.evaluate import extract
+from underpaint.evaluate import fit as fit_module
+from underpaint.evaluate.fit import Length, Schedule, fit
+from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
+from underpaint.evaluate.store import stored_features
+from underpaint.evaluate.subject import open_subject
+from underpaint.train import pretrain
+
+TINY = {"encoder.embed_dim": 48, "encoder.depth": 2, "encoder.num_heads": 3}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny MAE, briefly trained at 32 px."""
+    folder = tmp_path_factory.mktemp("trained")
+    pictures = write_pictures(folder / "pictures", 90)
+    out = folder / "run"
+    pretrain(
+        pictures,
+        out,
+        method="mae",
+        encoder="vit_tiny_patch16_224",
+        image_size=(32, 32),
+        patch_size=8,
+        batch_size=16,
+        steps=4,
+        settings=TINY,
+        pause=1e9,
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 16, 6, (32, 40))
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that a colour tells apart."""
+    folder = tmp_path_factory.mktemp("coloured")
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        means = [110, 110, 110]
+        means[number % 3] = 170
+        (folder / "abc"[number % 3]).mkdir(exist_ok=True)
+        pixels = rng.normal(means, 30, (40, 40, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "abc"[number % 3] / f"{number}.png")
+    return folder
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+class Toy:
+    """A network, an optimiser and batches that depend on the step."""
+
+    def __init__(self, optimiser: str = "adamw") -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.optimiser = create_optimizer_v2(self.model, opt=optimiser, lr=0.1)
+        self.fail_at: int | None = None
+
+    def batches(self, first: int) -> Generator[Tensor, None, None]:
+        step = first
+        while True:
+            yield torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+            step += 1
+
+    def loss_of(self, batch: Tensor, step: int) -> Tensor:
+        if step == self.fail_at:
+            raise KeyboardInterrupt
+        return (self.model(batch).squeeze(1) - batch.sum(1)).square().mean()
+
+    def run(self, folder: Path, length: Length, **settings: Any) -> dict[str, float]:
+        return fit(
+            self.model,
+            self.optimiser,
+            self.batches,
+            self.loss_of,
+            folder=folder,
+            length=length,
+            schedule=Schedule(0.1),
+            seed=0,
+            clip=1.0,
+            batch_size=16,
+            settings=settings,
+        )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("optimiser", ["adamw", "lamb"])
+def test_a_killed_loop_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimiser: str
+) -> None:
+    whole = Toy(optimiser)
+    told = whole.run(tmp_path / "whole", Length(12))
+    monkeypatch.setattr(fit_module, "CHECKPOINT_SECONDS", 0.0)
+    killed = Toy(optimiser)
+    killed.fail_at = 7
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(tmp_path / "killed", Length(12))
+    again = Toy(optimiser)
+    assert again.run(tmp_path / "killed", Length(12))["steps"] == told["steps"] == 12
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # and a third call has nothing to do
+    third = Toy(optimiser)
+    third.fail_at = 12
+    third.run(tmp_path / "killed", Length(12))
+    assert torch.equal(next(third.model.parameters()), next(whole.model.parameters()))
+
+
+@pytest.mark.quick
+def test_a_loop_ends_in_time_and_learns(tmp_path: Path) -> None:
+    toy = Toy()
+    told = toy.run(tmp_path, Length(1, minutes=0.02))
+    assert 0.02 <= told["minutes"] < 0.03
+    assert told["steps"] > 10
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.quick
+def test_a_loop_refuses_other_settings_and_stops_where_nothing_is_finite(tmp_path: Path) -> None:
+    Toy().run(tmp_path / "one", Length(2), rate=1)
+    with pytest.raises(InputError, match="other settings \\(rate 1 there, 2 here\\)"):
+        Toy().run(tmp_path / "one", Length(2), rate=2)
+    broken = Toy()
+    with torch.no_grad():
+        next(broken.model.parameters()).fill_(float("nan"))
+    with pytest.raises(NotFinite, match="not finite in 10 steps"):
+        broken.run(tmp_path / "two", Length(50))
+
+
+@pytest.mark.quick
+def test_schedule() -> None:
+    cosine, line = Schedule(0.1, 0.01), Schedule(0.1, 0.0, power=1.0)
+    assert cosine.factor(0.05) == pytest.approx(0.5)
+    assert cosine.factor(0.1) == pytest.approx(1)
+    assert cosine.factor(1.0) == pytest.approx(0.01)
+    assert line.factor(0.55) == pytest.approx(0.5)
+
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+
+def test_stored_features_are_those_of_the_encoder(run: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = open_subject(str(run))
+    images = load_images(open_source(pictures), range(20), size=subject.size)
+    stored = stored_features(subject, images, range(3, 20), patches=True)
+    found = extract(
+        subject.encoder, eval_batches(images, size=subject.size, indices=range(3, 20)), transform=subject.standardize
+    )
+    assert torch.equal(stored.pooled, found.pooled)
+    assert torch.allclose(stored.patches.float(), found.patches, atol=2e-3)
+    assert stored.samples.tolist() == list(range(3, 20))
+    encoder = subject.encoder
+    subject.encoder = None  # pyright: ignore[reportAttributeAccessIssue] -- a second call asks for the weights' name only
+    monkeypatch.setattr(type(subject), "weights", lambda _: dict(encoder.model.state_dict().items()))
+    again = stored_features(subject, images, range(3, 20), patches=True)
+    assert torch.equal(again.pooled, stored.pooled)
+
+
+def test_subjects(run: Path) -> None:
+    own = open_subject(str(run))
+    larger = open_subject(str(run), image_size=(48, 64))
+    blank = open_subject(str(run), untrained=True)
+    assert own.size == (32, 32)
+    assert larger.encoder(torch.zeros(1, 3, 48, 64)).patches.shape[1] == 48
+    assert torch.equal(own.weights()["blocks.0.attn.qkv.weight"], larger.weights()["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(own.weights()["blocks.0.attn.qkv.weight"], blank.weights()["blocks.0.attn.qkv.weight"])
+    twin = own.twin(0)
+    assert torch.equal(twin.weights()["blocks.0.attn.qkv.weight"], blank.weights()["blocks.0.attn.qkv.weight"])
+    public = open_subject("timm:resnet10t", untrained=True, image_size=(64, 64))
+    assert public.encoder(torch.zeros(1, 3, 64, 64)).pooled.shape == (1, 512)
+    with pytest.raises(InputError, match="timm has no model"):
+        open_subject("timm:resnet1000")
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_tasks_and_their_use(run: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "worth"
+    arguments = ["evaluate", str(run), "--data", str(pictures), "--task", "knn,linear,attentive", "--out", str(out)]
+    assert main(arguments) == 0
+    found = results(out)["tasks"]
+    assert set(found) == {"knn", "linear", "attentive"}
+    assert list(found["linear"]["rows"]) == ["encoder", "untrained", "raw pixels", "HOG", "majority"]
+    assert found["linear"]["train"] + found["linear"]["test"] == 90
+    assert found["linear"]["rows"]["encoder"]["accuracy"] > found["linear"]["rows"]["majority"]["accuracy"]
+    assert set(found["linear"]["gains"]["encoder over untrained"]) == {"accuracy", "accuracy_error"}
+    for task in ("knn", "linear", "attentive"):
+        assert (out / task / "confusion.png").stat().st_size > 1000
+    # what was kept gives the accuracy that was said
+    for task in ("linear", "attentive"):
+        used = tmp_path / f"used-{task}"
+        assert main(["predict", str(out / task), str(pictures), "--out", str(used)]) == 0
+        with open(used / "predictions.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 90
+        assert all(0 < float(row["probability"]) <= 1 for row in rows)
+        right = np.mean([Path(row["path"]).parts[-2] == row["class"] for row in rows])
+        assert right >= found[task]["rows"]["encoder"]["accuracy"] * found[task]["test"] / 90
+        with Image.open(used / "predictions.png") as picture:
+            assert picture.width > 600
+
+
+def test_kept_linear_probe_says_what_the_probe_said(run: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "worth"
+    assert main(["evaluate", str(run), "--data", str(pictures), "--task", "linear", "--out", str(out)]) == 0
+    source = open_source(pictures)
+    from underpaint.data import labelled_indices
+
+    sides = labelled_indices(source)
+    assert sides is not None
+    test = [source.entries[k].name for k in sides[1]]
+    assert main(["predict", str(out), str(pictures), "--out", str(tmp_path / "used")]) == 0
+    with open(tmp_path / "used" / "predictions.csv") as file:
+        said = {row["path"]: row["class"] for row in csv.DictReader(file)}
+    right = np.mean([Path(name).parts[-2] == said[name] for name in test])
+    assert right == pytest.approx(results(out)["tasks"]["linear"]["rows"]["encoder"]["accuracy"])
+
+
+def test_fine_tuning(run: Path, coloured: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    arguments = ["evaluate", str(run), "--data", str(coloured), "--task", "finetune", "--out", str(out)]
+    settings = ["epochs=20", "batch_size=24", "rate=1e-2", "average=0.9", "mixup=0.2", "augment=rand-m5-mstd0.5-inc1"]
+    settings = [part for setting in settings for part in ("--set", setting)]
+    assert main([*arguments, *settings]) == 0
+    found = results(out)["tasks"]["finetune"]
+    assert found["trained"]["encoder"]["steps"] == round(20 * found["train"] / 24)
+    assert list(found["rows"]) == ["encoder", "untrained", "majority"]
+    assert found["rows"]["encoder"]["accuracy"] > 0.9
+    assert main(["predict", str(out), str(coloured), "--out", str(tmp_path / "used")]) == 0
+    # a second call goes on from where the first ended: nothing is trained again, and the numbers are the same
+    assert main([*arguments, *settings]) == 0
+    assert results(out)["tasks"]["finetune"]["rows"] == found["rows"]
+
+
+@pytest.mark.parametrize("recipe", ["mae-vit-base", "localmim-vit-base", "cae-vit-base", "energy", "rsb-a2", "rsb-a3"])
+def test_published_recipes_run(run: Path, pictures: Path, tmp_path: Path, recipe: str) -> None:
+    arguments = ["evaluate", str(run), "--data", str(pictures), "--task", "finetune", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--recipe", recipe, "--set", "epochs=2", "--set", "batch_size=24", "--untrained"]) == 0
+    assert results(tmp_path / "out")["tasks"]["finetune"]["rows"]["encoder"]["accuracy"] >= 0
+
+
+def test_segmentation(run: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "masks"
+    arguments = ["evaluate", str(run), "--data", str(scenes), "--task", "segment", "--out", str(out)]
+    assert main([*arguments, "--set", "steps=150", "--set", "batch_size=4", "--set", "channels=16"]) == 0
+    found = results(out)["tasks"]["segment"]
+    assert (found["train"], found["test"], found["names"]) == (16, 6, ["ground", "disc", "square"])
+    rows = found["rows"]
+    assert list(rows) == [
+        "most frequent class",
+        "encoder, linear",
+        "untrained, linear",
+        "raw pixels, linear",
+        "HOG, linear",
+        "encoder, upernet",
+        "untrained, upernet",
+    ]
+    assert rows["encoder, upernet"]["miou"] > rows["most frequent class"]["miou"] + 0.1
+    for head in ("linear", "upernet"):
+        assert (out / "segment" / head / "segmentations.png").is_file()
+        used = tmp_path / f"used-{head}"
+        assert main(["predict", str(out / "segment" / head), str(scenes), "--out", str(used)]) == 0
+        masks = sorted((used / "masks").rglob("*.png"))
+        assert len(masks) == 22
+        with Image.open(masks[0]) as mask:
+            assert mask.size == (40, 32)
+
+
+def test_detection(run: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "boxes"
+    arguments = ["evaluate", str(run), "--data", str(scenes), "--task", "detect", "--out", str(out), "--untrained"]
+    assert main([*arguments, "--set", "steps=3", "--set", "batch_size=2", "--set", "channels=16"]) == 0
+    found = results(out)["tasks"]["detect"]
+    assert (found["train"], found["test"], found["names"]) == (16, 6, ["disc", "square"])
+    assert set(found["rows"]) == {"encoder"}
+    assert {"box_ap50", "mask_ap50", "box_ap50_error"} <= set(found["rows"]["encoder"])
+    assert (out / "detect" / "detections.png").is_file()
+    assert main(["predict", str(out), str(scenes), "--out", str(tmp_path / "used")]) == 0
+    coco = json.loads((tmp_path / "used" / "detections.json").read_text())
+    assert len(coco["images"]) == 22
+    assert [c["name"] for c in coco["categories"]] == ["disc", "square"]
+
+
+def test_outliers(run: Path, pictures: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "strange"
+    arguments = ["evaluate", str(run), "--data", str(pictures), "--task", "outliers", "--out", str(out)]
+    assert main([*arguments, "--against", str(scenes)]) == 0
+    found = results(out)["tasks"]["outliers"]
+    assert found["strange"] == 22
+    assert "the method's own score" in found["rows"]
+    assert all(0 <= row["auroc"] <= 1 for row in found["rows"].values())
+    assert len(list((out / "outliers").glob("*.png"))) == len(found["rows"]) == 6
+
+
+@pytest.mark.quick
+def test_outlier_scores() -> None:
+    rng = np.random.default_rng(0)
+    train = torch.from_numpy(rng.normal(size=(5000, 4)) * [1, 2, 3, 4] + 5)
+    x = torch.from_numpy(rng.normal(size=(50, 4)) * [1, 2, 3, 4] + 5)
+    exact = (((x.numpy() - 5) / [1, 2, 3, 4]) ** 2).sum(1)
+    assert mahalanobis(train, x) == pytest.approx(exact, rel=0.1, abs=0.1)
+    near = neighbour_distance(train, train[:20])
+    assert bool((near < neighbour_distance(train, -train[:20])).all())
+    perfect = separation(np.arange(100.0), np.arange(200.0, 300.0))
+    assert perfect.values == {"auroc": 1, "aupr": 1, "fpr95": 0}
+    none = separation(rng.normal(size=2000), rng.normal(size=2000)).numbers()
+    assert none["auroc"] == pytest.approx(0.5, abs=3 * none["auroc_error"] + 0.01)
+    assert none["fpr95"] == pytest.approx(0.95, abs=0.03)
+
+
+def test_embed(run: Path, pictures: Path, tmp_path: Path) -> None:
+    assert main(["embed", str(run), str(pictures), "--out", str(tmp_path / "v.parquet")]) == 0
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert table.num_rows == 90
+    encoder, standardize = underpaint.load_encoder(run), underpaint.standardize_for(run)
+    with Image.open(pictures / table["path"][4].as_py()) as picture:
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        wanted = encoder(standardize(image)).pooled[0]
+    assert torch.allclose(torch.tensor(table["vector"][4].as_py()), wanted, atol=1e-5)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "lineal"], "'lineal': there are knn, linear"),
+        (["--task", "outliers"], "give the other images with --against"),
+        (["--task", "linear", "--label-fraction", "0"], "must be above 0 and at most 1"),
+        (["--task", "segment"], "no masks; expected index PNGs"),
+        (["--task", "detect"], "no boxes; expected COCO json"),
+        (["--task", "finetune", "--recipe", "none"], "for fine-tuning there are mae-vit-base"),
+        (["--task", "finetune", "--set", "rates=1"], "a setting of fine-tuning is one of"),
+        (["--task", "linear", "--image-size", "30"], "does not"),
+    ],
+)
+def test_bad_input_is_one_line(
+    run: Path, pictures: Path, tmp_path: Path, capsys: Any, arguments: list[str], said: str
+) -> None:
+    assert main(["evaluate", str(run), "--data", str(pictures), "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_bad_answers_are_one_line(run: Path, tmp_path: Path, capsys: Any) -> None:
+    def said(data: Path, task: str) -> str:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert main(["evaluate", str(run), "--data", str(data), "--task", task, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    scenes = write_scenes(tmp_path / "wrong", 4, 2, (32, 40))
+    Image.fromarray(np.full((32, 40), 9, np.uint8)).save(scenes / "masks/train/train001.png")
+    assert "train001.png holds class 9; there are 0 to 2" in said(scenes, "segment")
+    scenes = write_scenes(tmp_path / "size", 4, 2, (32, 40))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(scenes / "masks/train/train001.png")
+    assert "is 8x8 pixels and its image 32x40" in said(scenes, "segment")
+    scenes = write_scenes(tmp_path / "one", 4, 2, (32, 40))
+    for file in (scenes / "masks").rglob("*.png"):
+        Image.fromarray(np.zeros((32, 40), np.uint8)).save(file)
+    assert "needs at least 2 classes in train" in said(scenes, "segment")
+    scenes = write_scenes(tmp_path / "colour", 4, 2, (32, 40))
+    Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(scenes / "masks/train/train001.png")
+    assert "not an index mask" in said(scenes, "segment")
+    pictures = write_pictures(tmp_path / "classes/train", 12)
+    write_pictures(tmp_path / "classes/test", 8, classes=4)
+    assert "1 classes occur in test and not in train (class3)" in said(pictures.parent, "linear")
+    for name in ("class1", "class2"):
+        shutil.rmtree(tmp_path / "classes/train" / name)
+        shutil.rmtree(tmp_path / "classes/test" / name)
+    shutil.rmtree(tmp_path / "classes/test/class3")
+    assert said(pictures.parent, "linear")  # one class is no labels
