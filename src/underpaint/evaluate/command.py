@@ -1,6 +1,7 @@
 """`underpaint evaluate`: what an encoder is worth, task by task, beside the same one untrained and what needs none."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,7 @@ def judge_outliers(subject: Subject, source: Source, against: str | Path, seed: 
         histogram_picture(
             {"usual": pair["usual"], "strange": pair["strange"]},
             name,
-            folder / f"{name.replace(', ', '-').replace(' ', '-')}.png",
+            folder / f"{re.sub('[^A-Za-z]+', '-', name)}.png",
         )
     return {
         "train": len(sets["train"]),

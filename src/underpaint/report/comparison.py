@@ -98,6 +98,7 @@ def table_section(result: Mapping[str, Any]) -> str:
     heads = [PROBES[key] for key in probes]
     heads += ["Gain"] if "linear" in probes else []
     heads += ["Rank", "Loss / baseline", "Images / s", "Memory (GiB)", "Tokenizer", "Minutes"]
+    first = str((result.get("verdict") or [""])[0])
     body = ""
     for row in rows:
         cells = [percent_text(*accuracy(row, "probes", key)) for key in probes]
@@ -112,7 +113,9 @@ def table_section(result: Mapping[str, Any]) -> str:
             tokenizer_text(row),
             plain_number(number(row, "minutes"), 1),
         ]
-        body += table_row(str(row.get("name")), cells, "" if row.get("kind") == "method" else "floor")
+        name = str(row.get("name"))
+        taken = first.startswith((f"Take {name}.", f"Take {name};"))
+        body += table_row(name, cells, "own" if taken else "" if row.get("kind") == "method" else "floor")
     if math.isfinite(chance := number(result, "chance")):
         body += table_row(
             "chance", [percent_text(chance, math.nan)] * len(probes) + ["–"] * (len(heads) - len(probes)), "floor"

@@ -100,11 +100,10 @@ table.wide { font-size: .9rem; }
 .wide th, .wide td { padding-right: .6rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 thead th { vertical-align: bottom; white-space: normal; }
-tbody tr:first-child th, .gain th, .gain td { font-weight: 700; }
+.own th, .gain th, .gain td { font-weight: 700; }
 .floor { color: var(--quiet); }
 .facts-table th, .facts-table td { text-align: left; vertical-align: top; white-space: normal;
   overflow-wrap: anywhere; }
-.facts-table tbody tr:first-child th { font-weight: 400; }
 .facts-table th[scope=row] { color: var(--quiet); overflow-wrap: normal; }
 code, pre { font-family: ui-monospace, monospace; font-size: .88em; overflow-wrap: anywhere; }
 pre { background: var(--raised); border-radius: 4px; padding: .8rem 1rem; max-height: 32rem; overflow: auto; }

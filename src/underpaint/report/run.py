@@ -185,7 +185,10 @@ def probe_table(probes: dict) -> str:
     if not measured:
         return ""
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Linear", "Attentive", "kNN"))
-    body = "".join(table_row(name, [percent_text(*cell) for cell in cells]) for name, cells in measured.items())
+    body = "".join(
+        table_row(name, [percent_text(*cell) for cell in cells], "" if place else "own")
+        for place, (name, cells) in enumerate(measured.items())
+    )
     gains = [
         (number(probes, "gain", key, "difference"), number(probes, "gain", key, "standard_error")) for key in PROBES
     ]
