@@ -1,11 +1,15 @@
 """Sheets of small pictures with captions, as PNG."""
 
+import colorsys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def to_rgb(images: Float[Tensor, "b c height width"]) -> np.ndarray:
@@ -14,9 +18,14 @@ def to_rgb(images: Float[Tensor, "b c height width"]) -> np.ndarray:
     return (shown.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(columns: dict[str, Float[Tensor, "b c height width"]], path: Path, smallest: int = 96) -> None:
-    """Write one picture: a row an image, a column a frame, with a caption of one line or more. Small images are
-    enlarged to `smallest` px."""
+def sheet(
+    columns: dict[str, Float[Tensor, "b c height width"]],
+    path: Path,
+    smallest: int = 96,
+    legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
+) -> None:
+    """Write one picture: a row an image, a column a frame, with a caption of one line or more; below, what the colours
+    of `legend` mean. Small images are enlarged to `smallest` px."""
     frames = {caption: to_rgb(images) for caption, images in columns.items()}
     count, height, width, _ = next(iter(frames.values())).shape
     scale = max(1, -(-smallest // min(height, width)))
@@ -30,6 +39,63 @@ def sheet(columns: dict[str, Float[Tensor, "b c height width"]], path: Path, sma
         for row, picture in enumerate(pictures):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(tile, (left, top + row * (height + gap)))
+    if legend:
+        canvas = _with_legend(canvas, legend)
     temporary = path.with_name(path.name + ".part")
     canvas.save(temporary, format="PNG", optimize=True)
     temporary.replace(path)
+
+
+def _with_legend(canvas: Image.Image, legend: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
+    font, line, box = ImageFont.load_default(13), 20, 12
+    places, x, y = [], 6, canvas.height + 4
+    for name, _ in legend:
+        wide = box + 6 + round(font.getlength(name)) + 16
+        if x + wide > canvas.width and x > 6:
+            x, y = 6, y + line
+        places.append((x, y))
+        x += wide
+    made = Image.new("RGB", (canvas.width, y + line + 2), "white")
+    made.paste(canvas, (0, 0))
+    pen = ImageDraw.Draw(made)
+    for (name, colour), (left, top) in zip(legend, places, strict=True):
+        pen.rectangle((left, top + 2, left + box, top + 2 + box), fill=colour)
+        pen.text((left + box + 6, top), name, fill="black", font=font)
+    return made
+
+
+def alike(
+    frames: list[Float[Tensor, "c _h _w"]], side: int = 256, nearest: bool = False
+) -> Float[Tensor, "n c height width"]:
+    """Pictures of any sizes made alike for a sheet: the longer side `side` px, white where one is shorter than another."""
+    made = []
+    for frame in frames:
+        scale = side / max(frame.shape[-2:])
+        size = (max(1, round(frame.shape[-2] * scale)), max(1, round(frame.shape[-1] * scale)))
+        mode = "nearest-exact" if nearest else "bilinear"
+        made.append(F.interpolate(frame[None], size, mode=mode, antialias=not nearest)[0])
+    height, width = max(m.shape[-2] for m in made), max(m.shape[-1] for m in made)
+    return torch.stack([F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2]), value=1.0) for m in made])
+
+
+def spread(count: int, shown: int) -> list[int]:
+    """At most `shown` numbers below `count`, evenly apart: images that lie side by side are often alike."""
+    return np.linspace(0, count - 1, min(shown, count)).round().astype(int).tolist()
+
+
+def colours(classes: int) -> UInt8[np.ndarray, "k three"]:
+    """A colour a class, far from each other: hues by the golden angle in three shades; void is black."""
+    made = [
+        colorsys.hsv_to_rgb((0.618034 * k) % 1, (0.85, 0.55)[k % 2], (0.95, 0.75, 0.55)[k % 3]) for k in range(classes)
+    ]
+    return np.array([*(np.array(made) * 255), *[(0, 0, 0)] * (256 - classes)]).astype(np.uint8)
+
+
+def rgb(image: Float[Tensor, "c h w"]) -> Float[Tensor, "3 h w"]:
+    """Three channels to be looked at."""
+    return image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
+
+
+def legend_of(names: list[str]) -> list[tuple[str, tuple[int, int, int]]]:
+    """The colour of each class; of the first two dozen, where there are many."""
+    return [(name, tuple(colour)) for name, colour in zip(names, colours(len(names)).tolist(), strict=False)][:24]

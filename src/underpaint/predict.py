@@ -22,10 +22,10 @@ from underpaint.evaluate.detect import FOUND, Detecting, Sizes, detected, detect
 from underpaint.evaluate.frozen import Classifier, LinearHead
 from underpaint.evaluate.keep import kept
 from underpaint.evaluate.scenes import Scenes
-from underpaint.evaluate.segment import Segmenting, colours, letterboxed, rgb, segmented, segmenter
+from underpaint.evaluate.segment import Segmenting, painted, segmented, segmenter
 from underpaint.evaluate.subject import Subject, open_subject
 from underpaint.patches import Standardize
-from underpaint.pictures import sheet, to_rgb
+from underpaint.pictures import alike, legend_of, rgb, sheet, to_rgb
 from underpaint.progress import say
 from underpaint.runs import write_atomically
 
@@ -151,7 +151,6 @@ def _masks(
     model: nn.Module, subject: Subject, source: Source, names: list[str], described: dict[str, Any], folder: Path
 ) -> None:
     scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels)
-    palette = colours(len(names))
     columns: dict[str, list[Tensor]] = {"image": [], "found": []}
     count = 0
     for index, image in _readable(scenes, source):
@@ -164,13 +163,13 @@ def _masks(
         Image.fromarray(mask).save(path)
         count += 1
         if len(columns["image"]) < SHOWN_DENSE:
-            columns["image"].append(letterboxed(rgb(image), 256))
-            painted = torch.from_numpy(palette).float()[torch.from_numpy(mask).long()].permute(2, 0, 1) / 255
-            columns["found"].append(letterboxed(painted, 256, "nearest-exact"))
+            columns["image"].append(rgb(image))
+            columns["found"].append(painted(mask, len(names)))
     if not count:
         raise InputError(f"{source.location}: no image could be read")
     write_atomically(folder / "classes.json", json.dumps(names) + "\n")
-    sheet({name: torch.stack(frames) for name, frames in columns.items()}, folder / "segmentations.png")
+    frames = {name: alike(shown, nearest=name == "found") for name, shown in columns.items()}
+    sheet(frames, folder / "segmentations.png", legend=legend_of(names))
     say(f"{folder / 'masks'}: {count} masks; classes.json names their numbers")
 
 
@@ -188,20 +187,25 @@ def _boxes(
         found = detected(model, subject, image, number, back, described["masks"])
         results += found
         if number <= SHOWN_DENSE:
-            for column, frame in zip(columns.values(), (rgb(image), found_frame(image, found)), strict=True):
-                column.append(letterboxed(frame, 256))
+            for column, frame in zip(
+                columns.values(), (rgb(image), found_frame(image, found, described["categories"])), strict=True
+            ):
+                column.append(frame)
     if not listed:
         raise InputError(f"{source.location}: no image could be read")
     categories = [{"id": k, "name": name} for k, name in zip(described["categories"], names, strict=True)]
     annotations = [{"id": k, "iscrowd": 0, "area": _area(one), **one} for k, one in enumerate(results, start=1)]
     text = json.dumps({"images": listed, "annotations": annotations, "categories": categories})
     write_atomically(folder / "detections.json", text + "\n")
-    sheet({name: torch.stack(frames) for name, frames in columns.items()}, folder / "detections.png")
+    shown = {name: alike(frames) for name, frames in columns.items()}
+    sheet(shown, folder / "detections.png", legend=legend_of(names) if len(names) > 1 else ())
     say(f"{folder / 'detections.json'}: {len(results)} objects on {len(listed)} images")
 
 
 def _area(one: dict[str, Any]) -> float:
-    return one["bbox"][2] * one["bbox"][3]
+    from faster_coco_eval import mask
+
+    return float(mask.area(one["segmentation"])) if "segmentation" in one else one["bbox"][2] * one["bbox"][3]
 
 
 def _safe(name: str) -> Path:

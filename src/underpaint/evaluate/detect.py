@@ -33,9 +33,8 @@ from underpaint.evaluate.keep import keep
 from underpaint.evaluate.pyramid import Pyramid
 from underpaint.evaluate.result import Measured, measured
 from underpaint.evaluate.scenes import Scenes
-from underpaint.evaluate.segment import colours, letterboxed, rgb
 from underpaint.evaluate.subject import Subject
-from underpaint.pictures import sheet
+from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.progress import say
 
 RATIOS = (0.5, 1.0, 2.0)
@@ -399,7 +398,7 @@ def detect(
     wanted = {int(label) for index in test_indices for label in judged.objects(index).labels}
     lacking = [judged.categories[k] for k in sorted(wanted - used)]
     if lacking:
-        say(f"note: {len(lacking)} classes occur in test and not in train ({', '.join(lacking[:3])}): they count as 0")
+        say(f"note: train lacks {len(lacking)} of the classes in test ({', '.join(lacking[:3])}): counted as 0")
     categories = sorted(used)
     names = [annotated.categories[k] for k in categories]
     masks = any(s is not None for index in indices for s in annotated.objects(index).segments)
@@ -434,7 +433,14 @@ def detect(
         if who == "encoder":
             facts = {"masks": masks, "sizes": asdict(sizes), "settings": asdict(settings), "categories": categories}
             keep(folder, "detect", one, model, names, **facts)
-            picture(scenes, judged, test_indices[:SHOWN], results, folder / "detections.png")
+            picture(
+                scenes,
+                judged,
+                [test_indices[k] for k in spread(len(test_indices), SHOWN)],
+                results,
+                categories,
+                folder / "detections.png",
+            )
     gains: dict[str, Any] = {}
     if "untrained" in found:
         pairs = zip(found["encoder"], found["untrained"], strict=True)
@@ -528,7 +534,12 @@ def _train(
 
 
 def picture(
-    scenes: Scenes, judged: Detections, indices: Sequence[int], results: list[dict[str, Any]], path: Path
+    scenes: Scenes,
+    judged: Detections,
+    indices: Sequence[int],
+    results: list[dict[str, Any]],
+    categories: list[int],
+    path: Path,
 ) -> None:
     """A row an image: itself, the annotated objects, those found."""
     by_image: dict[int, list[dict[str, Any]]] = {}
@@ -542,37 +553,57 @@ def picture(
         truth = [mask_of(s, height, width) if s is not None else None for s in objects.segments]
         frames = (
             rgb(image),
-            drawn(image, objects.boxes, truth),
-            found_frame(image, by_image.get(judged.images[index], [])),
+            drawn(image, objects.boxes, truth, objects.labels.tolist(), categories),
+            found_frame(image, by_image.get(judged.images[index], []), categories),
         )
         for frame, kept_frames in zip(frames, columns.values(), strict=True):
-            kept_frames.append(letterboxed(frame, 256))
+            kept_frames.append(frame)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet({name: torch.stack(frames) for name, frames in columns.items()}, path)
+    names = [judged.categories[k] for k in categories]
+    sheet(
+        {name: alike(frames) for name, frames in columns.items()},
+        path,
+        legend=legend_of(names) if len(names) > 1 else (),
+    )
 
 
-def found_frame(image: Float[Tensor, "c h w"], found: list[dict[str, Any]]) -> Float[Tensor, "3 th tw"]:
+def found_frame(
+    image: Float[Tensor, "c h w"], found: list[dict[str, Any]], categories: list[int]
+) -> Float[Tensor, "3 th tw"]:
     """The sure detections of an image (COCO results), drawn on it."""
     sure = [one for one in found if one["score"] >= LEAST]
     boxes = np.array([one["bbox"] for one in sure], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     height, width = image.shape[-2:]
     masks = [mask_of(one["segmentation"], height, width) if "segmentation" in one else None for one in sure]
-    return drawn(image, boxes, masks)
+    return drawn(image, boxes, masks, [one["category_id"] for one in sure], categories)
 
 
 def drawn(
-    image: Float[Tensor, "c h w"], boxes: Float[np.ndarray, "k 4"], masks: Sequence[np.ndarray | None]
+    image: Float[Tensor, "c h w"],
+    boxes: Float[np.ndarray, "k 4"],
+    masks: Sequence[np.ndarray | None],
+    labels: Sequence[int],
+    categories: list[int],
 ) -> Float[Tensor, "3 th tw"]:
-    """Objects as coloured masks where there are some, and boxes; small images are enlarged for thin lines."""
-    times = max(1, -(-256 // max(image.shape[-2:])))
+    """Objects as coloured masks where there are some, and boxes; a colour a class, or an object where there is one
+    class. Small images are enlarged, and lines of large ones are thicker, for a picture of 256 px."""
+    side = max(image.shape[-2:])
+    times = max(1, -(-256 // side))
     shown = rgb(image).mul(255).round().byte().repeat_interleave(times, 1).repeat_interleave(times, 2)
-    palette: list[Any] = [tuple(colour) for colour in colours(12)[:12].tolist()]
-    chosen = [palette[k % 12] for k in range(len(boxes))]
+    count = len(categories) if len(categories) > 1 else 12
+    palette: list[Any] = [tuple(colour) for colour in colours(count)[:count].tolist()]
+    place = {category: number for number, category in enumerate(categories)}
+    if len(categories) > 1:  # one that train lacks is white
+        chosen = [palette[place[label]] if label in place else (255, 255, 255) for label in labels]
+    else:
+        chosen = [palette[k % count] for k in range(len(boxes))]
     for mask, colour in zip(masks, chosen, strict=True):  # one by one: together, torchvision blackens overlaps
         if mask is not None:
             whole = torch.from_numpy(mask > 0).repeat_interleave(times, 0).repeat_interleave(times, 1)
             shown = draw_segmentation_masks(shown, whole, alpha=0.45, colors=[colour])
     if len(boxes):
-        shown = draw_bounding_boxes(shown, torch.from_numpy(boxes * times), colors=chosen, width=1)
+        shown = draw_bounding_boxes(
+            shown, torch.from_numpy(boxes * times), colors=chosen, width=max(1, round(side / 256))
+        )
     return shown.float() / 255

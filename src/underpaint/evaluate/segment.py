@@ -24,11 +24,12 @@ from underpaint.evaluate.result import Measured, measured
 from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.subject import Subject
 from underpaint.patches import patchify
-from underpaint.pictures import sheet
+from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.progress import say
 from underpaint.targets import hog_pyramid
 
 VOID = 255  # of masks while training, whatever the file says
+LINEAR_RATE = 10.0  # of the linear head over UperNet's: one layer on normalised features takes large steps
 LINEAR_SHARE = 1 / 3  # of the minutes that UperNet has: a head alone is sooner done
 SHOWN = 6
 
@@ -38,8 +39,8 @@ class Segmenting:
     """Settings. Crops are as large as the encoder's images; a test image is covered by such windows.
 
     Attributes:
-        rate, encoder_rate: peaks, of what is new and of the encoder (not so low that an encoder which has all to learn
-            is held back); `power` of their polynomial decay, as in mmseg.
+        rate, encoder_rate: peaks, of what is new (ten times that for a linear head) and of the encoder (not so low that an
+            encoder which has all to learn is held back); `power` of their polynomial decay, as in mmseg.
         overlap: of the windows at test, as a share of a window.
         scale: range of the random scale of a training crop.
         channels: of UperNet.
@@ -84,6 +85,7 @@ class LinearSegmenter(nn.Module):
         self.encoder = encoder
         self.norm = nn.BatchNorm2d(encoder.dim, affine=False)
         self.head = nn.Conv2d(encoder.dim, classes, 1)
+        nn.init.zeros_(self.head.weight)
 
     def train(self, mode: bool = True) -> "LinearSegmenter":
         super().train(mode)
@@ -265,14 +267,14 @@ def segment(
             )
             found = scores.argmax(0).cpu().numpy()
             confusion.add(mask, found, VOID)
-            if number < SHOWN:
+            if number in spread(len(test), SHOWN):
                 shown.append((image, mask, found))
         found_of[name] = confusion.measures(seed=seed)
         numbers = rows[name] = {**found_of[name].numbers(), "iou": confusion.shares()[2].tolist()}
         say(f"{name}: mIoU {numbers['miou']:.3f} +- {numbers['miou_error']:.3f}")
         if who == "encoder":
             keep(folder / head, f"segment-{head}", subject, model, names, settings=asdict(settings))
-            picture(shown, len(names), folder / head / "segmentations.png")
+            picture(shown, names, folder / head / "segmentations.png")
             matrix_picture(np.sum(confusion.counts, axis=0), names, folder / head / "confusion.png")
     return {
         "train": len(train),
@@ -315,7 +317,7 @@ def _train(
     model = segmenter(encoder, head, classes, subject.size, settings).to(device)
     inside = {id(parameter) for parameter in encoder.parameters()}
     own = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-    groups = [{"params": own, "lr": settings.rate}]
+    groups = [{"params": own, "lr": settings.rate * (LINEAR_RATE if head == "linear" else 1.0)}]
     if head == "upernet":
         groups.append({"params": list(encoder.parameters()), "lr": settings.encoder_rate})
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
@@ -382,7 +384,7 @@ def _present(train: Answered, test: Answered, names: list[str]) -> np.ndarray:
         raise InputError(f"segmentation needs at least 2 classes in train; the masks hold {int((counts[0] > 0).sum())}")
     lacking = [names[k] for k in np.flatnonzero((counts[1] > 0) & (counts[0] == 0))]
     if lacking:
-        say(f"note: {len(lacking)} classes occur in test and not in train ({', '.join(lacking[:3])}): they count as 0")
+        say(f"note: train lacks {len(lacking)} of the classes in test ({', '.join(lacking[:3])}): counted as 0")
     return counts[0]
 
 
@@ -394,37 +396,17 @@ def _majority(test: Answered, number: int, classes: int) -> Measured:
     return confusion.measures()
 
 
-def colours(classes: int) -> UInt8[np.ndarray, "k three"]:
-    """A colour a class, far from each other: hues by the golden angle in three shades; void is black."""
-    import colorsys
-
-    made = [
-        colorsys.hsv_to_rgb((0.618034 * k) % 1, (0.85, 0.55)[k % 2], (0.95, 0.75, 0.55)[k % 3]) for k in range(classes)
-    ]
-    return np.array([*(np.array(made) * 255), *[(0, 0, 0)] * (256 - classes)]).astype(np.uint8)
-
-
-def rgb(image: Float[Tensor, "c h w"]) -> Float[Tensor, "3 h w"]:
-    """Three channels to be looked at."""
-    return image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
-
-
-def letterboxed(frame: Float[Tensor, "c h w"], side: int, mode: str = "bilinear") -> Float[Tensor, "c s s"]:
-    """A picture made to fit a square, white around it."""
-    height, width = frame.shape[-2:]
-    scale = side / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    made = F.interpolate(frame[None], size, mode=mode, antialias=mode == "bilinear")[0]
-    return F.pad(made, (0, side - size[1], 0, side - size[0]), value=1.0)
-
-
-def picture(shown: list[tuple[Tensor, np.ndarray, np.ndarray]], classes: int, path: Path, side: int = 256) -> None:
+def picture(shown: list[tuple[Tensor, np.ndarray, np.ndarray]], names: list[str], path: Path) -> None:
     """A row an image: itself, the truth, what was found; void is black."""
-    palette = torch.from_numpy(colours(classes)).float() / 255
-    columns: dict[str, list[Tensor]] = {"image": [], "truth": [], "found": []}
-    for image, truth, found in shown:
-        columns["image"].append(letterboxed(rgb(image), side))
-        for name, mask in (("truth", truth), ("found", found)):
-            columns[name].append(letterboxed(palette[torch.from_numpy(mask)].permute(2, 0, 1), side, "nearest-exact"))
+    columns = {
+        "image": alike([rgb(image) for image, _, _ in shown]),
+        "truth": alike([painted(truth, len(names)) for _, truth, _ in shown], nearest=True),
+        "found": alike([painted(found, len(names)) for _, _, found in shown], nearest=True),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet({name: torch.stack(frames) for name, frames in columns.items()}, path)
+    sheet(columns, path, legend=legend_of(names))
+
+
+def painted(mask: Int[np.ndarray, "h w"] | UInt8[np.ndarray, "h w"], classes: int) -> Float[Tensor, "3 h w"]:
+    """A mask in the colours of its classes."""
+    return torch.from_numpy(colours(classes)).float()[torch.from_numpy(mask).long()].permute(2, 0, 1) / 255
