@@ -130,10 +130,7 @@ def _common_divisors(height: int, width: int) -> list[int]:
 
 def save_encoder(folder: Path, backbone: Backbone, arguments: dict[str, Any], standardize: Standardize) -> None:
     """Write `encoder.safetensors` and `encoder.json` into a folder, each atomically."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
-    temporary = folder / "encoder.safetensors.part"
-    save_file(weights, temporary)
-    temporary.replace(folder / "encoder.safetensors")
+    write_weights(folder / "encoder.safetensors", backbone.model)
     description = {
         "format": FORMAT,
         "create_model": arguments,
@@ -144,6 +141,14 @@ def save_encoder(folder: Path, backbone: Backbone, arguments: dict[str, Any], st
     temporary = folder / "encoder.json.part"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
     temporary.replace(folder / "encoder.json")
+
+
+def write_weights(path: Path, model: nn.Module) -> None:
+    """The state of a network as safetensors, atomically."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    temporary = path.with_name(path.name + ".part")
+    save_file(weights, temporary)
+    temporary.replace(path)
 
 
 def describe_encoder(path: str | Path) -> dict[str, Any]:

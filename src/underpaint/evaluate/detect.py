@@ -402,7 +402,7 @@ def detect(
     categories = sorted(used)
     names = [annotated.categories[k] for k in categories]
     masks = any(s is not None for index in indices for s in annotated.objects(index).segments)
-    shapes = {index: (int(scenes[index].shape[-2]), int(scenes[index].shape[-1])) for index in indices}
+    shapes: dict[int, Any] = {index: tuple(scenes[index].shape[-2:]) for index in indices}
     sizes = sizes_of(annotated, indices, subject.size, shapes)
     say(
         f"{'Mask' if masks else 'Faster'} R-CNN at {subject.size[0]}x{subject.size[1]} px: anchors of "

@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from underpaint.backbones.build import write_weights
 from underpaint.errors import InputError
 from underpaint.evaluate.subject import Subject
 from underpaint.runs import finite, write_atomically
@@ -21,10 +22,7 @@ FORMAT = 1
 def keep(folder: Path, task: str, subject: Subject, model: nn.Module, classes: list[str], **facts: Any) -> None:
     """Write a trained model into a folder, the weights first."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    temporary = folder / "model.safetensors.part"
-    save_file(weights, temporary)
-    temporary.replace(folder / "model.safetensors")
+    write_weights(folder / "model.safetensors", model)
     described = {
         "format": FORMAT,
         "task": task,

@@ -251,6 +251,7 @@ def segment(
     if min(subject.size) >= 2 * cell:
         heads += [(kind, "linear", Grid(kind, cell + cell % 2, channels)) for kind in ("raw pixels", "HOG")]
     heads += [(who, "upernet", one.encoder) for who, one in subjects.items()]
+    drawn = set(spread(len(test), SHOWN))
     for who, head, encoder in heads:
         name = f"{who}, {head}"
         model, trained[name] = _train(subject, encoder, head, who, train, len(names), settings, minutes, seed, folder)
@@ -267,7 +268,7 @@ def segment(
             )
             found = scores.argmax(0).cpu().numpy()
             confusion.add(mask, found, VOID)
-            if number in spread(len(test), SHOWN):
+            if number in drawn:
                 shown.append((image, mask, found))
         found_of[name] = confusion.measures(seed=seed)
         numbers = rows[name] = {**found_of[name].numbers(), "iou": confusion.shares()[2].tolist()}
