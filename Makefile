@@ -20,8 +20,8 @@ demo: install
 	$(BIN)/underpaint demo --out runs/demo
 
 check: install
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks scripts
+	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(PYTEST) -m "quick and not slow and not unhooked"
 
@@ -41,5 +41,5 @@ bench: install
 	$(BIN)/python benchmarks/step.py --peers
 
 format: install
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks scripts
+	$(BIN)/ruff check --fix src tests benchmarks scripts

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 import underpaint
 from underpaint.measure import peak, restart_peak
 from underpaint.methods import METHODS
+from underpaint.methods.words import WordMethod
 from underpaint.runs import environment
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -151,6 +152,9 @@ def own_rows(device: torch.device, seconds: float, only: str, methods: list[str]
                 method = METHODS[name](encoder).to(device)  # pyright: ignore[reportCallIssue]
             except TypeError:  # this method needs another kind of encoder
                 continue
+            if isinstance(method, WordMethod):  # words as costly as fitted ones
+                method.tokenizer.load_state_dict({"centres": torch.rand_like(method.tokenizer.centres)})
+                method.tokenizer.ready = True
             mask = method.draw(batch, images.shape[2], images.shape[3]).to(device)
             step = training_step(method, lambda m=method, k=mask, x=images: m(x, k).loss, device)
             flops = counted_flops(step)

@@ -18,15 +18,15 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import underpaint
+from underpaint import fit as fit_module
 from underpaint.cli import main
 from underpaint.data import eval_batches, load_images, open_source
 from underpaint.errors import InputError, NotFinite
 from underpaint.evaluate import extract
-from underpaint.evaluate import fit as fit_module
-from underpaint.evaluate.fit import Length, Schedule, fit
 from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import open_subject
+from underpaint.fit import Length, Schedule, fit
 from underpaint.train import pretrain
 
 TINY = {"encoder.embed_dim": 48, "encoder.depth": 2, "encoder.num_heads": 3}

@@ -15,7 +15,7 @@ import underpaint
 from underpaint.backbones import create_arguments, from_arguments, load_encoder, save_encoder, standardize_for
 from underpaint.masking import hidden_map
 from underpaint.methods import METHODS
-from underpaint.patches import Standardize
+from underpaint.patches import Standardize, patchify
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 # weights that no gradient reaches, with the reason
@@ -32,7 +32,10 @@ PREDICTIONS: dict[str, Callable[[Any, Tensor, Any], Tensor]] = {
         1,
     ),
     "simmim": lambda method, images, mask: method.predict(images, mask),
+    "beit": lambda method, images, mask: method.logits(images, mask),
+    "cae": lambda method, images, mask: method.logits(images, mask),
 }
+WORDS = ("beit", "cae")  # predict words, which come from the images
 each_method = pytest.mark.parametrize("name", sorted(METHODS))
 
 
@@ -41,7 +44,14 @@ def small(name: str, height: int = 16, width: int = 16, channels: int = 3, **set
     arguments = create_arguments(
         "vit_tiny_patch16_224", image_size=(height, width), patch_size=4, channels=channels, **SMALL
     )
-    return METHODS[name](from_arguments(arguments), **settings)  # pyright: ignore[reportCallIssue]
+    if name in WORDS:
+        settings = {"vocabulary": 16, **settings}
+    method: Any = METHODS[name](from_arguments(arguments), **settings)  # pyright: ignore[reportCallIssue]
+    if name in WORDS:
+        images = photographs(64, channels, height, width).clamp(-2, 2) / 4 + 0.5
+        method.tokenizer.fit(patchify(images, (4, 4)).flatten(0, 1))
+        method.standardize = Standardize([0.5] * channels, [0.25] * channels)
+    return method
 
 
 def photographs(count: int = 4, channels: int = 3, height: int = 16, width: int = 16) -> Tensor:

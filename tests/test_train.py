@@ -28,6 +28,7 @@ TINY: dict[str, Any] = {
     "batch_size": 16,
 }
 SMALL = {"encoder.embed_dim": 32, "encoder.depth": 2, "encoder.num_heads": 2, "run.log_every": 2}
+WORDS = ("beit", "cae")
 TIMINGS = ("seconds", "images_per_second", "data_wait")
 COMMAND = [
     *("--encoder", "vit_tiny_patch16_224", "--image-size", "16", "--patch-size", "4", "--batch-size", "16"),
@@ -47,9 +48,11 @@ def last_state(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_run_leaves_what_is_promised(name: str, pictures: Path, tmp_path: Path, capsys: Any) -> None:
-    run = pretrain(pictures, tmp_path / "run", method=name, steps=8, settings=SMALL, probe_every=4, **TINY)
+    settings = SMALL | ({"method.vocabulary": 32} if name in WORDS else {})
+    run = pretrain(pictures, tmp_path / "run", method=name, steps=8, settings=settings, probe_every=4, **TINY)
     said = capsys.readouterr().out
     assert "90 images" in said
+    assert ("fitting k-means of 32 words" in said) == run.tokenizer.is_file() == (name in WORDS)
     assert "images/s" in said
     assert "pretrained encoder" in said
     assert "untrained encoder" in said
@@ -107,6 +110,7 @@ def resumable(name: str, pictures: Path, out: Path) -> list[str]:
         *("pretrain", str(pictures), "--out", str(out), "--method", name, "--steps", "12", *COMMAND),
         *("--workers", "2", "--checkpoint-every", "3", "--probe-every", "6"),
         *("--set", "optimiser.accumulation=2", "--set", "run.log_every=2"),
+        *(("--set", "method.vocabulary=32") if name in WORDS else ()),
     ]
 
 
@@ -119,6 +123,8 @@ def resumable(name: str, pictures: Path, out: Path) -> list[str]:
         ("energy", "probe", 2),  # call 1: step 0
         ("mae", "step", 5),
         ("mae", "save", 4),
+        ("cae", "step", 5),
+        ("cae", "save", 3),
     ],
 )
 def test_killed_at_any_moment_is_never_killed(

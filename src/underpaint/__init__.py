@@ -2,12 +2,14 @@
 
 from underpaint.backbones import encoder, load_encoder, standardize_for
 from underpaint.errors import InputError, NotFinite
-from underpaint.methods import MAE, METHODS, Energy, LocalMIM, Method, Objective, SimMIM
+from underpaint.methods import CAE, MAE, METHODS, BEiT, Energy, LocalMIM, Method, Objective, SimMIM
 
 __version__ = "0.1.0"
 __all__ = [
+    "CAE",
     "MAE",
     "METHODS",
+    "BEiT",
     "Energy",
     "InputError",
     "LocalMIM",

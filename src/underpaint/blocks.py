@@ -49,7 +49,7 @@ class MaskedDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Identity() if outputs is None else nn.Linear(dim, outputs)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.apply(_xavier)
+        self.apply(xavier)
 
     def forward(
         self, latent: Float[Tensor, "b v e"], mask: Mask, contents: Float[Tensor, "b h d"] | None = None
@@ -71,7 +71,8 @@ class MaskedDecoder(nn.Module):
         return tokens
 
 
-def _xavier(module: nn.Module) -> None:
+def xavier(module: nn.Module) -> None:
+    """Uniform weights and no bias, as MAE and CAE start: for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -163,6 +163,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
     made.add_argument("--out", type=Path, required=True, help="a parquet file: path, vector")
 
+    made = command(
+        "tokenizer",
+        _tokenizer,
+        "fit or train a tokenizer: images to and from visual words",
+        "tokenizer photos/ --kind kmeans --image-size 64 --stride 8 --out words.safetensors",
+    )
+    made.add_argument("data", help="images, as for pretrain")
+    made.add_argument("--out", type=Path, required=True, help="a .safetensors file; a .json and a picture beside it")
+    made.add_argument("--kind", default="kmeans", help="kmeans, fsq or vq")
+    made.add_argument("--image-size", type=_size, default=(224, 224), help="pixels, N or HxW")
+    made.add_argument("--stride", type=int, default=16, help="pixels of a word: the encoder's patch size")
+    made.add_argument("--vocabulary", type=int, help="words (default: by the image size)")
+    made.add_argument("--minutes", type=float, help="of training, for fsq and vq (default: 5,000 steps)")
+    made.add_argument("--seed", type=int, default=0, help="of everything random")
+
     made = command("report", _report, "write the HTML page of a run or a comparison", "report runs/first")
     made.add_argument("run_folder", metavar="RUN|DIR", type=Path)
 
@@ -273,6 +288,21 @@ def _embed(given: argparse.Namespace) -> None:
 
     count = embed(given.encoder, given.data, given.out, image_size=given.image_size)
     print(f"{given.out}: {count} images")
+
+
+def _tokenizer(given: argparse.Namespace) -> None:
+    from underpaint.tokenize import make_tokenizer
+
+    make_tokenizer(
+        given.data,
+        given.out,
+        kind=given.kind,
+        image_size=given.image_size,
+        stride=given.stride,
+        vocabulary=given.vocabulary,
+        minutes=given.minutes,
+        seed=given.seed,
+    )
 
 
 def _report(given: argparse.Namespace) -> None:

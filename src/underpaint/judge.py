@@ -92,8 +92,8 @@ class Judge:
         return next(iter(eval_batches(self.pool, size=self.size, indices=few))).images.to(device)
 
     def restoration(self, method: Method, standardize: Standardize) -> dict[str, Any]:
-        """By task: squared error on what was corrupted over that of the trivial restoration, on test images where
-        there is a test part; each image's draw is its own, the same at every call."""
+        """By task: the error on what was corrupted (squared, or the cross-entropy of words) over that of the trivial
+        restoration, on test images where there is a test part; each image's draw is its own, the same at every call."""
         part = self.parts[1] if self.parts is not None else Part(self.pool, list(range(len(self.pool))))
         chosen = part.indices[:: max(1, len(part.indices) // RESTORED)][:RESTORED]
         device = standardize.mean.device

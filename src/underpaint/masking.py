@@ -5,6 +5,7 @@ generator that the training loop seeds with (seed, step) for the whole global ba
 same masks, and a resumed run needs no saved random state.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,41 @@ def hide_highest(score: Float[Tensor, "b n"], count: int) -> Mask:
 def random_mask(batch: int, patches: int, hidden: int, generator: torch.Generator | None = None) -> Mask:
     """Hide `hidden` of `patches` patches, all choices equally likely (MAE, 2111.06377, section 3)."""
     return hide_highest(torch.rand(batch, patches, generator=generator), hidden)
+
+
+def block_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch.Generator | None = None) -> Mask:
+    """Hide `hidden` patches in blocks (BEiT, arXiv 2106.08254, algorithm 1), exactly as many in each image.
+
+    Rectangles of at least 0.08 of the grid (two patches or more), with an aspect log-uniform in [0.3, 1 / 0.3], are laid
+    one after another until enough is covered; what the last one covers too much is taken back at random. All images of
+    a batch are drawn together.
+    """
+    rows, columns = grid
+    n = rows * columns
+    smallest = max(2, round(0.08 * n))
+    covered = torch.zeros(batch, n, dtype=torch.bool)
+    score = torch.zeros(batch, n)
+    y, x = torch.arange(rows).view(1, rows, 1), torch.arange(columns).view(1, 1, columns)
+    turn = 0
+    while not bool((covered.sum(1) >= hidden).all()):
+        turn += 1
+        left = (hidden - covered.sum(1)).clamp_min(1)
+        largest = torch.maximum(left, torch.tensor(smallest)).float()
+        draws = torch.rand(4, batch, generator=generator)
+        area = smallest + draws[0] * (largest - smallest)
+        aspect = torch.exp(math.log(0.3) + draws[1] * (math.log(1 / 0.3) - math.log(0.3)))
+        tall = (area * aspect).sqrt().round().clamp(1, rows - 1 if rows > 1 else 1)
+        wide = (area / aspect).sqrt().round().clamp(1, columns - 1 if columns > 1 else 1)
+        top = (draws[2] * (rows - tall + 1)).floor()
+        first = (draws[3] * (columns - wide + 1)).floor()
+        inside = (y >= top.view(-1, 1, 1)) & (y < (top + tall).view(-1, 1, 1))
+        inside = inside & (x >= first.view(-1, 1, 1)) & (x < (first + wide).view(-1, 1, 1))
+        new = inside.flatten(1) & ~covered & (covered.sum(1, keepdim=True) < hidden)
+        # earlier blocks are kept before later ones; within a block at random
+        jitter = torch.rand(batch, n, generator=generator)
+        score = torch.where(new, 1.0 / turn + 0.1 * jitter / (turn * (turn + 1)), score)
+        covered |= new
+    return hide_highest(score, hidden)
 
 
 def hidden_count(patches: int, ratio: float) -> int:

@@ -50,6 +50,11 @@ class Run:
             raise InputError(f"--out {self.path}: cannot be made: {error.strerror}") from error
         self.write_recipe(recipe)
 
+    @property
+    def tokenizer(self) -> Path:
+        """The visual words of a run whose method predicts some."""
+        return self.path / "tokenizer.safetensors"
+
     # -- plain files ------------------------------------------------------------------------------------------------
 
     def recipe(self) -> Recipe:

@@ -19,7 +19,14 @@ from lightning.fabric import Fabric
 from torch.utils.tensorboard import SummaryWriter
 
 from underpaint.backbones import create_arguments, from_arguments, init_from, save_encoder
-from underpaint.data import Batch, ImageSet, load_images, open_source, pretraining_indices, train_batches
+from underpaint.data import (
+    Batch,
+    ImageSet,
+    load_images,
+    open_source,
+    pretraining_indices,
+    train_batches,
+)
 from underpaint.errors import InputError, NotFinite
 from underpaint.judge import Judge
 from underpaint.looks import write_looks
@@ -33,6 +40,8 @@ from underpaint.report import write_report
 from underpaint.runs import Run, environment, finite, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.step import Session, Window, learning_rate, session, update
+from underpaint.tokenize import fitting_crops, held_out_crops
+from underpaint.tokenizers import Tokenizer, save_tokenizer
 
 # flag of the command line and keyword of `pretrain` -> place in the recipe
 FLAGS = {
@@ -97,8 +106,11 @@ def resolve(
     return result, True
 
 
-def build(recipe: Recipe, images: ImageSet) -> tuple[Method, Standardize, dict[str, Any], str]:
-    """The untrained method of a recipe, a function of the recipe's seed; also what `--init` matched, as text."""
+def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Method, Standardize, dict[str, Any], str]:
+    """The untrained method of a recipe, a function of the recipe's seed; also what `--init` matched, as text.
+
+    A tokenizer is taken from the run where it has one.
+    """
     torch.manual_seed(recipe.run.seed)
     settings = dict(recipe.encoder)
     arguments = create_arguments(
@@ -118,6 +130,8 @@ def build(recipe: Recipe, images: ImageSet) -> tuple[Method, Standardize, dict[s
     options = {key: value for key, value in recipe.method.items() if key != "name"}
     calibrated = [key for key in ("step_size", "position_step") if key in recipe.measured]
     options |= {key: recipe.measured[key] for key in calibrated}
+    if run is not None and run.tokenizer.is_file():
+        options["tokenizer"] = str(run.tokenizer)
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
         method.draw(1, *recipe.data.image_size)
@@ -170,7 +184,7 @@ def pretrain(
     shout = say if main and pause is None else _silent  # a comparison has said it once
     with fabric.rank_zero_first():  # the first one fills the cache, the others find it
         images, judge = open_data(chosen, shout)
-    method, standardize, arguments, matched = build(chosen, images)
+    method, standardize, arguments, matched = build(chosen, images, run)
     if matched:
         shout(matched)
     if main:
@@ -277,6 +291,18 @@ def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
 def _decide(fabric: Fabric, recipe: Recipe, images: ImageSet, current: Session, shout: Any) -> Session:
     """Measure what the machine can do, and write what follows from it into the recipe."""
     measured, length = recipe.measured, recipe.run
+    if "prepared" not in measured:
+        began = time.perf_counter()
+        made = current.method.prepare(
+            fitting_crops(images, recipe.data, recipe.optimiser.batch_size, recipe.run.seed, fabric.device),
+            lambda: held_out_crops(images, recipe.data.image_size, fabric.device),
+            current.standardize,
+            shout,
+            recipe.run.seed,
+        )
+        for buffer in current.method.buffers():  # the same on every process, whatever their arithmetic
+            buffer.copy_(fabric.broadcast(buffer))
+        measured["prepared"] = made | {"seconds": round(time.perf_counter() - began, 1)} if made else {}
     if "seconds_per_step" not in measured:
         batches = _batches(current, images, 0, None)
         seen = [next(batches) for _ in range(4)]
@@ -357,7 +383,10 @@ def _train(
         "best_step": None,
     }
     if main:
-        run.write_recipe(recipe)
+        tokenizer = getattr(method, "tokenizer", None)
+        if isinstance(tokenizer, Tokenizer) and not run.tokenizer.is_file():
+            save_tokenizer(tokenizer, run.tokenizer, measured["prepared"]["quality"])
+        run.write_recipe(recipe)  # after the tokenizer: a recipe that says it was made must find it
 
     def load() -> bool:
         """Take up the last checkpoint, if there is one."""

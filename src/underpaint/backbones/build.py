@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules
+from timm.models.beit import Beit as TimmBeit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from underpaint.backbones.beit import Beit
 from underpaint.backbones.maps import MapBackbone
 from underpaint.backbones.protocols import Backbone
 from underpaint.backbones.swin import Swin
@@ -57,6 +59,10 @@ def create_arguments(
     if is_model_in_modules(name, ["vision_transformer", "deit"]):
         # the mean of the *normed* patch tokens; timm's default for "avg" would rename norm to fc_norm
         made |= {"img_size": [height, width], "global_pool": "avg", "fc_norm": False}
+        if patch_size is not None:
+            made["patch_size"] = patch_size
+    elif is_model_in_modules(name, ["beit"]):
+        made |= {"img_size": [height, width], "global_pool": "avg", "use_fc_norm": False}
         if patch_size is not None:
             made["patch_size"] = patch_size
     elif config and config.fixed_input_size:
@@ -111,6 +117,8 @@ def from_arguments(arguments: dict[str, Any]) -> Backbone:
         raise InputError(f"encoder: timm cannot build '{arguments['model_name']}': {error}") from error
     if isinstance(model, VisionTransformer):
         return ViT(model)
+    if isinstance(model, TimmBeit):
+        return Beit(model)
     if isinstance(model, SwinTransformer):
         return Swin(model, arguments["in_chans"])
     return MapBackbone(model, arguments["in_chans"])

@@ -14,7 +14,6 @@ from underpaint.data.answers import Detections, detections_of, masks_of
 from underpaint.errors import InputError
 from underpaint.evaluate.detect import Detecting, detect
 from underpaint.evaluate.finetune import finetune, recipe_for
-from underpaint.evaluate.fit import changed
 from underpaint.evaluate.floors import raw_pixels
 from underpaint.evaluate.frozen import FROZEN, judge_frozen
 from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
@@ -25,6 +24,7 @@ from underpaint.evaluate.segment import Answered, Segmenting, segment
 from underpaint.evaluate.splits import stratified
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import Subject, open_subject
+from underpaint.fit import changed
 from underpaint.judge import Judge
 from underpaint.looks import write_looks
 from underpaint.progress import say

@@ -28,12 +28,12 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from underpaint.backbones import Backbone
 from underpaint.data.answers import Detections, Objects
 from underpaint.errors import InputError
-from underpaint.evaluate.fit import Length, Schedule, fit
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.pyramid import Pyramid
 from underpaint.evaluate.result import Measured, measured
 from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.subject import Subject
+from underpaint.fit import Length, Schedule, fit
 from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.progress import say
 

@@ -29,7 +29,6 @@ from underpaint.backbones.build import fill
 from underpaint.backbones.swin import Swin
 from underpaint.data import Batch, eval_batches, train_batches
 from underpaint.errors import InputError
-from underpaint.evaluate.fit import Length, Schedule, changed, fit
 from underpaint.evaluate.floors import majority
 from underpaint.evaluate.frozen import classification
 from underpaint.evaluate.keep import keep
@@ -37,6 +36,7 @@ from underpaint.evaluate.parts import Part
 from underpaint.evaluate.plots import confusion_picture
 from underpaint.evaluate.result import Probe
 from underpaint.evaluate.subject import Subject
+from underpaint.fit import Length, Schedule, changed, fit
 from underpaint.progress import say
 
 

@@ -16,13 +16,13 @@ from underpaint.backbones import Backbone
 from underpaint.backbones.protocols import Features
 from underpaint.data.answers import Masks
 from underpaint.errors import InputError
-from underpaint.evaluate.fit import Length, Schedule, fit
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.plots import matrix_picture
 from underpaint.evaluate.pyramid import Pyramid, padded, sliding, tokens_to_map
 from underpaint.evaluate.result import Measured, measured
 from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.subject import Subject
+from underpaint.fit import Length, Schedule, fit
 from underpaint.patches import patchify
 from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.progress import say

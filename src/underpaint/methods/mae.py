@@ -14,14 +14,15 @@ from underpaint.backbones import TokenBackbone
 from underpaint.blocks import MaskedDecoder
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask, hidden_count, random_mask
-from underpaint.methods.method import Method, Objective
+from underpaint.methods.masked import MaskedMethod
+from underpaint.methods.method import Objective
 from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize
 from underpaint.targets import SMALLEST_CELL, enlarge, enlargement, hog_picture, hog_pyramid
 
 BINS = 9
 
 
-class MAE(Method):
+class MAE(MaskedMethod):
     """Restore hidden patches from visible ones.
 
     >>> import torch, underpaint
@@ -106,7 +107,7 @@ class MAE(Method):
 
     def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
         if mask is None:
-            mask = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+            mask = self.mask_for(images)
         target = self.targets(images, mask)
         loss = (self.predict(images, mask) - target).square().mean()
         return Objective(loss, {"baseline": (target - self.trivial(target)).square().mean().detach()})
@@ -132,21 +133,10 @@ class MAE(Method):
         restored = unpatchify(put(patches, mask.hidden, predicted), self.patch_size, grid)
         return {"original": images, "hidden": mask_cells(images, mask, self.patch_size), "restored": restored}
 
-    @torch.no_grad()
-    def held_out(
-        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Against the trivial prediction, as in the loss."""
-        mask = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+    def errors(
+        self, images: Float[Tensor, "b c height width"], mask: Mask
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+        """Squared, against the trivial prediction, as in the loss."""
         target = self.targets(images, mask)
         left = (self.predict(images, mask) - target).square().mean((1, 2))
-        return {"mask": (left, (target - self.trivial(target)).square().mean((1, 2)))}
-
-    @torch.no_grad()
-    def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
-        """Squared error on hidden patches, mean over four fixed masks."""
-        errors = [
-            (self.predict(images, mask) - self.targets(images, mask)).square().mean((1, 2))
-            for mask in self.fixed_draws(images, 4)
-        ]
-        return torch.stack(errors).mean(0)
+        return left, (target - self.trivial(target)).square().mean((1, 2))

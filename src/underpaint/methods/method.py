@@ -1,6 +1,6 @@
 """The contract between a method and everything around it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from underpaint.backbones import Backbone
+from underpaint.patches import Standardize
 
 
 class Objective(NamedTuple):
@@ -61,6 +62,27 @@ class Method(nn.Module):
             objective = self(images, draws, part, carry)
             yield objective
             carry = objective.carry
+
+    def prepare(
+        self,
+        batches: Iterable[Tensor],
+        held_out: Callable[[], Iterable[Tensor]],
+        standardize: Standardize,
+        shout: Callable[[str], None],
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """What must be made of the training images before step 0: a tokenizer, for methods that predict words.
+
+        Args:
+            batches: crops of training images in [0, 1], endless.
+            held_out: a pass over images that are not among them.
+            standardize: the transform of the images of this method.
+            shout: told what happens.
+
+        Returns:
+            What is to be known of it, plain data; nothing where nothing is made.
+        """
+        return {}
 
     def calibrate(
         self, images: Float[Tensor, "b c height width"], draws: Any, mean: Callable[[Tensor], Tensor] = lambda x: x

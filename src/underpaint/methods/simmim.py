@@ -15,11 +15,12 @@ from underpaint.backbones import Backbone, ViT
 from underpaint.backbones.swin import Swin
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask, hidden_count, random_mask, refine
-from underpaint.methods.method import Method, Objective
+from underpaint.methods.masked import MaskedMethod
+from underpaint.methods.method import Objective
 from underpaint.patches import patchify, put, take, unpatchify
 
 
-class SimMIM(Method):
+class SimMIM(MaskedMethod):
     """Restore hidden patches in place.
 
     >>> import torch, underpaint
@@ -81,7 +82,7 @@ class SimMIM(Method):
 
     def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
         if mask is None:
-            mask = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+            mask = self.mask_for(images)
         target = self.targets(images, mask)
         loss = (self.predict(images, mask) - target).abs().mean()
         return Objective(loss, {"baseline": target.abs().mean().detach()})  # of the mean of the data: 0
@@ -97,20 +98,9 @@ class SimMIM(Method):
         hidden = mask_cells(images, mask, (self.cell, self.cell))
         return {"original": images, "hidden": hidden, "restored": unpatchify(restored, size, grid)}
 
-    @torch.no_grad()
-    def held_out(
-        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def errors(
+        self, images: Float[Tensor, "b c height width"], mask: Mask
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """Squared, as for the other methods, against the mean of the data."""
-        mask = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
         target = self.targets(images, mask)
-        return {"mask": ((self.predict(images, mask) - target).square().mean((1, 2)), target.square().mean((1, 2)))}
-
-    @torch.no_grad()
-    def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
-        """Absolute error on hidden patches, mean over four fixed masks."""
-        errors = [
-            (self.predict(images, mask) - self.targets(images, mask)).abs().mean((1, 2))
-            for mask in self.fixed_draws(images, 4)
-        ]
-        return torch.stack(errors).mean(0)
+        return (self.predict(images, mask) - target).square().mean((1, 2)), target.square().mean((1, 2))

@@ -31,6 +31,7 @@ TASKS = {
     "downsample": "Lost resolution",
     "noise": "Noise",
     "gray": "Lost colour",
+    "words": "Hidden words",
 }
 
 
@@ -166,7 +167,8 @@ def restoration_section(result: Mapping[str, Any]) -> str:
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
     note = (
         "Squared error on what was corrupted over that of the trivial restoration (doing nothing; for mae the mean of "
-        "each hidden patch), ± one standard error, on test images where there are some. 1 has restored nothing."
+        "each hidden patch), ± one standard error, on test images where there are some. 1 has restored nothing. Words: "
+        "cross-entropy over that of saying words by their frequency."
     )
     return (
         f'<section><h2>How well they restore</h2><p class="note" id="restored">{note}</p>'

@@ -1,4 +1,4 @@
-"""The loop of everything that is trained on labels: a classifier, a segmenter, a detector.
+"""The loop of everything that is trained beside pretraining: a classifier, a segmenter, a detector, a tokenizer.
 
 One process on one device. What is random in a step is a function of (seed, step), so a loop that was killed goes on
 from its last checkpoint as if nothing had happened. It is as long as steps say, or as minutes on the clock: the
@@ -133,6 +133,7 @@ def fit(
     run.drop_after("metrics.jsonl", state["step"])
     peaks = [group["lr"] * group.get("lr_scale", 1.0) for group in optimiser.param_groups]
     recent: deque[float] = deque(maxlen=LAST)
+    pending: list[Tensor] = []
     bar = Bar(length.steps, state["step"])
     saved = logged = state["seconds"]
     steps_since, waited = 0, 0.0
@@ -152,28 +153,35 @@ def fit(
                 _seed_everything(seed, step)
                 for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                     group["lr"] = peak * schedule.factor(progress)
+                optimiser.zero_grad(set_to_none=True)
                 loss = loss_of(batch, step)
-                value = float(loss.detach())
-                if math.isfinite(value):
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                    if clip is not None:
-                        nn.utils.clip_grad_norm_(model.parameters(), clip)
-                    optimiser.step()
-                    recent.append(value)
-                else:
-                    state["bad"] += 1
-                    if state["bad"] >= STOP_AFTER:
-                        raise NotFinite(f"{folder}: the loss was not finite in {STOP_AFTER} steps; try a lower rate")
+                loss.backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                _drop_unless(torch.isfinite(loss.detach()), model)
+                optimiser.step()
+                pending.append(loss.detach())
                 state["step"] = step + 1
                 state["seconds"] += time.perf_counter() - began
-                state["loss"] = sum(recent) / len(recent) if recent else None
                 steps_since += 1
                 done = length.progress(state["step"], state["seconds"])
                 bar.expect(round(state["step"] / done))
                 bar.step(state["step"])
                 every = (60 * length.minutes if length.minutes else state["seconds"] / done) / LINES
-                if state["seconds"] - logged >= every or done >= 1:
+                logging = state["seconds"] - logged >= every or done >= 1
+                stopping = bool(received) and done < 1
+                saving = stopping or done >= 1 or state["seconds"] - saved >= CHECKPOINT_SECONDS
+                # losses are read a step late, so that a GPU never waits for Python, unless the step ends here
+                while len(pending) > (0 if logging or saving else 1):
+                    value = float(pending.pop(0))
+                    if math.isfinite(value):
+                        recent.append(value)
+                        state["loss"] = sum(recent) / len(recent)
+                        continue
+                    state["bad"] += 1
+                    if state["bad"] >= STOP_AFTER:
+                        raise NotFinite(f"{folder}: the loss was not finite in {STOP_AFTER} steps; try a lower rate")
+                if logging:
                     spent = max(state["seconds"] - logged, 1e-9)
                     line = {"step": state["step"], "seconds": round(state["seconds"], 3), "loss": state["loss"]}
                     line |= {
@@ -183,15 +191,22 @@ def fit(
                     run.append("metrics.jsonl", [line])
                     bar.line({**line, "terms": {}})
                     logged, steps_since, waited = state["seconds"], 0, 0.0
-                if received or done >= 1 or state["seconds"] - saved >= CHECKPOINT_SECONDS:
+                if saving:
                     save()
                     saved = state["seconds"]
-                if received and done < 1:
+                if stopping:
                     raise Interrupted(received[0])
     finally:
         bar.close()
     model.eval()
     return {"steps": state["step"], "minutes": state["seconds"] / 60, "loss": state["loss"]}
+
+
+def _drop_unless(finite: Tensor, model: nn.Module) -> None:
+    """Set every gradient to zero where the loss was not finite; nothing here waits for the device."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = torch.where(finite, parameter.grad, 0.0)
 
 
 def _seed_everything(seed: int, step: int) -> None:

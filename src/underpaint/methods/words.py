@@ -1,0 +1,147 @@
+"""What methods share that predict visual words: a tokenizer, the way to its images, and how it comes to be fitted."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from underpaint.backbones import TokenBackbone
+from underpaint.corruptions import mask_cells
+from underpaint.masking import Mask
+from underpaint.methods.masked import MaskedMethod
+from underpaint.patches import Standardize
+from underpaint.tokenizers import (
+    KMeansPatches,
+    Tokenizer,
+    described,
+    load_tokenizer,
+    refuse_collapsed,
+    sample_patches,
+    vocabulary_for,
+)
+
+PATCHES_A_WORD = 256  # that k-means is fitted to
+
+
+class WordMethod(MaskedMethod):
+    """A method whose targets are words, one a patch of the encoder.
+
+    Without a tokenizer's file it has k-means over patches, which `prepare` fits to the training images; `standardize`
+    leads back from the images of the method to those of the tokenizer, in [0, 1].
+    """
+
+    encoder: TokenBackbone
+    task = "words"
+
+    def __init__(self, encoder: TokenBackbone, tokenizer: str | None, vocabulary: int | None):
+        super().__init__()
+        if not isinstance(encoder, TokenBackbone):
+            raise TypeError(f"{type(self).__name__} needs a plain vision transformer, not {type(encoder).__name__}")
+        self.encoder, self.patch_size = encoder, encoder.patch_size
+        side = self.patch_size[0]
+        if self.patch_size != (side, side):
+            raise ValueError(f"words need square patches, not {self.patch_size}")
+        if tokenizer is None:
+            words = vocabulary or vocabulary_for(encoder.image_size)
+            self.tokenizer: Tokenizer = KMeansPatches(words, side, encoder.channels)
+        else:
+            self.tokenizer = load_tokenizer(tokenizer)
+            if (self.tokenizer.stride, self.tokenizer.channels) != (side, encoder.channels):
+                raise ValueError(
+                    f"the tokenizer makes a word of {self.tokenizer.stride} px of {self.tokenizer.channels} channels; the "
+                    f"encoder has patches of {side} px of {encoder.channels} channels"
+                )
+            if vocabulary not in (None, self.tokenizer.vocabulary):
+                raise ValueError(f"vocabulary is {vocabulary}, but the tokenizer has {self.tokenizer.vocabulary} words")
+        self.standardize = Standardize([0.0] * encoder.channels, [1.0] * encoder.channels)
+        self.register_load_state_dict_post_hook(_ready)
+
+    def prepare(
+        self,
+        batches: Iterable[Float[Tensor, "b c height width"]],
+        held_out: Callable[[], Iterable[Float[Tensor, "b c height width"]]],
+        standardize: Standardize,
+        shout: Callable[[str], None],
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        self.standardize.load_state_dict(standardize.state_dict())
+        made = not self.tokenizer.ready
+        if made:
+            assert isinstance(self.tokenizer, KMeansPatches)
+            words = self.tokenizer.vocabulary
+            shout(f"no tokenizer given: fitting k-means of {words} words to patches of the training images ...")
+            patches = sample_patches(batches, self.tokenizer.stride, PATCHES_A_WORD * words, seed)
+            self.tokenizer.fit(patches, seed)
+        quality = self.tokenizer.quality(held_out())
+        shout(f"tokenizer on held-out images: {described(quality)}")
+        refuse_collapsed(quality, "tokenizer")
+        return {"kind": self.tokenizer.kind, "made": made, "quality": quality}
+
+    @torch.no_grad()
+    def words(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
+        """The word of every patch of standardised images."""
+        if not self.tokenizer.ready:
+            raise RuntimeError(
+                "the tokenizer is not fitted yet: call prepare, or give a file of 'underpaint tokenizer'"
+            )
+        return self.tokenizer.encode(self.standardize.inverse(images).clamp(0, 1))
+
+    def spoken(self, images: Float[Tensor, "b c height width"], words: Int[Tensor, "b n"]) -> Tensor:
+        """Standardised pictures of words, on the grid of `images`."""
+        return self.standardize(self.tokenizer.decode(words, self.tokenizer.grid(*images.shape[-2:])))
+
+    def hidden_words(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Int[Tensor, "b h"]:
+        return self.words(images).gather(1, mask.hidden)
+
+    def logits(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h k"]:
+        """Of the words of hidden patches."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
+        """What the tokenizer makes of all patches, and the same with the hidden ones as predicted."""
+        if mask is None:
+            mask = Mask(*self.fixed_draws(images, 1)[0])
+        words = self.words(images)
+        predicted = words.scatter(1, mask.hidden, self.logits(images, mask).argmax(-1))
+        return {
+            "original": images,
+            "hidden": mask_cells(images, mask, self.patch_size),
+            "words": self.spoken(images, words),
+            "restored": self.spoken(images, predicted),
+        }
+
+    def errors(
+        self, images: Float[Tensor, "b c height width"], mask: Mask
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+        """Cross-entropy, against that of always saying words by their frequency."""
+        words = self.hidden_words(images, mask)
+        left = cross_entropies(self.logits(images, mask), words).mean(1)
+        return left, frequency_losses(words, self.tokenizer.vocabulary).mean(1)
+
+
+def _ready(method: Any, _: Any) -> None:
+    """A state that is loaded holds a tokenizer that was fitted."""
+    method.tokenizer.ready = True
+
+
+def cross_entropies(logits: Float[Tensor, "b h k"], words: Int[Tensor, "b h"]) -> Float[Tensor, "b h"]:
+    return F.cross_entropy(logits.float().transpose(1, 2), words, reduction="none")
+
+
+def frequency_losses(words: Int[Tensor, "b h"], vocabulary: int) -> Float[Tensor, "b h"]:
+    """The cross-entropy of each word under the frequencies of these words: what no prediction from context needs."""
+    ones = torch.ones(words.numel(), device=words.device)
+    counts = torch.zeros(vocabulary, device=words.device).scatter_add(0, words.flatten(), ones)
+    return -(counts / words.numel()).clamp_min(1e-12).log()[words]
+
+
+def word_terms(logits: Float[Tensor, "b h k"], words: Int[Tensor, "b h"]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss on hidden words, and its numbers: accuracy, and the baseline of word frequencies."""
+    loss = cross_entropies(logits, words).mean()
+    hit = (logits.detach().argmax(-1) == words).float().mean()
+    baseline = frequency_losses(words, logits.shape[-1]).mean()
+    return loss, {"words": loss.detach(), "accuracy": hit, "baseline": baseline}

@@ -1,0 +1,452 @@
+"""Images to and from discrete visual words: what BEiT and CAE predict, and what CIM corrupts with.
+
+Contract: `encode(images)` gives one word a place of a grid of `stride` pixels, [b, n] row by row, from images in
+[0, 1]; `decode(words, grid)` gives images in [0, 1]; there are `vocabulary` words. Frozen: no method trains one.
+
+- `KMeansPatches`: the nearest of K centres to a raw patch. Fitted in a minute, misses nothing of its own.
+- `ConvTokenizer`: a convolutional autoencoder with finite scalar quantisation (FSQ, arXiv 2309.15505) or vector
+  quantisation (VQ-VAE, 1711.00937) in the middle, whose decoder sees beyond one place.
+- `DallE`: the discrete VAE of DALL-E (2102.12092), which BEiT and CAE used, for its published weights.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from underpaint.errors import InputError
+from underpaint.patches import patchify, unpatchify
+
+FORMAT = 1
+CHUNK = 2**24  # distances held at once
+LEAST_USE = 0.1  # share of the vocabulary that held-out images must use
+LEAST_PATCHES = 10  # a word
+MOST_WORDS = 8192  # of k-means: the choice of its starts takes a pass a word
+ITERATIONS = 25  # of Lloyd
+FSQ_LEVELS = {1000: (8, 5, 5, 5), 1024: (4, 4, 4, 4, 4), 4375: (7, 5, 5, 5, 5), 64: (4, 4, 4), 256: (4, 4, 4, 4)}
+
+
+class Tokenizer(nn.Module):
+    """The contract above. `ready` says whether it was fitted, trained or loaded."""
+
+    kind: str
+    vocabulary: int
+    stride: int
+    channels: int
+    ready: bool = False
+
+    def encode(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
+        raise NotImplementedError
+
+    def decode(self, words: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c height width"]:
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, Any]:
+        """What its constructor needs."""
+        raise NotImplementedError
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.stride, width // self.stride
+
+    @torch.no_grad()
+    def quality(self, batches: Iterable[Float[Tensor, "b c height width"]]) -> dict[str, float]:
+        """On images it was not fitted on: `psnr` in dB, `used` (share of the vocabulary, or of the places where those
+        are fewer), `perplexity` of the words, and `unigram`, the cross-entropy in nats of always predicting by
+        frequency, which a model must beat."""
+        error, pixels = 0.0, 0
+        counts = torch.zeros(self.vocabulary, dtype=torch.float64)
+        for images in batches:
+            words = self.encode(images)
+            restored = self.decode(words, self.grid(*images.shape[-2:]))
+            error += float((restored - images).double().square().sum())
+            pixels += images.numel()
+            counts += torch.bincount(words.flatten().cpu(), minlength=self.vocabulary)
+        entropy = float(torch.special.entr(counts / counts.sum()).sum())
+        return {
+            "psnr": 10 * math.log10(pixels / max(error, 1e-30)),
+            "used": float((counts > 0).sum() / min(self.vocabulary, max(1.0, float(counts.sum())))),
+            "perplexity": math.exp(entropy),
+            "unigram": entropy,
+        }
+
+
+def refuse_collapsed(quality: dict[str, float], name: str) -> None:
+    """Raises InputError where held-out images use a small part of the vocabulary."""
+    if quality["used"] < LEAST_USE:
+        raise InputError(
+            f"{name}: held-out images use {100 * quality['used']:.1f} % of the words; at least {100 * LEAST_USE:.0f} % "
+            "are needed: a smaller vocabulary, or more training images"
+        )
+
+
+def described(quality: dict[str, float]) -> str:
+    """A line for people."""
+    return (
+        f"PSNR {quality['psnr']:.1f} dB, {100 * quality['used']:.0f} % of the words used, perplexity "
+        f"{quality['perplexity']:.0f}, unigram cross-entropy {quality['unigram']:.2f} nats"
+    )
+
+
+# -- k-means -----------------------------------------------------------------------------------------------------------
+
+
+class KMeansPatches(Tokenizer):
+    """Words are the nearest of `vocabulary` centres to a raw patch; a word decodes to its centre.
+
+    Nothing is learned by gradients: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's iterations; a centre that
+    lost its patches moves to the patch that is worst represented. As targets of masked image modelling: CCViT, arXiv
+    2303.04664; ClusterMIM, 2407.09087.
+    """
+
+    kind = "kmeans"
+    centres: Tensor
+
+    def __init__(self, vocabulary: int, stride: int, channels: int = 3):
+        super().__init__()
+        if not 2 <= vocabulary <= MOST_WORDS:
+            raise InputError(f"k-means has 2 to {MOST_WORDS} words, not {vocabulary}")
+        self.vocabulary, self.stride, self.channels = vocabulary, stride, channels
+        self.register_buffer("centres", torch.zeros(vocabulary, channels * stride * stride))
+
+    def arguments(self) -> dict[str, Any]:
+        return {"vocabulary": self.vocabulary, "stride": self.stride, "channels": self.channels}
+
+    @torch.no_grad()
+    def fit(self, patches: Float[Tensor, "n d"], seed: int = 0) -> None:
+        """From patches in [0, 1] (flattened as `patchify` does): the same patches and seed give the same words.
+
+        Raises:
+            InputError: fewer than 10 patches a word, or fewer different ones than words.
+        """
+        if len(patches) < LEAST_PATCHES * self.vocabulary:
+            raise InputError(
+                f"k-means of {self.vocabulary} words needs {LEAST_PATCHES * self.vocabulary} patches; there are "
+                f"{len(patches)}: more images, or a smaller vocabulary"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        some = patches[torch.randperm(len(patches), generator=generator)[: 40 * self.vocabulary].to(patches.device)]
+        centres = _plus_plus(some, self.vocabulary, generator)
+        for _ in range(ITERATIONS):
+            word, distance = _nearest(patches, centres)
+            sums = torch.zeros_like(centres).index_add_(0, word, patches)
+            counts = torch.bincount(word, minlength=self.vocabulary)
+            centres = torch.where(counts.unsqueeze(1) == 0, centres, sums / counts.clamp_min(1).unsqueeze(1))
+            empty = (counts == 0).nonzero().flatten()
+            if len(empty):
+                centres[empty] = patches[distance.topk(len(empty)).indices]
+        self.centres.copy_(centres)
+        self.ready = True
+
+    def encode(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
+        patches = patchify(images, (self.stride, self.stride))
+        return _nearest(patches.flatten(0, 1), self.centres)[0].view(patches.shape[:2])
+
+    def decode(self, words: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c height width"]:
+        return unpatchify(self.centres[words], (self.stride, self.stride), grid).clamp(0, 1)
+
+
+def _nearest(
+    patches: Float[Tensor, "n d"], centres: Float[Tensor, "k d"]
+) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    """The nearest centre and its squared distance; one matrix product, a chunk of patches at a time."""
+    patches = patches.float()  # near ties must not be decided by half precision
+    half = 0.5 * centres.square().sum(1)
+    words, scores = [], []
+    with torch.autocast(patches.device.type, enabled=False):
+        for part in patches.split(max(1, CHUNK // len(centres))):
+            score, word = torch.addmm(-half, part, centres.T).max(1)  # part . centre - |centre|^2 / 2
+            words.append(word)
+            scores.append(score)
+    distance = patches.square().sum(1) - 2 * torch.cat(scores)
+    return torch.cat(words), distance.clamp_min(0)
+
+
+def _plus_plus(patches: Float[Tensor, "n d"], count: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
+    """Starts far from each other: each next one drawn by its squared distance to those before."""
+    draws = torch.rand(count, generator=generator).tolist()
+    squares = patches.square().sum(1)
+    centres = [patches[int(draws[0] * len(patches))]]
+    nearest = torch.full_like(squares, torch.inf)
+    for draw in draws[1:]:
+        last = centres[-1]
+        nearest = torch.minimum(nearest, (squares - 2 * patches @ last + last.square().sum()).clamp_min(0))
+        total = nearest.double().cumsum(0)
+        if float(total[-1]) <= 0:
+            raise InputError(f"k-means of {count} words: there are only {len(centres)} different patches")
+        place = int(torch.searchsorted(total, draw * total[-1]))
+        centres.append(patches[min(place, len(patches) - 1)])
+    return torch.stack(centres)
+
+
+def vocabulary_for(image_size: tuple[int, int]) -> int:
+    """1024 words for images up to 64 px, 2048 above."""
+    return 1024 if max(image_size) <= 64 else 2048
+
+
+def sample_patches(
+    batches: Iterable[Float[Tensor, "b c height width"]], stride: int, wanted: int, seed: int
+) -> Float[Tensor, "n d"]:
+    """Random patches of images in [0, 1], at most 16 of each."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    total = 0
+    for images in batches:
+        patches = patchify(images, (stride, stride)).flatten(0, 1)
+        chosen = torch.randperm(len(patches), generator=generator)[: 16 * len(images)]
+        found.append(patches[chosen.to(patches.device)])
+        total += len(found[-1])
+        if total >= wanted:
+            break
+    return torch.cat(found)[:wanted]
+
+
+# -- convolutional autoencoders ----------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions beside the identity."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, dim, 3, padding=1),
+            nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, dim, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
+        return x + self.body(x)
+
+
+class ConvTokenizer(Tokenizer):
+    """A convolutional autoencoder whose middle is quantised: `fsq` (a fixed grid, which cannot collapse) or `vq` (a
+    learned codebook by moving averages, dead codes replaced), both vector-quantize-pytorch's.
+
+    Args:
+        kind: fsq or vq.
+        vocabulary: words; for fsq one of `FSQ_LEVELS`.
+        stride: pixels of a place, a power of 2.
+        dim: channels, of the places; half of it at finer scales.
+        blocks: residual blocks at each scale.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["fsq", "vq"],
+        vocabulary: int,
+        stride: int,
+        channels: int = 3,
+        dim: int = 128,
+        blocks: int = 2,
+    ):
+        super().__init__()
+        halvings = round(math.log2(stride))
+        if 2**halvings != stride or stride < 2:
+            raise InputError(f"a convolutional tokenizer has a stride of 2, 4, 8, 16 or 32 pixels, not {stride}")
+        self.kind, self.vocabulary, self.stride, self.channels = kind, vocabulary, stride, channels
+        self.dim, self.blocks = dim, blocks
+        widths = [max(32, dim // 2)] * (halvings - 1) + [dim]
+        down: list[nn.Module] = []
+        before = channels
+        for width in widths:
+            down += [nn.Conv2d(before, width, 4, 2, 1), *(Residual(width) for _ in range(blocks))]
+            before = width
+        up: list[nn.Module] = []
+        for width, after in zip(widths[::-1], [*widths[-2::-1], max(32, dim // 2)], strict=True):
+            up += [*(Residual(width) for _ in range(blocks)), nn.ConvTranspose2d(width, after, 4, 2, 1)]
+        last = max(32, dim // 2)
+        up += [nn.GroupNorm(8, last), nn.SiLU(), nn.Conv2d(last, channels, 3, padding=1)]
+        self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
+        from vector_quantize_pytorch import FSQ, VectorQuantize
+
+        if kind == "fsq":
+            if vocabulary not in FSQ_LEVELS:
+                raise InputError(
+                    f"an FSQ tokenizer has {', '.join(map(str, sorted(FSQ_LEVELS)))} words, not {vocabulary}"
+                )
+            self.quantize: Any = FSQ(list(FSQ_LEVELS[vocabulary]))
+            code = len(FSQ_LEVELS[vocabulary])
+        else:
+            code = min(32, dim)
+            self.quantize = VectorQuantize(
+                code, vocabulary, decay=0.9, kmeans_init=True, threshold_ema_dead_code=1, commitment_weight=0.25
+            )
+        self.narrow, self.widen = nn.Conv2d(dim, code, 1), nn.Conv2d(code, dim, 1)
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "vocabulary": self.vocabulary,
+            "stride": self.stride,
+            "channels": self.channels,
+            "dim": self.dim,
+            "blocks": self.blocks,
+        }
+
+    def _codes(self, images: Float[Tensor, "b c height width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised codes [b, n, code], words [b, n], and the loss of the codebook."""
+        found = self.narrow(self.down(2 * images - 1)).flatten(2).transpose(1, 2)
+        if self.kind == "fsq":
+            codes, words = self.quantize(found)
+            return codes, words, images.new_zeros(())
+        return self.quantize(found)
+
+    def _images(self, codes: Float[Tensor, "b n k"], grid: tuple[int, int]) -> Float[Tensor, "b c height width"]:
+        return 0.5 + 0.5 * self.up(self.widen(codes.transpose(1, 2).unflatten(2, grid)))
+
+    def loss(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, ""]:
+        """Squared error of the restored pixels, and the commitment of a codebook."""
+        codes, _, commitment = self._codes(images)
+        restored = self._images(codes, self.grid(*images.shape[-2:]))
+        return (restored - images).square().mean() + commitment.sum()
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
+        return self._codes(images)[1].long()
+
+    @torch.no_grad()
+    def decode(self, words: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c height width"]:
+        codes = (
+            self.quantize.indices_to_codes(words)
+            if self.kind == "fsq"
+            else self.quantize.get_output_from_indices(words)
+        )
+        return self._images(codes, grid).clamp(0, 1)
+
+
+# -- the discrete VAE of DALL-E ----------------------------------------------------------------------------------------
+
+
+class _Bottleneck(nn.Module):
+    """Pre-activated: four convolutions a quarter wide, beside the identity (a 1 x 1 convolution where widths differ)."""
+
+    def __init__(self, before: int, after: int, sides: tuple[int, int, int, int], gain: float):
+        super().__init__()
+        self.gain = gain
+        self.identity = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        widths = [before, *[after // 4] * 3, after]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(widths[k], widths[k + 1], side, padding=side // 2) for k, side in enumerate(sides)
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
+        found = x
+        for conv in self.convs:
+            found = conv(found.relu())
+        return self.identity(x) + self.gain * found
+
+
+class DallE(Tokenizer):
+    """The discrete VAE of DALL-E (Ramesh et al., arXiv 2102.12092): 8192 words at stride 8.
+
+    Its published weights are read from a safetensors file that `scripts/convert_dalle.py` makes from the authors' two
+    files. BEiT and CAE show it the crop at half size, so that a word stands for a patch of 16 px; here `stride` is 8 times
+    `shrink`, and images are made smaller by that first.
+    """
+
+    kind = "dalle"
+    vocabulary = 8192
+
+    def __init__(self, shrink: int = 2, width: int = 256, channels: int = 3, vocabulary: int = 8192):
+        super().__init__()
+        self.shrink, self.stride, self.channels, self.width = shrink, 8 * shrink, channels, width
+        self.vocabulary = vocabulary
+        gain = 1 / 64  # of four groups of two blocks
+        times = (1, 2, 4, 8)
+        self.first = nn.Conv2d(channels, width, 7, padding=3)
+        befores = [1, *times[:-1]]
+        self.encoder = nn.ModuleList(
+            nn.ModuleList(
+                _Bottleneck(width * (before if k == 0 else after), width * after, (3, 3, 3, 1), gain) for k in (0, 1)
+            )
+            for before, after in zip(befores, times, strict=True)
+        )
+        self.logits = nn.Conv2d(8 * width, vocabulary, 1)
+        self.codebook = nn.Conv2d(vocabulary, width // 2, 1)
+        self.decoder = nn.ModuleList()
+        before = width // 2
+        for after in times[::-1]:
+            group = nn.ModuleList()
+            for _ in (0, 1):
+                group.append(_Bottleneck(before, width * after, (1, 3, 3, 3), gain))
+                before = width * after
+            self.decoder.append(group)
+        self.last = nn.Conv2d(width, 2 * channels, 1)
+
+    def arguments(self) -> dict[str, Any]:
+        return {"shrink": self.shrink, "width": self.width, "channels": self.channels, "vocabulary": self.vocabulary}
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
+        if self.shrink > 1:
+            size = (images.shape[-2] // self.shrink, images.shape[-1] // self.shrink)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        found = self.first(0.8 * images + 0.1)
+        for number, group in enumerate(self.encoder):
+            for block in group:  # pyright: ignore[reportGeneralTypeIssues]
+                found = block(found)
+            if number < 3:
+                found = F.max_pool2d(found, 2)
+        return self.logits(found.relu()).argmax(1).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, words: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c height width"]:
+        bias = self.codebook.bias
+        assert bias is not None
+        codes = F.embedding(words, self.codebook.weight.flatten(1).T) + bias
+        found = codes.transpose(1, 2).unflatten(2, grid)
+        for number, group in enumerate(self.decoder):
+            for block in group:  # pyright: ignore[reportGeneralTypeIssues]
+                found = block(found)
+            if number < 3:
+                found = F.interpolate(found, scale_factor=2.0, mode="nearest")
+        restored = ((self.last(found.relu())[:, : self.channels].sigmoid() - 0.1) / 0.8).clamp(0, 1)
+        if self.shrink > 1:
+            restored = F.interpolate(restored, scale_factor=float(self.shrink), mode="bilinear", align_corners=False)
+        return restored
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path, quality: dict[str, float] | None = None) -> None:
+    """Write `path` (safetensors) and, beside it, a .json with what its constructor needs and its quality."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}, temporary)
+    temporary.replace(path)
+    description = {"format": FORMAT, "kind": tokenizer.kind, "arguments": tokenizer.arguments(), "quality": quality}
+    temporary = path.with_suffix(".json.part")
+    temporary.write_text(json.dumps(description, indent=2) + "\n")
+    temporary.replace(path.with_suffix(".json"))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer of `save_tokenizer`.
+
+    Raises:
+        InputError: it is not there, or cannot be read.
+    """
+    file = Path(path)
+    try:
+        description = json.loads(file.with_suffix(".json").read_text())
+        if description.get("format") != FORMAT:
+            raise InputError(f"{file}: format {description.get('format')}; this version reads format {FORMAT}")
+        kinds: dict[str, Any] = {"kmeans": KMeansPatches, "fsq": ConvTokenizer, "vq": ConvTokenizer, "dalle": DallE}
+        tokenizer: Tokenizer = kinds[description["kind"]](**description["arguments"])
+        tokenizer.load_state_dict(load_file(file))
+    except OSError as error:
+        raise InputError(
+            f"tokenizer {file}: {error.strerror or 'not readable'}; 'underpaint tokenizer' makes one"
+        ) from error
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"tokenizer {file}: not a tokenizer: {str(error).splitlines()[0]}") from error
+    tokenizer.ready = True
+    return tokenizer.eval().requires_grad_(False)
