@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Generator
 from pathlib import Path
@@ -27,6 +28,7 @@ from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separa
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import open_subject
 from underpaint.fit import Length, Schedule, fit
+from underpaint.runs import Run
 from underpaint.train import pretrain
 
 TINY = {"encoder.embed_dim": 48, "encoder.depth": 2, "encoder.num_heads": 3}
@@ -87,6 +89,7 @@ class Toy:
         self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.optimiser = create_optimizer_v2(self.model, opt=optimiser, lr=0.1)
         self.fail_at: int | None = None
+        self.nan_at: int | None = None
 
     def batches(self, first: int) -> Generator[Tensor, None, None]:
         step = first
@@ -97,7 +100,8 @@ class Toy:
     def loss_of(self, batch: Tensor, step: int) -> Tensor:
         if step == self.fail_at:
             raise KeyboardInterrupt
-        return (self.model(batch).squeeze(1) - batch.sum(1)).square().mean()
+        factor = float("nan") if step == self.nan_at else 1.0
+        return factor * (self.model(batch).squeeze(1) - batch.sum(1)).square().mean()
 
     def run(self, folder: Path, length: Length, **settings: Any) -> dict[str, float]:
         return fit(
@@ -158,6 +162,18 @@ def test_a_loop_refuses_other_settings_and_stops_where_nothing_is_finite(tmp_pat
         next(broken.model.parameters()).fill_(float("nan"))
     with pytest.raises(NotFinite, match="not finite in 10 steps"):
         broken.run(tmp_path / "two", Length(50))
+
+
+@pytest.mark.quick
+def test_one_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    toy = Toy()
+    toy.nan_at = 3
+    told = toy.run(tmp_path / "one", Length(8))
+    assert all(bool(p.isfinite().all()) for p in toy.model.parameters())
+    assert math.isfinite(told["loss"])
+    last = Run(tmp_path / "one").load()
+    assert last is not None
+    assert last[1]["bad"] == 1
 
 
 @pytest.mark.quick

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -94,4 +96,11 @@ def test_positions_tell_rows_from_columns() -> None:
     assert torch.equal(positions[0, :8], positions[4, :8])  # same row: same first half
     assert torch.equal(positions[0, 8:], positions[5, 8:])  # same column: same second half
     assert len({tuple(row) for row in positions.tolist()}) == 15
+    for row, column in ((0, 0), (1, 3), (2, 4)):  # the formula, place by place
+        angles = [10000 ** (-i / 4) for i in range(4)]
+        wanted = [f(row * w) for f in (math.sin, math.cos) for w in angles]
+        wanted += [f(column * w) for f in (math.sin, math.cos) for w in angles]
+        assert positions[5 * row + column].tolist() == pytest.approx(wanted, abs=1e-6)
+    larger = sincos_positions((4, 7), 16).view(4, 7, 16)  # another size: the same row and column, the same position
+    assert torch.equal(larger[:3, :5].flatten(0, 1), positions)
     assert sincos_positions((2, 2), 10).shape == (4, 10)  # widths that four does not divide

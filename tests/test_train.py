@@ -52,7 +52,7 @@ def test_a_run_leaves_what_is_promised(name: str, pictures: Path, tmp_path: Path
     run = pretrain(pictures, tmp_path / "run", method=name, steps=8, settings=settings, probe_every=4, **TINY)
     said = capsys.readouterr().out
     assert "90 images" in said
-    assert ("fitting k-means of 32 words" in said) == run.tokenizer.is_file() == (name in WORDS)
+    assert ("making a tokenizer: kmeans, 32 words of 4 px" in said) == run.tokenizer.is_file() == (name in WORDS)
     assert "images/s" in said
     assert "pretrained encoder" in said
     assert "untrained encoder" in said

@@ -1,6 +1,7 @@
-"""`underpaint tokenizer`: fit or train a tokenizer on a folder of images, and say how good it is."""
+"""Fit or train a tokenizer on images, and say how good it is: `underpaint tokenizer`, and runs that are given none."""
 
-from collections.abc import Generator
+import shutil
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor
 from underpaint.data import ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
 from underpaint.fit import Length, Schedule, fit
-from underpaint.methods.words import PATCHES_A_WORD
 from underpaint.pictures import sheet
 from underpaint.progress import say
 from underpaint.recipes.recipe import Data
@@ -29,12 +29,75 @@ from underpaint.tokenizers import (
 KINDS = ("kmeans", "fsq", "vq")
 HELD_OUT, HELD_OUT_IMAGES = 20, 2_000  # each 20th image, and at most so many, judge
 SHOWN = 6
+PATCHES_A_WORD = 256  # that k-means is fitted to
 RATE = 1e-3  # of AdamW, at its highest
 STEPS = 5_000
 
 
-def fitting_crops(
-    images: ImageSet, settings: Data, batch_size: int, seed: int, device: torch.device, first: int = 0
+def make_ready(
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    settings: Data,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    minutes: float | None = None,
+    shout: Callable[[str], None] = say,
+) -> dict[str, Any]:
+    """Fit or train `tokenizer` in place where that is still to be done, on crops of `images`, and judge it.
+
+    Args:
+        settings: how crops are cut.
+        folder: of a training's checkpoints, from which the same call goes on; removed when it is done.
+        minutes: of training; 5,000 steps where None.
+
+    Returns:
+        kind, made (whether it was not ready before), and quality on each 20th image, which is not trained on.
+
+    Raises:
+        InputError: too few images; held-out images use hardly any of the words.
+    """
+    made = not tokenizer.ready
+
+    def crops(first: int) -> Generator[Tensor, None, None]:
+        return _crops(images, settings, batch_size, seed, device, first)
+
+    if made:
+        shout(f"making a tokenizer: {tokenizer.kind}, {tokenizer.vocabulary} words of {tokenizer.stride} px ...")
+    if made and isinstance(tokenizer, KMeansPatches):
+        with closing(crops(0)) as batches:
+            wanted = PATCHES_A_WORD * tokenizer.vocabulary
+            tokenizer.fit(sample_patches(batches, tokenizer.stride, wanted, seed), seed)
+    elif made and isinstance(tokenizer, ConvTokenizer):
+        tokenizer.requires_grad_(True)
+        fit(
+            tokenizer,
+            torch.optim.AdamW(tokenizer.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01),
+            crops,
+            lambda images, step: tokenizer.loss(images),
+            folder=folder,
+            length=Length(STEPS, minutes),
+            schedule=Schedule(0.05),
+            seed=seed,
+            clip=1.0,
+            batch_size=batch_size,
+            settings={**tokenizer.arguments(), "batch_size": batch_size, "seed": seed},
+        )
+        tokenizer.requires_grad_(False).ready = True
+    tokenizer.eval()
+    size = (settings.image_size[0], settings.image_size[1])
+    quality = tokenizer.quality(held_out_crops(images, size, device))
+    shout(f"{tokenizer.kind}, {tokenizer.vocabulary} words of {tokenizer.stride} px, held out: {described(quality)}")
+    refuse_collapsed(quality, f"{tokenizer.kind} tokenizer")
+    if made:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"kind": tokenizer.kind, "made": made, "quality": quality}
+
+
+def _crops(
+    images: ImageSet, settings: Data, batch_size: int, seed: int, device: torch.device, first: int
 ) -> Generator[Tensor, None, None]:
     """Random crops in [0, 1], the same on every process, of all images but those that judge."""
     batches = train_batches(
@@ -55,7 +118,7 @@ def fitting_crops(
 
 
 def held_out_crops(images: ImageSet, size: tuple[int, int], device: torch.device) -> Generator[Tensor, None, None]:
-    """The images in [0, 1] that judge a tokenizer, which `fitting_crops` leaves out."""
+    """The images in [0, 1] that judge a tokenizer, which are not trained on."""
     chosen = range(0, len(images), HELD_OUT)[:HELD_OUT_IMAGES]
     with closing(eval_batches(images, size=size, indices=chosen, device=device)) as batches:
         for batch in batches:
@@ -99,65 +162,33 @@ def make_tokenizer(
     path = Path(out)
     if path.suffix != ".safetensors":
         raise InputError(f"--out {out}: give a .safetensors file")
+    words = vocabulary or (vocabulary_for(image_size) if kind != "fsq" or max(image_size) <= 64 else 4375)
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer: Any = (
+        KMeansPatches(words, stride, channels)
+        if kind == "kmeans"
+        else ConvTokenizer("fsq" if kind == "fsq" else "vq", words, stride, channels)
+    )
+    tokenizer.to(device)
     source = open_source(data, seed=seed)
     for note in source.notes:
         say(note)
-    indices = pretraining_indices(source)
-    images = load_images(source, indices, size=image_size, channels=channels)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    words = vocabulary or (vocabulary_for(image_size) if kind != "fsq" or max(image_size) <= 64 else 4375)
-    torch.manual_seed(seed)
-
-    settings = Data(image_size=image_size, channels=channels)
-
-    def trained_on(first: int) -> Generator[Tensor, None, None]:
-        return fitting_crops(images, settings, batch_size, seed, torch.device(device), first)
-
-    tokenizer: Tokenizer
-    if kind == "kmeans":
-        tokenizer = KMeansPatches(words, stride, channels).to(device)
-        with closing(trained_on(0)) as batches:
-            tokenizer.fit(sample_patches(batches, stride, PATCHES_A_WORD * words, seed), seed)
-    else:
-        tokenizer = _trained(kind, words, stride, channels, batch_size, trained_on, minutes, seed, path, device)
-    quality = tokenizer.eval().quality(held_out_crops(images, image_size, torch.device(device)))
-    say(f"{kind}, {words} words of {stride} px: {described(quality)}")
-    refuse_collapsed(quality, str(path))
-    save_tokenizer(tokenizer, path, quality)
-    few = next(held_out_crops(images, image_size, torch.device(device)))[:SHOWN]
+    images = load_images(source, pretraining_indices(source), size=image_size, channels=channels)
+    made = make_ready(
+        tokenizer,
+        images,
+        Data(image_size=image_size, channels=channels),
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        folder=path.with_suffix(".training"),
+        minutes=minutes,
+    )
+    save_tokenizer(tokenizer, path, made["quality"])
+    few = next(held_out_crops(images, image_size, device))[:SHOWN]
     with torch.no_grad():
         restored = tokenizer.decode(tokenizer.encode(few), tokenizer.grid(*image_size))
     sheet({"held-out image": few.cpu(), f"{kind}\n{words} words": restored.cpu()}, path.with_suffix(".png"))
     say(f"done: {path}")
-    return quality
-
-
-def _trained(
-    kind: Any,
-    words: int,
-    stride: int,
-    channels: int,
-    batch_size: int,
-    trained_on: Any,
-    minutes: float | None,
-    seed: int,
-    path: Path,
-    device: str,
-) -> ConvTokenizer:
-    tokenizer = ConvTokenizer(kind, words, stride, channels).to(device)
-    optimiser = torch.optim.AdamW(tokenizer.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    fit(
-        tokenizer,
-        optimiser,
-        trained_on,
-        lambda images, step: tokenizer.loss(images),
-        folder=path.with_suffix(".training"),
-        length=Length(STEPS, minutes),
-        schedule=Schedule(0.05),
-        seed=seed,
-        clip=1.0,
-        batch_size=batch_size,
-        settings={**tokenizer.arguments(), "batch_size": batch_size, "seed": seed},
-    )
-    tokenizer.ready = True
-    return tokenizer
+    return made["quality"]

@@ -57,7 +57,7 @@ class Tokenizer(nn.Module):
         return height // self.stride, width // self.stride
 
     @torch.no_grad()
-    def quality(self, batches: Iterable[Float[Tensor, "b c height width"]]) -> dict[str, float]:
+    def quality(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """On images it was not fitted on: `psnr` in dB, `used` (share of the vocabulary, or of the places where those
         are fewer), `perplexity` of the words, and `unigram`, the cross-entropy in nats of always predicting by
         frequency, which a model must beat."""
@@ -191,9 +191,7 @@ def vocabulary_for(image_size: tuple[int, int]) -> int:
     return 1024 if max(image_size) <= 64 else 2048
 
 
-def sample_patches(
-    batches: Iterable[Float[Tensor, "b c height width"]], stride: int, wanted: int, seed: int
-) -> Float[Tensor, "n d"]:
+def sample_patches(batches: Iterable[Tensor], stride: int, wanted: int, seed: int) -> Float[Tensor, "n d"]:
     """Random patches of images in [0, 1], at most 16 of each."""
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []

@@ -40,7 +40,7 @@ from underpaint.report import write_report
 from underpaint.runs import Run, environment, finite, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.step import Session, Window, learning_rate, session, update
-from underpaint.tokenize import fitting_crops, held_out_crops
+from underpaint.tokenize import make_ready
 from underpaint.tokenizers import Tokenizer, save_tokenizer
 
 # flag of the command line and keyword of `pretrain` -> place in the recipe
@@ -288,20 +288,42 @@ def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
     return max(1, round((length.epochs or DEFAULT_EPOCHS) * images / recipe.optimiser.batch_size))
 
 
-def _decide(fabric: Fabric, recipe: Recipe, images: ImageSet, current: Session, shout: Any) -> Session:
+def _make(
+    fabric: Fabric, recipe: Recipe, images: ImageSet, tokenizer: Tokenizer, shout: Any, scratch: Path
+) -> dict[str, Any]:
+    """The first process makes a run's tokenizer, the others take it over."""
+    found: Any = None
+    if fabric.is_global_zero:
+        try:
+            found = make_ready(
+                tokenizer,
+                images,
+                recipe.data,
+                batch_size=recipe.optimiser.batch_size,
+                seed=recipe.run.seed,
+                device=fabric.device,
+                folder=scratch,
+                shout=shout,
+            )
+        except InputError as error:
+            found = str(error)
+    found = fabric.broadcast(found)
+    if isinstance(found, str):
+        raise InputError(found)
+    for tensor in tokenizer.state_dict().values():
+        tensor.copy_(fabric.broadcast(tensor))
+    tokenizer.ready = True
+    return found
+
+
+def _decide(fabric: Fabric, recipe: Recipe, images: ImageSet, current: Session, shout: Any, scratch: Path) -> Session:
     """Measure what the machine can do, and write what follows from it into the recipe."""
     measured, length = recipe.measured, recipe.run
     if "prepared" not in measured:
         began = time.perf_counter()
         made = current.method.prepare(
-            fitting_crops(images, recipe.data, recipe.optimiser.batch_size, recipe.run.seed, fabric.device),
-            lambda: held_out_crops(images, recipe.data.image_size, fabric.device),
-            current.standardize,
-            shout,
-            recipe.run.seed,
+            current.standardize, lambda tokenizer: _make(fabric, recipe, images, tokenizer, shout, scratch)
         )
-        for buffer in current.method.buffers():  # the same on every process, whatever their arithmetic
-            buffer.copy_(fabric.broadcast(buffer))
         measured["prepared"] = made | {"seconds": round(time.perf_counter() - began, 1)} if made else {}
     if "seconds_per_step" not in measured:
         batches = _batches(current, images, 0, None)
@@ -371,7 +393,7 @@ def _train(
     shout = say if main and pause is None else _silent
     untrained = copy.deepcopy(method.encoder)
     current = session(fabric, recipe, method, standardize, bool(recipe.measured.get("compile")))
-    current = _decide(fabric, recipe, images, current, shout)
+    current = _decide(fabric, recipe, images, current, shout, run.path / "tokenizer.training")
     measured, window = recipe.measured, Window()
     total, batch_size = measured["steps"], recipe.optimiser.batch_size
     state: dict[str, Any] = {

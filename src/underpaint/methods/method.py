@@ -1,6 +1,6 @@
 """The contract between a method and everything around it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones import Backbone
 from underpaint.patches import Standardize
+from underpaint.tokenizers import Tokenizer
 
 
 class Objective(NamedTuple):
@@ -63,24 +64,16 @@ class Method(nn.Module):
             yield objective
             carry = objective.carry
 
-    def prepare(
-        self,
-        batches: Iterable[Tensor],
-        held_out: Callable[[], Iterable[Tensor]],
-        standardize: Standardize,
-        shout: Callable[[str], None],
-        seed: int = 0,
-    ) -> dict[str, Any]:
-        """What must be made of the training images before step 0: a tokenizer, for methods that predict words.
+    def prepare(self, standardize: Standardize, make: Callable[[Tokenizer], dict[str, Any]]) -> dict[str, Any]:
+        """What must be there before step 0: a tokenizer, for methods that predict words.
 
         Args:
-            batches: crops of training images in [0, 1], endless.
-            held_out: a pass over images that are not among them.
             standardize: the transform of the images of this method.
-            shout: told what happens.
+            make: fits or trains a tokenizer on the training images where that is still to be done, and says how good
+                it is.
 
         Returns:
-            What is to be known of it, plain data; nothing where nothing is made.
+            What is to be known of it, plain data; nothing where nothing is needed.
         """
         return {}
 

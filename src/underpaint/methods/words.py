@@ -1,6 +1,6 @@
-"""What methods share that predict visual words: a tokenizer, the way to its images, and how it comes to be fitted."""
+"""What methods share that predict visual words: a tokenizer, and the way to its images."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,24 +13,14 @@ from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask
 from underpaint.methods.masked import MaskedMethod
 from underpaint.patches import Standardize
-from underpaint.tokenizers import (
-    KMeansPatches,
-    Tokenizer,
-    described,
-    load_tokenizer,
-    refuse_collapsed,
-    sample_patches,
-    vocabulary_for,
-)
-
-PATCHES_A_WORD = 256  # that k-means is fitted to
+from underpaint.tokenizers import KMeansPatches, Tokenizer, load_tokenizer, vocabulary_for
 
 
 class WordMethod(MaskedMethod):
     """A method whose targets are words, one a patch of the encoder.
 
-    Without a tokenizer's file it has k-means over patches, which `prepare` fits to the training images; `standardize`
-    leads back from the images of the method to those of the tokenizer, in [0, 1].
+    Without a tokenizer's file it has k-means over patches, which is still to be fitted to the training images;
+    `standardize` leads back from the images of the method to those of the tokenizer, in [0, 1].
     """
 
     encoder: TokenBackbone
@@ -59,26 +49,9 @@ class WordMethod(MaskedMethod):
         self.standardize = Standardize([0.0] * encoder.channels, [1.0] * encoder.channels)
         self.register_load_state_dict_post_hook(_ready)
 
-    def prepare(
-        self,
-        batches: Iterable[Float[Tensor, "b c height width"]],
-        held_out: Callable[[], Iterable[Float[Tensor, "b c height width"]]],
-        standardize: Standardize,
-        shout: Callable[[str], None],
-        seed: int = 0,
-    ) -> dict[str, Any]:
+    def prepare(self, standardize: Standardize, make: Callable[[Tokenizer], dict[str, Any]]) -> dict[str, Any]:
         self.standardize.load_state_dict(standardize.state_dict())
-        made = not self.tokenizer.ready
-        if made:
-            assert isinstance(self.tokenizer, KMeansPatches)
-            words = self.tokenizer.vocabulary
-            shout(f"no tokenizer given: fitting k-means of {words} words to patches of the training images ...")
-            patches = sample_patches(batches, self.tokenizer.stride, PATCHES_A_WORD * words, seed)
-            self.tokenizer.fit(patches, seed)
-        quality = self.tokenizer.quality(held_out())
-        shout(f"tokenizer on held-out images: {described(quality)}")
-        refuse_collapsed(quality, "tokenizer")
-        return {"kind": self.tokenizer.kind, "made": made, "quality": quality}
+        return make(self.tokenizer)
 
     @torch.no_grad()
     def words(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
