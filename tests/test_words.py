@@ -378,8 +378,15 @@ def test_beit_on_timms_beit_with_relative_positions() -> None:
     assert bool(table.grad.any())
     with torch.no_grad():
         assert torch.allclose(relative(images).pooled, relative.model(images), atol=1e-5)
-    with pytest.raises(TypeError, match="part of its patches"):
-        relative.embed(images, torch.zeros(4, 2, dtype=torch.long))
+
+
+@pytest.mark.unhooked  # the hook would refuse the argument before the method's own sentence
+def test_cae_refuses_encoders_that_need_all_patches() -> None:
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8}
+    for name, settings in (("beit_base_patch16_224", small), ("resnet18", {})):
+        other: Any = underpaint.encoder(name, **settings)
+        with pytest.raises(TypeError, match=r"CAE needs|plain vision transformer"):
+            CAE(other, vocabulary=32)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from underpaint.tokenizers import (
     sample_patches,
     save_tokenizer,
     vocabulary_for,
+    width_for,
 )
 
 KINDS = ("kmeans", "fsq", "vq")
@@ -168,7 +169,7 @@ def make_tokenizer(
     tokenizer: Any = (
         KMeansPatches(words, stride, channels)
         if kind == "kmeans"
-        else ConvTokenizer("fsq" if kind == "fsq" else "vq", words, stride, channels)
+        else ConvTokenizer("fsq" if kind == "fsq" else "vq", words, stride, channels, width_for(image_size))
     )
     tokenizer.to(device)
     source = open_source(data, seed=seed)
@@ -178,7 +179,7 @@ def make_tokenizer(
     made = make_ready(
         tokenizer,
         images,
-        Data(image_size=image_size, channels=channels),
+        Data(image_size=image_size, channels=channels, crop_scale=(0.4 if max(image_size) <= 64 else 0.2, 1.0)),
         batch_size=batch_size,
         seed=seed,
         device=device,

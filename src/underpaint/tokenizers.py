@@ -186,6 +186,11 @@ def _plus_plus(patches: Float[Tensor, "n d"], count: int, generator: torch.Gener
     return torch.stack(centres)
 
 
+def width_for(image_size: tuple[int, int]) -> int:
+    """Channels of a convolutional tokenizer: 64 for images up to 64 px, 128 above."""
+    return 64 if max(image_size) <= 64 else 128
+
+
 def vocabulary_for(image_size: tuple[int, int]) -> int:
     """1024 words for images up to 64 px, 2048 above."""
     return 1024 if max(image_size) <= 64 else 2048
@@ -245,21 +250,25 @@ class ConvTokenizer(Tokenizer):
         blocks: int = 2,
     ):
         super().__init__()
-        halvings = round(math.log2(stride))
-        if 2**halvings != stride or stride < 2:
+        if stride not in (2, 4, 8, 16, 32):
             raise InputError(f"a convolutional tokenizer has a stride of 2, 4, 8, 16 or 32 pixels, not {stride}")
         self.kind, self.vocabulary, self.stride, self.channels = kind, vocabulary, stride, channels
         self.dim, self.blocks = dim, blocks
-        widths = [max(32, dim // 2)] * (halvings - 1) + [dim]
+        first = 4 if stride >= 16 else 2  # where words are large, finer scales would cost most and matter least
+        strides = [first] + [2] * (round(math.log2(stride / first)))
+        last = max(32, dim // 2)
+        widths = [last] * (len(strides) - 1) + [dim]
         down: list[nn.Module] = []
         before = channels
-        for width in widths:
-            down += [nn.Conv2d(before, width, 4, 2, 1), *(Residual(width) for _ in range(blocks))]
+        for width, step in zip(widths, strides, strict=True):
+            down += [nn.Conv2d(before, width, 2 * step, step, step // 2), *(Residual(width) for _ in range(blocks))]
             before = width
         up: list[nn.Module] = []
-        for width, after in zip(widths[::-1], [*widths[-2::-1], max(32, dim // 2)], strict=True):
-            up += [*(Residual(width) for _ in range(blocks)), nn.ConvTranspose2d(width, after, 4, 2, 1)]
-        last = max(32, dim // 2)
+        for width, after, step in zip(widths[::-1], [*widths[-2::-1], last], strides[::-1], strict=True):
+            up += [
+                *(Residual(width) for _ in range(blocks)),
+                nn.ConvTranspose2d(width, after, 2 * step, step, step // 2),
+            ]
         up += [nn.GroupNorm(8, last), nn.SiLU(), nn.Conv2d(last, channels, 3, padding=1)]
         self.down, self.up = nn.Sequential(*down), nn.Sequential(*up)
         from vector_quantize_pytorch import FSQ, VectorQuantize
@@ -277,6 +286,8 @@ class ConvTokenizer(Tokenizer):
                 code, vocabulary, decay=0.9, kmeans_init=True, threshold_ema_dead_code=1, commitment_weight=0.25
             )
         self.narrow, self.widen = nn.Conv2d(dim, code, 1), nn.Conv2d(code, dim, 1)
+        # each coordinate over all its levels from the first step on, so that all words are used
+        self.spread = nn.BatchNorm2d(code, affine=False) if kind == "fsq" else nn.Identity()
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -290,7 +301,7 @@ class ConvTokenizer(Tokenizer):
 
     def _codes(self, images: Float[Tensor, "b c height width"]) -> tuple[Tensor, Tensor, Tensor]:
         """Quantised codes [b, n, code], words [b, n], and the loss of the codebook."""
-        found = self.narrow(self.down(2 * images - 1)).flatten(2).transpose(1, 2)
+        found = self.spread(self.narrow(self.down(2 * images - 1))).flatten(2).transpose(1, 2)
         if self.kind == "fsq":
             codes, words = self.quantize(found)
             return codes, words, images.new_zeros(())

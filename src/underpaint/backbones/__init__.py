@@ -10,7 +10,7 @@ from underpaint.backbones.build import (
     save_encoder,
     standardize_for,
 )
-from underpaint.backbones.protocols import Backbone, Encoded, Features, TokenBackbone
+from underpaint.backbones.protocols import Backbone, Encoded, Features, PatchBackbone, TokenBackbone
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
 
@@ -18,6 +18,7 @@ __all__ = [
     "Backbone",
     "Encoded",
     "Features",
+    "PatchBackbone",
     "Swin",
     "TokenBackbone",
     "ViT",

@@ -42,15 +42,47 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-class TokenBackbone(Backbone):
-    """An encoder that can run on a subset of its patches: MAE, SimMIM, BEiT, CAE, LocalMIM.
+class PatchBackbone(Backbone):
+    """A plain transformer over patches, numbered 0..n-1 row by row: BEiT, and the generator of CIM.
 
-    Patches are numbered 0..n-1 row by row; class and register tokens are the adapter's private business.
+    Class and register tokens are the adapter's private business.
     """
 
     patch_size: tuple[int, int]
     image_size: tuple[int, int]
     depth: int
+
+    def embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:
+        """Tokens of the patches, positions not yet added."""
+        raise NotImplementedError
+
+    def encode(self, tokens: Float[Tensor, "b n d"], *, taps: Sequence[int] = ()) -> Encoded:
+        """Add positions and run the blocks."""
+        raise NotImplementedError
+
+    def check_size(self, images: Tensor) -> None:
+        if tuple(images.shape[-2:]) != self.image_size:
+            got, want = "x".join(map(str, images.shape[-2:])), "x".join(map(str, self.image_size))
+            raise ValueError(f"images are {got} pixels; this encoder was built for {want}")
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    def forward(self, images: Float[Tensor, "b c height width"]) -> Features:
+        """Patch tokens after the final norm, and their mean (the class token is not part of it)."""
+        patches = self.encode(self.embed(images)).tokens
+        return Features(patches.mean(1), patches)
+
+    def pyramid(self, images: Float[Tensor, "b c height width"]) -> list[tuple[Tensor, int]]:
+        """The outputs of four blocks spread over the depth, all at the patch's stride (there is no other)."""
+        taps = sorted({max(0, (self.depth * quarter) // 4 - 1) for quarter in (1, 2, 3, 4)})
+        maps = self.encode(self.embed(images), taps=taps).taps
+        rows, columns = self.grid(*images.shape[-2:])
+        return [(m.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size[0]) for m in maps]
+
+
+class TokenBackbone(PatchBackbone):
+    """An encoder that can run on a subset of its patches: MAE, CAE, LocalMIM."""
 
     def embed(
         self, images: Float[Tensor, "b c height width"], index: Int[Tensor, "b k"] | None = None

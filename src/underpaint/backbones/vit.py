@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from underpaint.backbones.protocols import Encoded, Features, TokenBackbone
+from underpaint.backbones.protocols import Encoded, TokenBackbone
 from underpaint.blocks import sincos_positions
 from underpaint.patches import patchify, take
 
@@ -39,27 +39,10 @@ class ViT(TokenBackbone):
         self.model.pos_embed.zero_()
         self.model.pos_embed[0, -len(positions) :] = positions
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        return height // self.patch_size[0], width // self.patch_size[1]
-
-    def forward(self, images: Float[Tensor, "b c height width"]) -> Features:
-        """Patch tokens after the final norm, and their mean (the class token is not part of it)."""
-        patches = self.encode(self.embed(images)).tokens
-        return Features(patches.mean(1), patches)
-
-    def pyramid(self, images: Float[Tensor, "b c height width"]) -> list[tuple[Tensor, int]]:
-        """The outputs of four blocks spread over the depth, all at the patch's stride (a ViT has no other)."""
-        taps = sorted({max(0, (self.depth * quarter) // 4 - 1) for quarter in (1, 2, 3, 4)})
-        maps = self.encode(self.embed(images), taps=taps).taps
-        rows, columns = self.grid(*images.shape[-2:])
-        return [(m.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size[0]) for m in maps]
-
     def embed(
         self, images: Float[Tensor, "b c height width"], index: Int[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b k d"]:
-        if tuple(images.shape[-2:]) != self.image_size:
-            got, want = "x".join(map(str, images.shape[-2:])), "x".join(map(str, self.image_size))
-            raise ValueError(f"images are {got} pixels; this encoder was built for {want}")
+        self.check_size(images)
         embedding = self.model.patch_embed
         patches = patchify(images, self.patch_size)
         if index is not None:

@@ -147,7 +147,7 @@ def _floor(floor: Arm, methods: Sequence[Arm], seeds: Spread) -> str:
 
 def points(found: Difference) -> str:
     """A difference in percentage points with its standard error."""
-    return f"{100 * found.value:+.1f} ± {100 * found.error:.1f} points".replace("-", "−")
+    return f"{round(100 * found.value, 1) + 0.0:+.1f} ± {100 * found.error:.1f} points".replace("-", "−")
 
 
 def _all(names: Sequence[str], joined: str = "and") -> str:

@@ -364,7 +364,8 @@ def table(results: dict[str, Any], markdown: bool = False) -> list[str]:
         notes = [f"{found['train']} images to train on, {found['test']} to test on"]
         for what, row in found.get("gains", {}).items():
             told = [
-                f"{HEADS[n].removesuffix(', %')} {100 * row[n]:+.1f} ± {100 * row[f'{n}_error']:.1f}" for n in columns
+                f"{HEADS[n].removesuffix(', %')} {round(100 * row[n], 1) + 0.0:+.1f} ± {100 * row[f'{n}_error']:.1f}"
+                for n in columns
             ]
             notes.append(f"{what}, points: {', '.join(told)}")
         if markdown:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from underpaint.backbones import TokenBackbone
+from underpaint.backbones import PatchBackbone
 from underpaint.masking import Mask, block_mask, hidden_count, random_mask
 from underpaint.methods.method import Objective
 from underpaint.methods.words import WordMethod, word_terms
@@ -35,7 +35,7 @@ class BEiT(WordMethod):
 
     def __init__(
         self,
-        encoder: TokenBackbone,
+        encoder: PatchBackbone,
         hidden_ratio: float = 0.4,
         mask: Literal["block", "random"] = "block",
         tokenizer: str | None = None,

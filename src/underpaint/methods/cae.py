@@ -71,6 +71,14 @@ class Regress(nn.Module):
 class CAE(WordMethod):
     """Predict the encoder's representation of hidden patches, and their words from that.
 
+    >>> import torch, underpaint
+    >>> from underpaint.tokenizers import sample_patches
+    >>> cae = underpaint.CAE(underpaint.encoder("vit_tiny_patch16_224", image_size=64), vocabulary=16)
+    >>> cae.tokenizer.fit(sample_patches([torch.rand(64, 3, 64, 64)], 16, 1024, seed=0))  # a run does this by itself
+    >>> objective = cae(torch.rand(2, 3, 64, 64))
+    >>> objective.loss.backward(); sorted(objective.terms)
+    ['accuracy', 'alignment', 'baseline', 'target_std', 'words']
+
     Args:
         encoder: a plain ViT; the paper's have `init_values=0.1` (LayerScale).
         hidden_ratio: share of the patches that is hidden (0.5 in the paper: 98 of 196).
@@ -89,6 +97,7 @@ class CAE(WordMethod):
     """
 
     paper = "predict the encoder's own representation of hidden patches, then their words (CAE, arXiv 2202.03026)"
+    encoder: TokenBackbone
     positions: Tensor
 
     def __init__(
@@ -106,6 +115,8 @@ class CAE(WordMethod):
         gamma: float = 0.1,
     ):
         super().__init__(encoder, tokenizer, vocabulary)
+        if not isinstance(encoder, TokenBackbone):
+            raise TypeError(f"CAE needs an encoder that runs on part of its patches (a plain ViT), not {encoder}")
         self.hidden_ratio, self.mask_kind = hidden_ratio, mask
         self.alignment, self.target = alignment, target
         self.task = "words" if target == "words" else "mask"

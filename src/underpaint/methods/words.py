@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from underpaint.backbones import TokenBackbone
+from underpaint.backbones import PatchBackbone
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask
 from underpaint.methods.masked import MaskedMethod
@@ -23,12 +23,12 @@ class WordMethod(MaskedMethod):
     `standardize` leads back from the images of the method to those of the tokenizer, in [0, 1].
     """
 
-    encoder: TokenBackbone
+    encoder: PatchBackbone
     task = "words"
 
-    def __init__(self, encoder: TokenBackbone, tokenizer: str | None, vocabulary: int | None):
+    def __init__(self, encoder: PatchBackbone, tokenizer: str | None, vocabulary: int | None):
         super().__init__()
-        if not isinstance(encoder, TokenBackbone):
+        if not isinstance(encoder, PatchBackbone):
             raise TypeError(f"{type(self).__name__} needs a plain vision transformer, not {type(encoder).__name__}")
         self.encoder, self.patch_size = encoder, encoder.patch_size
         side = self.patch_size[0]

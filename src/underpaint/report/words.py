@@ -38,7 +38,7 @@ def short(value: float) -> str:
 
 def signed(value: float) -> str:
     """A number with its sign, to one decimal."""
-    return f"{value:+.1f}".replace("-", "−")
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def percent_text(value: float, error: float) -> str:
