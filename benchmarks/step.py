@@ -153,7 +153,7 @@ def own_rows(device: torch.device, seconds: float, only: str, methods: list[str]
             except TypeError:  # this method needs another kind of encoder
                 continue
             if isinstance(method, WordMethod):  # words as costly as fitted ones
-                method.tokenizer.load_state_dict({"centres": torch.rand_like(method.tokenizer.centres)})
+                method.tokenizer.load_state_dict({"centres": torch.rand_like(method.tokenizer.centres)}, strict=False)
                 method.tokenizer.ready = True
             mask = method.draw(batch, images.shape[2], images.shape[3]).to(device)
             step = training_step(method, lambda m=method, k=mask, x=images: m(x, k).loss, device)

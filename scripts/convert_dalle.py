@@ -40,7 +40,7 @@ def main() -> None:
         module = torch.load(file, map_location="cpu", weights_only=False)
         weights |= ours(module.state_dict(), part)
     tokenizer = DallE()
-    tokenizer.load_state_dict(weights)
+    tokenizer.load_state_dict({**weights, "shares": tokenizer.shares})  # counted where it is used
     save_tokenizer(tokenizer, Path(out))
     print(f"{out}: {sum(w.numel() for w in weights.values()) / 1e6:.1f} million numbers")
 

@@ -324,6 +324,17 @@ def test_a_method_that_cannot_serve_the_encoder_is_reported(pictures: Path, tmp_
     assert any(sentence.startswith("mae was left out") for sentence in result["verdict"])
 
 
+def test_the_time_of_a_tokenizer_is_told_and_not_part_of_the_minutes(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text("method: {name: cae, vocabulary: 32}")
+    given: dict[str, Any] = GIVEN | {"methods": [str(tmp_path / "words.yaml")]}
+    result = compare(pictures, tmp_path / "which", **given)
+    row = result["rows"][0]
+    assert row["tokenizer_seconds"] > 0
+    assert row["minutes"] == pytest.approx(0.03, rel=0.6)
+    assert 0 < row["restoration"]["words"]["error"] < 3
+    assert "Hidden words" in (tmp_path / "which" / "report.html").read_text()
+
+
 def test_a_signal_ends_it_after_a_checkpoint_and_the_same_command_goes_on(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "which"
     command = [sys.executable, "-m", "underpaint.cli", "compare", str(pictures), "--out", str(folder)]

@@ -125,6 +125,7 @@ def resumable(name: str, pictures: Path, out: Path) -> list[str]:
         ("mae", "save", 4),
         ("cae", "step", 5),
         ("cae", "save", 3),
+        ("cae", "probe", 1),  # the tokenizer is there, a checkpoint is not
     ],
 )
 def test_killed_at_any_moment_is_never_killed(
@@ -136,8 +137,9 @@ def test_killed_at_any_moment_is_never_killed(
     assert len(metrics(out)) < len(metrics(unbroken[name]))
     resumed = start("never", 0, *resumable(name, pictures, out))
     assert resumed.returncode == 0, resumed.stderr
-    began = int(resumed.stdout.partition("going on from step ")[2].partition(" ")[0])
-    assert began > 0
+    if (name, moment) != ("cae", "probe"):
+        began = int(resumed.stdout.partition("going on from step ")[2].partition(" ")[0])
+        assert began > 0
     assert metrics(out) == metrics(unbroken[name])
     ours, theirs = last_state(out), last_state(unbroken[name])
     assert set(ours) == set(theirs)

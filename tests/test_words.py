@@ -11,9 +11,11 @@ from conftest import write_pictures
 from torch import Tensor, nn
 
 import underpaint
+from underpaint import tokenizers
 from underpaint.backbones import TokenBackbone
 from underpaint.cli import main
 from underpaint.errors import InputError
+from underpaint.evaluate.pyramid import Pyramid
 from underpaint.masking import Mask, block_mask, random_mask
 from underpaint.methods import CAE, BEiT
 from underpaint.methods.cae import Regress
@@ -93,6 +95,16 @@ def test_kmeans_leaves_no_word_empty() -> None:
 
 
 @pytest.mark.quick
+def test_a_start_that_no_patch_is_near_to_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    patches = torch.rand(300, 12, generator=torch.Generator().manual_seed(0))
+    starts = torch.cat([patches[:7], torch.full((1, 12), 50.0)])
+    monkeypatch.setattr(tokenizers, "_plus_plus", lambda *_: starts)
+    tokenizer = KMeansPatches(8, 2)
+    tokenizer.fit(patches)
+    assert len(torch.cdist(patches, tokenizer.centres).argmin(1).unique()) == 8
+
+
+@pytest.mark.quick
 def test_words_of_centres_are_themselves() -> None:
     tokenizer = fitted()
     words = torch.randperm(32)[:16].view(1, 16)
@@ -114,7 +126,7 @@ def test_a_word_belongs_to_its_patch() -> None:
 @pytest.mark.quick
 def test_quality_is_what_it_says() -> None:
     tokenizer, images = fitted(), photographs(40, seed=7)
-    quality = tokenizer.quality(images.split(16))
+    quality = tokenizer.judge(images.split(16))
     words = tokenizer.encode(images)
     restored = tokenizer.decode(words, (4, 4))
     assert quality["psnr"] == pytest.approx(-10 * math.log10(float((restored - images).square().mean())), abs=1e-4)
@@ -123,6 +135,8 @@ def test_quality_is_what_it_says() -> None:
     assert quality["unigram"] == pytest.approx(entropy)
     assert quality["perplexity"] == pytest.approx(math.exp(entropy))
     assert quality["used"] == pytest.approx((share > 0).mean())
+    counts = np.bincount(words.flatten().numpy(), minlength=32)
+    assert torch.allclose(tokenizer.shares, torch.from_numpy((counts + 1) / (counts.sum() + 32)).float())
     with pytest.raises(InputError, match=r"use 3\.0 % of the words"):
         refuse_collapsed({**quality, "used": 0.03}, "words")
 
@@ -141,14 +155,14 @@ def test_convolutional_tokenizers_learn_and_come_back(kind: Any, tmp_path: Path)
     tokenizer = ConvTokenizer(kind, 64, 8, dim=32, blocks=1)
     images = photographs(64)
     optimiser = torch.optim.AdamW(tokenizer.parameters(), 1e-3)
-    before = tokenizer.eval().quality([images])["psnr"]
+    before = tokenizer.eval().judge([images])["psnr"]
     tokenizer.train()
     for step in range(150):
         optimiser.zero_grad()
         tokenizer.loss(images[step % 4 * 16 :][:16]).backward()
         optimiser.step()
     tokenizer.eval()
-    quality = tokenizer.quality([images])
+    quality = tokenizer.judge([images])
     assert quality["psnr"] > before + 3
     words = tokenizer.encode(images)
     assert words.shape == (64, 16)
@@ -160,7 +174,30 @@ def test_convolutional_tokenizers_learn_and_come_back(kind: Any, tmp_path: Path)
     assert torch.equal(again.decode(words, (4, 4)), tokenizer.decode(words, (4, 4)))
 
 
-def test_dalle_has_the_published_layout() -> None:
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["fsq", "vq"])
+def test_words_of_convolutions_stand_where_their_patches_do(kind: Any) -> None:
+    """What changes above on the right changes words and pixels there, not below on the left, as in a transposed grid."""
+    torch.manual_seed(0)
+    tokenizer: Any = ConvTokenizer(kind, 64, 8, dim=32, blocks=1).eval()
+    tokenizer.ready = True
+    images = photographs(1, 64)
+    changed = images.clone()
+    changed[..., 0:16, 48:64] = 1 - changed[..., 0:16, 48:64]
+    with torch.no_grad():
+        codes = [tokenizer.narrow(tokenizer.down(2 * version - 1)).flatten(2) for version in (images, changed)]
+        moved = (codes[0] - codes[1]).abs().sum(1).view(8, 8)
+        assert moved[:4, 4:].sum() > 3 * moved[4:, :4].sum()
+        words = tokenizer.encode(images)
+        assert words.shape == (1, 64)
+        other = words.clone()
+        other[0, 8 * 1 + 6] = (other[0, 8 * 1 + 6] + 21) % 64
+        before, after = (tokenizer.decode(version, (8, 8)) for version in (words, other))
+        moved = patchify((before - after).abs(), (8, 8)).sum(-1).view(8, 8)
+        assert moved[:4, 4:].sum() > 3 * moved[4:, :4].sum()
+
+
+def test_dalle_has_the_published_layout(tmp_path: Path) -> None:
     """53.8 million numbers in the encoder, as the authors' has; and what is saved comes back (random weights)."""
     with torch.device("meta"):
         whole = DallE()
@@ -172,6 +209,11 @@ def test_dalle_has_the_published_layout() -> None:
     assert words.shape == (2, 4)
     restored = small.decode(words, (2, 2))
     assert restored.shape == images.shape
+    assert 0 <= float(restored.min()) <= float(restored.max()) <= 1
+    save_tokenizer(small, tmp_path / "dalle.safetensors")
+    again = load_tokenizer(tmp_path / "dalle.safetensors")
+    assert torch.equal(again.encode(images), words)
+    assert torch.equal(again.decode(words, (2, 2)), restored)
 
 
 def test_converting_dalle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +244,7 @@ def test_converting_dalle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with torch.device("meta"):
         wanted = set(DallE().state_dict())
     found = {**module.ours(theirs("encoder"), "encoder"), **module.ours(theirs("decoder"), "decoder")}
-    assert set(found) == wanted
+    assert {*found, "shares"} == wanted
 
 
 @pytest.mark.quick
@@ -246,11 +288,12 @@ def test_block_masks_hang_together() -> None:
 @pytest.mark.parametrize("kind", [BEiT, CAE])
 def test_the_baseline_is_that_of_frequencies(kind: type) -> None:
     method, images = prepared(kind), photographs(16) * 2 - 1
+    method.tokenizer.judge([photographs(64, seed=1)])  # of other images: a batch's own would know its answers
     mask = method.draw(16, 32, 32, torch.Generator().manual_seed(0))
     words = method.hidden_words(images, mask)
-    counts = np.bincount(words.flatten().numpy(), minlength=32) / words.numel()
-    wanted = -sum(c * math.log(c) for c in counts if c > 0)
-    assert float(frequency_losses(words, 32).mean()) == pytest.approx(wanted, rel=1e-5)
+    counts = np.bincount(method.tokenizer.encode(photographs(64, seed=1)).flatten().numpy(), minlength=32) + 1
+    wanted = float(np.mean([-math.log(counts[word] / counts.sum()) for word in words.flatten().tolist()]))
+    assert float(frequency_losses(words, method.tokenizer.shares).mean()) == pytest.approx(wanted, rel=1e-5)
     terms = method(images, mask).terms
     assert 0 <= float(terms["accuracy"]) <= 1
     if kind is BEiT:
@@ -283,11 +326,30 @@ def test_alignment_target_is_the_encoder_without_gradient() -> None:
     with torch.no_grad():
         method.encoder.model.blocks[0].mlp.fc1.weight.add_(0.1)
     assert not torch.allclose(method.aligned_to(tokens, mask), target)
-    # the loss is what its parts say, and its gradient does not pass through the target
+    # no gradient passes through the target: pixels of hidden patches, which only it sees, get none
+    pixels = images.clone().requires_grad_(True)
+    method(pixels, mask).loss.backward()
+    assert pixels.grad is not None
+    moved = patchify(pixels.grad, (8, 8)).abs().sum(-1)
+    assert float(moved.gather(1, mask.hidden).max()) == 0
+    assert float(moved.gather(1, mask.visible).min()) > 0
+    # the loss is what its parts say
     objective = method(images, mask)
     assert objective.loss.item() == pytest.approx(
         float(objective.terms["words"] + 2 * objective.terms["alignment"]), rel=1e-5
     )
+
+
+@pytest.mark.quick
+def test_alignment_target_has_no_drop_path() -> None:
+    method: Any = CAE(encoder(drop_path_rate=0.8), vocabulary=32)
+    method.train()
+    mask = method.draw(4, 32, 32, torch.Generator().manual_seed(0))
+    tokens = method.encoder.embed(photographs(4))
+    one, two = (method.aligned_to(tokens, mask) for _ in range(2))
+    assert torch.equal(one, two)
+    assert method.encoder.training
+    assert not torch.equal(method.encode(tokens, mask.hidden), method.encode(tokens, mask.hidden))
 
 
 @pytest.mark.quick
@@ -305,9 +367,9 @@ def test_regressor_ignores_the_order_of_visible_patches_and_leaves_them_alone() 
 
 @pytest.mark.quick
 def test_regressor_is_the_slow_loop() -> None:
-    """One head, image by image, query by query; the second residual starts from the normalised stream."""
+    """Head by head, image by image, query by query; the second residual starts from the normalised stream."""
     torch.manual_seed(0)
-    block = Regress(8, 1, 0.3)
+    block = Regress(8, 2, 0.3)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     hidden, visible, hidden_places, visible_places = (
@@ -324,8 +386,11 @@ def test_regressor_is_the_slow_loop() -> None:
         values = block.value(block.norm_value(everything))
         for place in range(3):
             query = block.query(block.norm_query(hidden[image, place] + hidden_places[image, place]))
-            weights = (keys @ query / math.sqrt(8)).softmax(0)
-            stream = block.norm(hidden[image, place] + block.gamma1 * block.out(weights @ values))
+            heads = []
+            for part in (slice(0, 4), slice(4, 8)):
+                weights = (keys[:, part] @ query[part] / math.sqrt(4)).softmax(0)
+                heads.append(weights @ values[:, part])
+            stream = block.norm(hidden[image, place] + block.gamma1 * block.out(torch.cat(heads)))
             wanted = stream + block.gamma2 * block.mlp(stream)
             assert torch.allclose(found[image, place], wanted, atol=1e-5)
 
@@ -336,7 +401,18 @@ def test_settings_reach_the_modules() -> None:
         CAE, regressor_depth=3, decoder_depth=1, gamma=0.02, alignment=0.5, mask="random", hidden_ratio=0.25
     )
     assert (len(method.regressor), len(method.decoder)) == (3, 1)
-    assert all(torch.equal(block.gamma1, torch.full((32,), 0.02)) for block in method.regressor)
+    for block in method.regressor:
+        assert block.heads == 1  # 32 wide
+        assert torch.equal(block.gamma1, torch.full((32,), 0.02))
+        assert torch.equal(block.gamma2, torch.full((32,), 0.02))
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"regressor_depth": 0}, "regressor_depth is 0"),
+        ({"decoder_depth": -1}, "decoder_depth is -1"),
+        ({"gamma": 0.0}, "gamma is 0"),
+    ]
+    for settings, said in refused:
+        with pytest.raises(ValueError, match=said):
+            CAE(encoder(), vocabulary=32, **settings)
     assert torch.equal(method.decoder[0].ls1.gamma, torch.full((32,), 0.02))
     assert method.head[1].out_features == 32
     assert method.draw(2, 32, 32).hidden.shape == (2, 4)
@@ -378,6 +454,8 @@ def test_beit_on_timms_beit_with_relative_positions() -> None:
     assert bool(table.grad.any())
     with torch.no_grad():
         assert torch.allclose(relative(images).pooled, relative.model(images), atol=1e-5)
+        shapes = [tuple(level.shape) for level in Pyramid(relative, 16, depths=True)(images)]
+    assert shapes == [(4, 16, 8, 8), (4, 16, 4, 4), (4, 16, 2, 2), (4, 16, 1, 1)]
 
 
 @pytest.mark.unhooked  # the hook would refuse the argument before the method's own sentence
@@ -407,7 +485,7 @@ def test_a_run_makes_and_keeps_its_tokenizer(tmp_path: Path, capsys: Any) -> Non
     }
     pretrain(pictures, tmp_path / "run", steps=2, pause=1e9, **arguments)
     run = Run(tmp_path / "run")
-    made = run.recipe().measured["prepared"]
+    made = run.recipe().measured["tokenizer"]
     assert made["kind"] == "kmeans"
     assert made["quality"]["psnr"] > 10
     stored: Any = load_tokenizer(run.tokenizer)
@@ -431,9 +509,55 @@ def test_a_run_makes_and_keeps_its_tokenizer(tmp_path: Path, capsys: Any) -> Non
             "settings": {**TINY, "method.vocabulary": 32, "method.tokenizer": str(run.tokenizer)},
         },
     )
-    other = Run(tmp_path / "other").recipe().measured["prepared"]
+    other = Run(tmp_path / "other").recipe().measured["tokenizer"]
     assert not other["made"]
     assert other["quality"]["psnr"] == pytest.approx(made["quality"]["psnr"])
+
+
+@pytest.mark.parametrize("kind", ["fsq", "vq"])
+def test_a_learned_tokenizer_stays_as_it_was_given(kind: Any, tmp_path: Path) -> None:
+    """Batch norm and codebooks would go on changing in train mode, into which pictures and probes put a method back."""
+    torch.manual_seed(0)
+    tokenizer = ConvTokenizer(kind, 64, 8, dim=16, blocks=1)
+    tokenizer.loss(photographs(64)).backward()
+    file = tmp_path / "words.safetensors"
+    save_tokenizer(tokenizer.eval(), file)
+    pictures = write_pictures(tmp_path / "pictures", 90)
+    pretrain(
+        pictures,
+        tmp_path / "run",
+        method="beit",
+        encoder="vit_tiny_patch16_224",
+        image_size=(32, 32),
+        patch_size=8,
+        batch_size=16,
+        steps=3,
+        probe_every=1,
+        settings={"encoder.embed_dim": 32, "encoder.depth": 2, "encoder.num_heads": 2, "method.tokenizer": str(file)},
+    )
+    found = Run(tmp_path / "run").load()
+    assert found is not None
+    for name, value in load_tokenizer(file).state_dict().items():
+        if name != "shares":  # counted on this run's held-out images
+            assert torch.equal(found[0][f"method.tokenizer.{name}"], value), name
+
+
+def test_repeating_a_run_makes_its_own_words_again(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 90)
+    first = pretrain(
+        pictures,
+        tmp_path / "first",
+        method="cae",
+        encoder="vit_tiny_patch16_224",
+        image_size=(32, 32),
+        patch_size=8,
+        batch_size=16,
+        steps=2,
+        settings=TINY,
+    )
+    again = pretrain(pictures, tmp_path / "again", recipe=str(first.path / "recipe.yaml"))
+    assert again.tokenizer.read_bytes() == first.tokenizer.read_bytes()
+    assert again.lines("metrics.jsonl")[-1]["loss"] == first.lines("metrics.jsonl")[-1]["loss"]
 
 
 def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +581,9 @@ def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
     for wrong, said in (
         (["--kind", "none"], "there are kmeans, fsq, vq"),
         (["--stride", "5"], "does not divide images of 32x32"),
+        (["--stride", "0"], "does not divide images of 32x32"),
+        (["--kind", "fsq", "--minutes", "0"], "must be above 0"),
+        (["--vocabulary", "-5"], "2 words or more"),
         (["--kind", "fsq", "--vocabulary", "7"], "an FSQ tokenizer has 64, 256"),
         (["--vocabulary", "100000"], "k-means has 2 to 8192 words"),
     ):

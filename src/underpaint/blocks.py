@@ -71,6 +71,13 @@ class MaskedDecoder(nn.Module):
         return tokens
 
 
+def heads_for(dim: int) -> int:
+    """Attention heads 64 wide; where the width is no multiple of 64, as near to 32 wide as its divisors allow."""
+    if dim % 64 == 0:
+        return dim // 64
+    return max(heads for heads in range(1, max(1, dim // 32) + 1) if dim % heads == 0)
+
+
 def xavier(module: nn.Module) -> None:
     """Uniform weights and no bias, as MAE and CAE start: for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):

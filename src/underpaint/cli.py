@@ -175,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--image-size", type=_size, default=(224, 224), help="pixels, N or HxW")
     made.add_argument("--stride", type=int, default=16, help="pixels of a word: the encoder's patch size")
     made.add_argument("--vocabulary", type=int, help="words (default: by the image size)")
+    made.add_argument("--channels", type=int, default=3, help="of the images")
     made.add_argument("--minutes", type=float, help="of training, for fsq and vq (default: 5,000 steps)")
     made.add_argument("--seed", type=int, default=0, help="of everything random")
 
@@ -300,6 +301,7 @@ def _tokenizer(given: argparse.Namespace) -> None:
         image_size=given.image_size,
         stride=given.stride,
         vocabulary=given.vocabulary,
+        channels=given.channels,
         minutes=given.minutes,
         seed=given.seed,
     )

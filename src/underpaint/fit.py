@@ -203,7 +203,10 @@ def fit(
 
 
 def _drop_unless(finite: Tensor, model: nn.Module) -> None:
-    """Set every gradient to zero where the loss was not finite; nothing here waits for the device."""
+    """Set every gradient to zero where the loss was not finite; nothing here waits for the device.
+
+    Weights then move by what the optimiser still holds (momentum, decay), and no further.
+    """
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad = torch.where(finite, parameter.grad, 0.0)

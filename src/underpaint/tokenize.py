@@ -51,7 +51,7 @@ def make_ready(
 
     Args:
         settings: how crops are cut.
-        folder: of a training's checkpoints, from which the same call goes on; removed when it is done.
+        folder: of a training's checkpoints, from which the same call goes on; who saved the tokenizer may remove it.
         minutes: of training; 5,000 steps where None.
 
     Returns:
@@ -84,16 +84,22 @@ def make_ready(
             seed=seed,
             clip=1.0,
             batch_size=batch_size,
-            settings={**tokenizer.arguments(), "batch_size": batch_size, "seed": seed},
+            settings={
+                **tokenizer.arguments(),
+                "images": images.fingerprint(),
+                "image_size": settings.image_size,
+                "crop_scale": settings.crop_scale,
+                "flip": settings.flip,
+                "batch_size": batch_size,
+                "seed": seed,
+            },
         )
-        tokenizer.requires_grad_(False).ready = True
-    tokenizer.eval()
+    tokenizer.ready = True
+    tokenizer.requires_grad_(False).eval()
     size = (settings.image_size[0], settings.image_size[1])
-    quality = tokenizer.quality(held_out_crops(images, size, device))
+    quality = tokenizer.judge(held_out_crops(images, size, device))
     shout(f"{tokenizer.kind}, {tokenizer.vocabulary} words of {tokenizer.stride} px, held out: {described(quality)}")
     refuse_collapsed(quality, f"{tokenizer.kind} tokenizer")
-    if made:
-        shutil.rmtree(folder, ignore_errors=True)
     return {"kind": tokenizer.kind, "made": made, "quality": quality}
 
 
@@ -158,11 +164,15 @@ def make_tokenizer(
     """
     if kind not in KINDS:
         raise InputError(f"--kind {kind}: there are {', '.join(KINDS)}")
-    if image_size[0] % stride or image_size[1] % stride:
+    if stride < 1 or image_size[0] % stride or image_size[1] % stride:
         raise InputError(f"--stride {stride}: does not divide images of {image_size[0]}x{image_size[1]}")
     path = Path(out)
     if path.suffix != ".safetensors":
         raise InputError(f"--out {out}: give a .safetensors file")
+    if minutes is not None and minutes <= 0:
+        raise InputError(f"--minutes {minutes:g}: must be above 0")
+    if vocabulary is not None and vocabulary < 2:
+        raise InputError(f"--vocabulary {vocabulary}: a tokenizer has 2 words or more")
     words = vocabulary or (vocabulary_for(image_size) if kind != "fsq" or max(image_size) <= 64 else 4375)
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -187,6 +197,8 @@ def make_tokenizer(
         minutes=minutes,
     )
     save_tokenizer(tokenizer, path, made["quality"])
+    if kind != "kmeans":
+        shutil.rmtree(path.with_suffix(".training"))
     few = next(held_out_crops(images, image_size, device))[:SHOWN]
     with torch.no_grad():
         restored = tokenizer.decode(tokenizer.encode(few), tokenizer.grid(*image_size))

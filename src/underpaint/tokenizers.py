@@ -11,13 +11,14 @@ Contract: `encode(images)` gives one word a place of a grid of `stride` pixels, 
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +30,7 @@ FORMAT = 1
 CHUNK = 2**24  # distances held at once
 LEAST_USE = 0.1  # share of the vocabulary that held-out images must use
 LEAST_PATCHES = 10  # a word
+MOST_NUMBERS = 2**28  # in the patches that k-means is fitted to: 42 a word for 8192 words of 16 px
 MOST_WORDS = 8192  # of k-means: the choice of its starts takes a pass a word
 ITERATIONS = 25  # of Lloyd
 FSQ_LEVELS = {1000: (8, 5, 5, 5), 1024: (4, 4, 4, 4, 4), 4375: (7, 5, 5, 5, 5), 64: (4, 4, 4), 256: (4, 4, 4, 4)}
@@ -42,6 +44,16 @@ class Tokenizer(nn.Module):
     stride: int
     channels: int
     ready: bool = False
+    shares: Tensor
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        # how often each word comes, on images that it was not fitted to: equal until `judge` has counted
+        self.register_buffer("shares", torch.full((vocabulary,), 1 / vocabulary))
+
+    def train(self, mode: bool = True) -> "Tokenizer":
+        """Once ready it stays as it is: a codebook or a batch norm in train mode would go on changing."""
+        return super().train(mode and not self.ready)
 
     def encode(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
         raise NotImplementedError
@@ -57,10 +69,10 @@ class Tokenizer(nn.Module):
         return height // self.stride, width // self.stride
 
     @torch.no_grad()
-    def quality(self, batches: Iterable[Tensor]) -> dict[str, float]:
+    def judge(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """On images it was not fitted on: `psnr` in dB, `used` (share of the vocabulary, or of the places where those
         are fewer), `perplexity` of the words, and `unigram`, the cross-entropy in nats of always predicting by
-        frequency, which a model must beat."""
+        frequency, which a model must beat. Keeps the frequencies, each word counted once more than it came."""
         error, pixels = 0.0, 0
         counts = torch.zeros(self.vocabulary, dtype=torch.float64)
         for images in batches:
@@ -70,6 +82,7 @@ class Tokenizer(nn.Module):
             pixels += images.numel()
             counts += torch.bincount(words.flatten().cpu(), minlength=self.vocabulary)
         entropy = float(torch.special.entr(counts / counts.sum()).sum())
+        self.shares.copy_((counts + 1) / (counts.sum() + self.vocabulary))
         return {
             "psnr": 10 * math.log10(pixels / max(error, 1e-30)),
             "used": float((counts > 0).sum() / min(self.vocabulary, max(1.0, float(counts.sum())))),
@@ -110,7 +123,7 @@ class KMeansPatches(Tokenizer):
     centres: Tensor
 
     def __init__(self, vocabulary: int, stride: int, channels: int = 3):
-        super().__init__()
+        super().__init__(vocabulary)
         if not 2 <= vocabulary <= MOST_WORDS:
             raise InputError(f"k-means has 2 to {MOST_WORDS} words, not {vocabulary}")
         self.vocabulary, self.stride, self.channels = vocabulary, stride, channels
@@ -121,7 +134,8 @@ class KMeansPatches(Tokenizer):
 
     @torch.no_grad()
     def fit(self, patches: Float[Tensor, "n d"], seed: int = 0) -> None:
-        """From patches in [0, 1] (flattened as `patchify` does): the same patches and seed give the same words.
+        """From patches in [0, 1] (flattened as `patchify` does): the same patches and seed give the same words (on a GPU
+        up to the order in which it sums).
 
         Raises:
             InputError: fewer than 10 patches a word, or fewer different ones than words.
@@ -156,17 +170,21 @@ class KMeansPatches(Tokenizer):
 def _nearest(
     patches: Float[Tensor, "n d"], centres: Float[Tensor, "k d"]
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
-    """The nearest centre and its squared distance; one matrix product, a chunk of patches at a time."""
-    patches = patches.float()  # near ties must not be decided by half precision
+    """The nearest centre and its squared distance; one matrix product, a chunk of patches at a time.
+
+    Near ties must not be decided by a GPU's short mantissas: products are of what is left without the mean centre.
+    """
+    mean = centres.mean(0)
+    centres = centres - mean
     half = 0.5 * centres.square().sum(1)
-    words, scores = [], []
+    words, distances = [], []
     with torch.autocast(patches.device.type, enabled=False):
         for part in patches.split(max(1, CHUNK // len(centres))):
+            part = part.float() - mean
             score, word = torch.addmm(-half, part, centres.T).max(1)  # part . centre - |centre|^2 / 2
             words.append(word)
-            scores.append(score)
-    distance = patches.square().sum(1) - 2 * torch.cat(scores)
-    return torch.cat(words), distance.clamp_min(0)
+            distances.append((part.square().sum(1) - 2 * score).clamp_min(0))
+    return torch.cat(words), torch.cat(distances)
 
 
 def _plus_plus(patches: Float[Tensor, "n d"], count: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
@@ -197,18 +215,21 @@ def vocabulary_for(image_size: tuple[int, int]) -> int:
 
 
 def sample_patches(batches: Iterable[Tensor], stride: int, wanted: int, seed: int) -> Float[Tensor, "n d"]:
-    """Random patches of images in [0, 1], at most 16 of each."""
+    """Random patches of images in [0, 1], at most 16 of each, and at most a GiB of them."""
     generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
-    total = 0
+    found: Tensor | None = None
+    filled = 0
     for images in batches:
         patches = patchify(images, (stride, stride)).flatten(0, 1)
-        chosen = torch.randperm(len(patches), generator=generator)[: 16 * len(images)]
-        found.append(patches[chosen.to(patches.device)])
-        total += len(found[-1])
-        if total >= wanted:
+        if found is None:
+            found = patches.new_empty(min(wanted, MOST_NUMBERS // patches.shape[1]), patches.shape[1])
+        chosen = torch.randperm(len(patches), generator=generator)[: min(16 * len(images), len(found) - filled)]
+        found[filled : filled + len(chosen)] = patches[chosen.to(patches.device)]
+        filled += len(chosen)
+        if filled == len(found):
             break
-    return torch.cat(found)[:wanted]
+    assert found is not None
+    return found[:filled]
 
 
 # -- convolutional autoencoders ----------------------------------------------------------------------------------------
@@ -249,7 +270,9 @@ class ConvTokenizer(Tokenizer):
         dim: int = 128,
         blocks: int = 2,
     ):
-        super().__init__()
+        if vocabulary < 2:
+            raise InputError(f"a tokenizer has 2 words or more, not {vocabulary}")
+        super().__init__(vocabulary)
         if stride not in (2, 4, 8, 16, 32):
             raise InputError(f"a convolutional tokenizer has a stride of 2, 4, 8, 16 or 32 pixels, not {stride}")
         self.kind, self.vocabulary, self.stride, self.channels = kind, vocabulary, stride, channels
@@ -364,7 +387,7 @@ class DallE(Tokenizer):
     vocabulary = 8192
 
     def __init__(self, shrink: int = 2, width: int = 256, channels: int = 3, vocabulary: int = 8192):
-        super().__init__()
+        super().__init__(vocabulary)
         self.shrink, self.stride, self.channels, self.width = shrink, 8 * shrink, channels, width
         self.vocabulary = vocabulary
         gain = 1 / 64  # of four groups of two blocks
@@ -426,15 +449,19 @@ class DallE(Tokenizer):
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path, quality: dict[str, float] | None = None) -> None:
-    """Write `path` (safetensors) and, beside it, a .json with what its constructor needs and its quality."""
+    """Write `path` (safetensors, with what its constructor needs among its metadata) in one piece; beside it a .json
+    that says the same to people, and how good it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}, temporary)
-    temporary.replace(path)
-    description = {"format": FORMAT, "kind": tokenizer.kind, "arguments": tokenizer.arguments(), "quality": quality}
+    description = {"format": FORMAT, "kind": tokenizer.kind, "arguments": tokenizer.arguments()}
     temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
+    temporary.write_text(json.dumps({**description, "quality": quality}, indent=2) + "\n")
     temporary.replace(path.with_suffix(".json"))
+    temporary = path.with_name(path.name + ".part")
+    weights = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
+    save_file(weights, temporary, {"tokenizer": json.dumps(description)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -444,18 +471,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         InputError: it is not there, or cannot be read.
     """
     file = Path(path)
+    if not file.is_file():
+        raise InputError(f"tokenizer {file}: no such file; 'underpaint tokenizer' makes one")
+    kinds: dict[str, Any] = {"kmeans": KMeansPatches, "fsq": ConvTokenizer, "vq": ConvTokenizer, "dalle": DallE}
     try:
-        description = json.loads(file.with_suffix(".json").read_text())
-        if description.get("format") != FORMAT:
-            raise InputError(f"{file}: format {description.get('format')}; this version reads format {FORMAT}")
-        kinds: dict[str, Any] = {"kmeans": KMeansPatches, "fsq": ConvTokenizer, "vq": ConvTokenizer, "dalle": DallE}
+        with safe_open(file, framework="pt") as opened:
+            description = json.loads(opened.metadata()["tokenizer"])
+        if description["format"] != FORMAT:
+            raise ValueError(f"format {description['format']}; this version reads format {FORMAT}")
         tokenizer: Tokenizer = kinds[description["kind"]](**description["arguments"])
         tokenizer.load_state_dict(load_file(file))
-    except OSError as error:
-        raise InputError(
-            f"tokenizer {file}: {error.strerror or 'not readable'}; 'underpaint tokenizer' makes one"
-        ) from error
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, InputError) as error:
         raise InputError(f"tokenizer {file}: not a tokenizer: {str(error).splitlines()[0]}") from error
     tokenizer.ready = True
     return tokenizer.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ nothing again.
 
 import copy
 import math
+import shutil
 import signal
 import time
 from collections.abc import Generator, Mapping
@@ -137,7 +138,9 @@ def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Met
         method.draw(1, *recipe.data.image_size)
     except (TypeError, ValueError) as error:
         raise InputError(f"method {recipe.method['name']}: {error}") from error
-    return method, Standardize(list(mean), list(std)), arguments, matched
+    standardize = Standardize(list(mean), list(std))
+    method.prepare(standardize)
+    return method, standardize, arguments, matched
 
 
 def pretrain(
@@ -173,6 +176,8 @@ def pretrain(
         flags["image_size"] = (size, size)
     run = Run(out)
     chosen, resumed = resolve(data, run, recipe, flags, settings or {})
+    if not resumed:
+        chosen.measured.pop("tokenizer", None)  # of the run that this recipe is from
     fabric = make_fabric(chosen)
     world = fabric.world_size * chosen.optimiser.accumulation
     if chosen.optimiser.batch_size % world:
@@ -288,10 +293,12 @@ def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
     return max(1, round((length.epochs or DEFAULT_EPOCHS) * images / recipe.optimiser.batch_size))
 
 
-def _make(
-    fabric: Fabric, recipe: Recipe, images: ImageSet, tokenizer: Tokenizer, shout: Any, scratch: Path
+def _words(
+    fabric: Fabric, run: Run, recipe: Recipe, images: ImageSet, tokenizer: Tokenizer, shout: Any
 ) -> dict[str, Any]:
-    """The first process makes a run's tokenizer, the others take it over."""
+    """Make a run's tokenizer, or judge the one it was given: the first process does, and keeps it, the others take it
+    over."""
+    began, scratch = time.perf_counter(), run.path / "tokenizer.training"
     found: Any = None
     if fabric.is_global_zero:
         try:
@@ -305,6 +312,10 @@ def _make(
                 folder=scratch,
                 shout=shout,
             )
+            save_tokenizer(tokenizer, run.tokenizer, found["quality"])
+            if scratch.is_dir():
+                shutil.rmtree(scratch)
+            found["seconds"] = round(time.perf_counter() - began, 1)
         except InputError as error:
             found = str(error)
     found = fabric.broadcast(found)
@@ -313,18 +324,16 @@ def _make(
     for tensor in tokenizer.state_dict().values():
         tensor.copy_(fabric.broadcast(tensor))
     tokenizer.ready = True
+    tokenizer.requires_grad_(False).eval()
     return found
 
 
-def _decide(fabric: Fabric, recipe: Recipe, images: ImageSet, current: Session, shout: Any, scratch: Path) -> Session:
+def _decide(fabric: Fabric, run: Run, recipe: Recipe, images: ImageSet, current: Session, shout: Any) -> Session:
     """Measure what the machine can do, and write what follows from it into the recipe."""
     measured, length = recipe.measured, recipe.run
-    if "prepared" not in measured:
-        began = time.perf_counter()
-        made = current.method.prepare(
-            current.standardize, lambda tokenizer: _make(fabric, recipe, images, tokenizer, shout, scratch)
-        )
-        measured["prepared"] = made | {"seconds": round(time.perf_counter() - began, 1)} if made else {}
+    words = current.method.prepare(current.standardize)
+    if words is not None and ("tokenizer" not in measured or not words.ready):
+        measured["tokenizer"] = _words(fabric, run, recipe, images, words, shout)
     if "seconds_per_step" not in measured:
         batches = _batches(current, images, 0, None)
         seen = [next(batches) for _ in range(4)]
@@ -393,7 +402,7 @@ def _train(
     shout = say if main and pause is None else _silent
     untrained = copy.deepcopy(method.encoder)
     current = session(fabric, recipe, method, standardize, bool(recipe.measured.get("compile")))
-    current = _decide(fabric, recipe, images, current, shout, run.path / "tokenizer.training")
+    current = _decide(fabric, run, recipe, images, current, shout)
     measured, window = recipe.measured, Window()
     total, batch_size = measured["steps"], recipe.optimiser.batch_size
     state: dict[str, Any] = {
@@ -405,10 +414,7 @@ def _train(
         "best_step": None,
     }
     if main:
-        tokenizer = getattr(method, "tokenizer", None)
-        if isinstance(tokenizer, Tokenizer) and not run.tokenizer.is_file():
-            save_tokenizer(tokenizer, run.tokenizer, measured["prepared"]["quality"])
-        run.write_recipe(recipe)  # after the tokenizer: a recipe that says it was made must find it
+        run.write_recipe(recipe)
 
     def load() -> bool:
         """Take up the last checkpoint, if there is one."""

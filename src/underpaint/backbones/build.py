@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones.beit import Beit
 from underpaint.backbones.maps import MapBackbone
-from underpaint.backbones.protocols import Backbone
+from underpaint.backbones.protocols import Backbone, PatchBackbone
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
 from underpaint.errors import InputError
@@ -142,7 +142,7 @@ def save_encoder(folder: Path, backbone: Backbone, arguments: dict[str, Any], st
     description = {
         "format": FORMAT,
         "create_model": arguments,
-        "pooling": "mean of the normed patch tokens" if isinstance(backbone, ViT) else "mean of the last map",
+        "pooling": "mean of the normed patch tokens" if isinstance(backbone, PatchBackbone) else "mean of the last map",
         "mean": standardize.mean.flatten().tolist(),
         "std": standardize.std.flatten().tolist(),
     }

@@ -24,7 +24,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from underpaint.backbones import ViT
+from underpaint.backbones import PatchBackbone
 from underpaint.backbones.build import fill
 from underpaint.backbones.swin import Swin
 from underpaint.data import Batch, eval_batches, train_batches
@@ -159,7 +159,7 @@ def recipe_for(subject: Subject, name: str | None, settings: Mapping[str, Any]) 
         elif isinstance(subject.encoder, Swin):
             name = "localmim-swin-base"
         else:
-            name = "mae-vit-base" if isinstance(subject.encoder, ViT) else "rsb-a3"
+            name = "mae-vit-base" if isinstance(subject.encoder, PatchBackbone) else "rsb-a3"
     if name not in FINE_TUNING:
         raise InputError(f"--recipe {name}: for fine-tuning there are {', '.join(FINE_TUNING)}")
     return changed(FINE_TUNING[name](), settings, "fine-tuning")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from underpaint.backbones import Backbone, ViT
+from underpaint.backbones import Backbone, PatchBackbone
 
 
 class ChannelNorm(nn.Module):
@@ -55,7 +55,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.encoder, self.depths = encoder, depths
         self.strides = [first * 2**level for level in range(levels)]
-        self.is_vit = isinstance(encoder, ViT)
+        self.is_vit = isinstance(encoder, PatchBackbone)
         if self.is_vit:
             vit: Any = encoder
             patch = vit.patch_size[0]

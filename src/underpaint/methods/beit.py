@@ -64,7 +64,7 @@ class BEiT(WordMethod):
     def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
         if mask is None:
             mask = self.mask_for(images)
-        loss, terms = word_terms(self.logits(images, mask), self.hidden_words(images, mask))
+        loss, terms = word_terms(self.logits(images, mask), self.hidden_words(images, mask), self.tokenizer.shares)
         return Objective(loss, terms)
 
 

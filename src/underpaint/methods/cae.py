@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from underpaint.backbones import TokenBackbone
-from underpaint.blocks import sincos_positions, xavier
+from underpaint.blocks import heads_for, sincos_positions, xavier
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask, hidden_count
 from underpaint.methods.beit import word_mask
 from underpaint.methods.method import Objective
 from underpaint.methods.words import WordMethod, word_terms
-from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize
+from underpaint.patches import Standardize, patchify, put, standardize, take, unpatchify, unstandardize
+from underpaint.tokenizers import Tokenizer
 
 
 class Regress(nn.Module):
@@ -116,13 +117,22 @@ class CAE(WordMethod):
     ):
         super().__init__(encoder, tokenizer, vocabulary)
         if not isinstance(encoder, TokenBackbone):
-            raise TypeError(f"CAE needs an encoder that runs on part of its patches (a plain ViT), not {encoder}")
+            raise TypeError(
+                f"CAE needs an encoder that runs on part of its patches (a plain ViT), not {type(encoder).__name__}"
+            )
         self.hidden_ratio, self.mask_kind = hidden_ratio, mask
         self.alignment, self.target = alignment, target
         self.task = "words" if target == "words" else "mask"
         grid, dim = encoder.grid(*encoder.image_size), encoder.dim
         hidden_count(grid[0] * grid[1], hidden_ratio)
-        heads = dim // 64 if dim % 64 == 0 else max(1, dim // 32)
+        heads = heads_for(dim)
+        for name, depth in (("regressor_depth", regressor_depth), ("decoder_depth", decoder_depth)):
+            if depth is not None and depth < 1:
+                raise ValueError(
+                    f"{name} is {depth}; at least 1 block is needed (decoder: false leaves the decoder out)"
+                )
+        if gamma <= 0:
+            raise ValueError(f"gamma is {gamma}; LayerScale starts above 0, 1 starts as if there were none")
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         third = max(2, encoder.depth // 3)
@@ -138,6 +148,10 @@ class CAE(WordMethod):
         for part in (self.regressor, self.decoder, self.head):
             part.apply(xavier)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def prepare(self, standardize: Standardize) -> Tokenizer | None:
+        words = super().prepare(standardize)
+        return words if self.target == "words" else None
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         return word_mask(self.mask_kind, batch, self.encoder.grid(height, width), self.hidden_ratio, generator)
@@ -188,7 +202,7 @@ class CAE(WordMethod):
         latent = self.regress(self.encode(tokens, mask.visible), mask)
         decoded = self.decode(latent, mask.hidden)
         if self.target == "words":
-            loss, terms = word_terms(decoded, self.hidden_words(images, mask))
+            loss, terms = word_terms(decoded, self.hidden_words(images, mask), self.tokenizer.shares)
         else:
             wanted = self.pixels(images, mask)
             loss = (decoded - wanted).square().mean()

@@ -61,7 +61,9 @@ class MAE(MaskedMethod):
     ):
         super().__init__()
         if not isinstance(encoder, TokenBackbone):
-            raise TypeError(f"MAE needs an encoder that runs on part of its patches (a plain ViT), not {encoder}")
+            raise TypeError(
+                f"MAE needs an encoder that runs on part of its patches (a plain ViT), not {type(encoder).__name__}"
+            )
         self.encoder = encoder
         self.patch_size = encoder.patch_size
         self.hidden_ratio = hidden_ratio

@@ -64,18 +64,10 @@ class Method(nn.Module):
             yield objective
             carry = objective.carry
 
-    def prepare(self, standardize: Standardize, make: Callable[[Tokenizer], dict[str, Any]]) -> dict[str, Any]:
-        """What must be there before step 0: a tokenizer, for methods that predict words.
-
-        Args:
-            standardize: the transform of the images of this method.
-            make: fits or trains a tokenizer on the training images where that is still to be done, and says how good
-                it is.
-
-        Returns:
-            What is to be known of it, plain data; nothing where nothing is needed.
-        """
-        return {}
+    def prepare(self, standardize: Standardize) -> Tokenizer | None:
+        """Take over the transform of the images, where it is needed; returns the tokenizer that has to be ready before
+        step 0, for methods that predict words."""
+        return None
 
     def calibrate(
         self, images: Float[Tensor, "b c height width"], draws: Any, mean: Callable[[Tensor], Tensor] = lambda x: x

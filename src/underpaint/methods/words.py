@@ -1,6 +1,5 @@
 """What methods share that predict visual words: a tokenizer, and the way to its images."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,18 +48,17 @@ class WordMethod(MaskedMethod):
         self.standardize = Standardize([0.0] * encoder.channels, [1.0] * encoder.channels)
         self.register_load_state_dict_post_hook(_ready)
 
-    def prepare(self, standardize: Standardize, make: Callable[[Tokenizer], dict[str, Any]]) -> dict[str, Any]:
+    def prepare(self, standardize: Standardize) -> Tokenizer | None:
         self.standardize.load_state_dict(standardize.state_dict())
-        return make(self.tokenizer)
+        return self.tokenizer
 
     @torch.no_grad()
     def words(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
-        """The word of every patch of standardised images."""
+        """The word of every patch of standardised images, found in float32 wherever a step computes in less."""
         if not self.tokenizer.ready:
-            raise RuntimeError(
-                "the tokenizer is not fitted yet: call prepare, or give a file of 'underpaint tokenizer'"
-            )
-        return self.tokenizer.encode(self.standardize.inverse(images).clamp(0, 1))
+            raise RuntimeError("the tokenizer is not fitted yet: fit it, or give a file of 'underpaint tokenizer'")
+        with torch.autocast(images.device.type, enabled=False):
+            return self.tokenizer.encode(self.standardize.inverse(images.float()).clamp(0, 1))
 
     def spoken(self, images: Float[Tensor, "b c height width"], words: Int[Tensor, "b n"]) -> Tensor:
         """Standardised pictures of words, on the grid of `images`."""
@@ -93,7 +91,7 @@ class WordMethod(MaskedMethod):
         """Cross-entropy, against that of always saying words by their frequency."""
         words = self.hidden_words(images, mask)
         left = cross_entropies(self.logits(images, mask), words).mean(1)
-        return left, frequency_losses(words, self.tokenizer.vocabulary).mean(1)
+        return left, frequency_losses(words, self.tokenizer.shares).mean(1)
 
 
 def _ready(method: Any, _: Any) -> None:
@@ -105,16 +103,15 @@ def cross_entropies(logits: Float[Tensor, "b h k"], words: Int[Tensor, "b h"]) -
     return F.cross_entropy(logits.float().transpose(1, 2), words, reduction="none")
 
 
-def frequency_losses(words: Int[Tensor, "b h"], vocabulary: int) -> Float[Tensor, "b h"]:
-    """The cross-entropy of each word under the frequencies of these words: what no prediction from context needs."""
-    ones = torch.ones(words.numel(), device=words.device)
-    counts = torch.zeros(vocabulary, device=words.device).scatter_add(0, words.flatten(), ones)
-    return -(counts / words.numel()).clamp_min(1e-12).log()[words]
+def frequency_losses(words: Int[Tensor, "b h"], shares: Float[Tensor, "k"]) -> Float[Tensor, "b h"]:
+    """The cross-entropy of each word under the words' frequencies: what no prediction from context needs."""
+    return -shares.log()[words]
 
 
-def word_terms(logits: Float[Tensor, "b h k"], words: Int[Tensor, "b h"]) -> tuple[Tensor, dict[str, Tensor]]:
+def word_terms(
+    logits: Float[Tensor, "b h k"], words: Int[Tensor, "b h"], shares: Float[Tensor, "k"]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss on hidden words, and its numbers: accuracy, and the baseline of word frequencies."""
     loss = cross_entropies(logits, words).mean()
     hit = (logits.detach().argmax(-1) == words).float().mean()
-    baseline = frequency_losses(words, logits.shape[-1]).mean()
-    return loss, {"words": loss.detach(), "accuracy": hit, "baseline": baseline}
+    return loss, {"words": loss.detach(), "accuracy": hit, "baseline": frequency_losses(words, shares).mean()}
