@@ -106,7 +106,7 @@ def make_ready(
 def _crops(
     images: ImageSet, settings: Data, batch_size: int, seed: int, device: torch.device, first: int
 ) -> Generator[Tensor, None, None]:
-    """Random crops in [0, 1], the same on every process, of all images but those that judge."""
+    """Random crops in [0, 1], from batch `first` on, of all images but those that judge."""
     batches = train_batches(
         images,
         size=settings.image_size,

@@ -161,7 +161,9 @@ def cae_vit_base_in1k() -> Recipe:
 
 def cae_vit_large_in1k() -> Recipe:
     """CAE ViT-L/16 on ImageNet-1K (arXiv 2202.03026), 1600 epochs. The paper's, with DALL-E's words: 77.8 % linear,
-    81.2 % attentive, 86.2 % fine-tuned. What LayerScale and heads of its regressor were is unknown: the official script drops those arguments.
+    81.2 % attentive, 86.2 % fine-tuned.
+
+    What LayerScale and heads of its regressor were is unknown: the official script drops those arguments.
     """
     return _cae_in1k({"name": "vit_large_patch16_224"}, 1600.0, 40.0, 1e-5)
 
