@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pictures
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import underpaint
@@ -252,6 +253,9 @@ def test_broken_tokenizer_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'underpaint tokenizer' makes one"):
         load_tokenizer(tmp_path / "none.safetensors")
     save_tokenizer(fitted(), tmp_path / "words.safetensors")
+    save_file({"centres": torch.zeros(2, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="no description of one"):
+        load_tokenizer(tmp_path / "other.safetensors")
     (tmp_path / "words.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="not a tokenizer"):
         load_tokenizer(tmp_path / "words.safetensors")

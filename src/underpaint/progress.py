@@ -61,7 +61,7 @@ class Bar:
         self.said = now
         left = ""
         if line["step"] > self.first:
-            seconds = (now - self.began) / (line["step"] - self.first) * (self.total - line["step"])
+            seconds = (now - self.began) / (line["step"] - self.first) * max(0, self.total - line["step"])
             left = f"  {seconds / 60:.1f} min left"
         say(f"step {line['step']}/{self.total}  {shown}{left}")
 

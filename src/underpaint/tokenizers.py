@@ -476,7 +476,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     kinds: dict[str, Any] = {"kmeans": KMeansPatches, "fsq": ConvTokenizer, "vq": ConvTokenizer, "dalle": DallE}
     try:
         with safe_open(file, framework="pt") as opened:
-            description = json.loads(opened.metadata()["tokenizer"])
+            description = json.loads((opened.metadata() or {}).get("tokenizer", "null"))
+        if description is None:
+            raise ValueError("no description of one in its metadata; 'underpaint tokenizer' writes such files")
         if description["format"] != FORMAT:
             raise ValueError(f"format {description['format']}; this version reads format {FORMAT}")
         tokenizer: Tokenizer = kinds[description["kind"]](**description["arguments"])
