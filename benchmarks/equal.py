@@ -26,7 +26,7 @@ def flops_per_image(recipe: dict[str, Any]) -> float:
     torch.manual_seed(0)
     encoder = dict(recipe["encoder"])
     size = tuple(recipe["data"]["image_size"])
-    arguments = create_arguments(encoder.pop("name"), image_size=size, channels=recipe["data"]["channels"], **encoder)
+    arguments = create_arguments(encoder.pop("name"), image_size=size, in_chans=recipe["data"]["channels"], **encoder)
     options = {name: value for name, value in recipe["method"].items() if name != "name"}
     method: Any = METHODS[recipe["method"]["name"]](from_arguments(arguments), **options)  # pyright: ignore[reportCallIssue]
     images = torch.randn(BATCH, recipe["data"]["channels"], *size)

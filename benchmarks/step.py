@@ -1,6 +1,7 @@
 """What a training step costs, against the floor that its matrix products set.
 
     python benchmarks/step.py                      every method x encoder: images/s, memory, share of the matrix rate
+    python benchmarks/step.py --parts --only ViT-S   what a step of CIM is made of
     python benchmarks/step.py --peers              MAE beside transformers' ViTMAE and lightly's parts, equal shapes
 
 FLOPs are counted (torch's flop counter over one real step, forward and backward), not guessed. The matrix rate is
@@ -22,8 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 import underpaint
 from underpaint.measure import peak, restart_peak
-from underpaint.methods import METHODS
-from underpaint.methods.words import WordMethod
+from underpaint.methods import CIM, METHODS
+from underpaint.methods.words import WordMethod, cross_entropies
 from underpaint.runs import environment
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -155,6 +156,8 @@ def own_rows(device: torch.device, seconds: float, only: str, methods: list[str]
             if isinstance(method, WordMethod):  # words as costly as fitted ones
                 method.tokenizer.load_state_dict({"centres": torch.rand_like(method.tokenizer.centres)}, strict=False)
                 method.tokenizer.ready = True
+            if isinstance(method, CIM):
+                method.tokenizer.ready = True
             mask = method.draw(batch, images.shape[2], images.shape[3]).to(device)
             step = training_step(method, lambda m=method, k=mask, x=images: m(x, k).loss, device)
             flops = counted_flops(step)
@@ -177,6 +180,42 @@ def own_rows(device: torch.device, seconds: float, only: str, methods: list[str]
             gc.collect()
     print(f"matrix rate {rate / 1e9:.0f} GFLOP/s")
     return rows
+
+
+def cim_parts(device: torch.device, seconds: float, encoder_name: str) -> dict[str, float]:
+    """Seconds of each part of a CIM step, taken in turns with the whole step."""
+    arguments = dict(ENCODERS[encoder_name])
+    batch = BATCHES[encoder_name] * (ON_GPU if device.type == "cuda" else 1)
+    size = arguments["image_size"]
+    method = CIM(underpaint.encoder(arguments.pop("name"), **arguments)).to(device)
+    method.tokenizer.ready = True
+    images = torch.randn(batch, 3, size, size, device=device)
+    draws = method.draw(batch, size, size).to(device)
+    corrupted = method.corrupt(images, draws)
+    hidden = corrupted.golden.gather(1, draws.mask.hidden)
+
+    def part(work: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                value = work()
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.backward()
+
+        return run
+
+    parts = {
+        "encode": part(lambda: method.generator.words(images)),
+        "generator": part(lambda: cross_entropies(method.generator.logits(images, draws.mask), hidden).mean()),
+        "sampling": part(lambda: method.sample(corrupted.logits, hidden, draws.uniform)),
+        "decode": part(lambda: method.generator.spoken(images, corrupted.words)),
+        "enhancer": part(lambda: method.losses(images, corrupted)[0].mean()),
+        "step": training_step(method, lambda: method(images, draws).loss, device),
+    }
+    found = interleaved(parts, device, seconds)
+    print(json.dumps({"encoder": encoder_name, **{name: round(took, 4) for name, took in found.items()}}))
+    share = (found["encode"] + found["generator"] + found["sampling"] + found["decode"]) / found["step"]
+    print(f"tokenizer and generator: {share:.2f} of the step")
+    return found
 
 
 def peers(device: torch.device, seconds: float) -> None:
@@ -250,6 +289,7 @@ def peers(device: torch.device, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="beside other libraries")
+    parser.add_argument("--parts", action="store_true", help="the parts of a CIM step, for --only")
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring a row")
     parser.add_argument("--only", default="", help="encoders whose name holds this")
     parser.add_argument("--methods", nargs="+", default=sorted(METHODS), choices=sorted(METHODS))
@@ -259,6 +299,10 @@ def main() -> None:
     print(json.dumps({**environment(), "commit": commit.stdout.strip()}))
     if given.peers:
         peers(device, given.seconds)
+    elif given.parts:
+        for name in ENCODERS:
+            if given.only in name:
+                cim_parts(device, given.seconds, name)
     else:
         own_rows(device, given.seconds, given.only, given.methods)
 

@@ -39,3 +39,25 @@ def write_pictures(folder: Path, count: int, classes: int = 3, size: int = 32, s
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """90 pictures of 32 px in three classes."""
     return write_pictures(tmp_path_factory.mktemp("pictures"), 90)
+
+
+def word_file(pictures: Path) -> Path:
+    """An FSQ tokenizer of 64 words of 4 px, trained on these pictures at 16 px for a few seconds, beside their folder."""
+    file = pictures.with_name("words.safetensors")
+    if not file.is_file():
+        import torch
+
+        from underpaint.tokenizers import ConvTokenizer, save_tokenizer  # here: after the shape-checking hook
+
+        torch.manual_seed(0)
+        tokenizer = ConvTokenizer("fsq", 64, 4, dim=16, blocks=1)
+        found = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(pictures.rglob("*.png"))]
+        images = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 255
+        images = torch.nn.functional.avg_pool2d(images, 2)
+        optimiser = torch.optim.AdamW(tokenizer.parameters(), 2e-3)
+        for step in range(150):
+            optimiser.zero_grad()
+            tokenizer.loss(images[step % 5 :: 5]).backward()
+            optimiser.step()
+        save_tokenizer(tokenizer.eval(), file)
+    return file

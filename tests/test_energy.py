@@ -396,7 +396,7 @@ def test_what_cannot_be_is_said(settings: dict[str, Any], said: str) -> None:
         "vit_tiny_patch16_224",
         image_size=(16, 16),
         patch_size=4,
-        channels=channels,
+        in_chans=channels,
         embed_dim=32,
         depth=1,
         num_heads=2,

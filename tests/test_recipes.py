@@ -17,6 +17,8 @@ from underpaint.recipes.recipe import checked, method_settings, override, plain
 EXPECTED = {
     "beit-tiny-32": 5.5157,
     "cae-tiny-32": 6.8196,
+    "cim-resnet-32": 7.1568,
+    "cim-tiny-32": 7.1143,
     "energy-tiny-32": 0.3141,
     "localmim-tiny-32": 0.2433,
     "mae-tiny-32": 0.9010,

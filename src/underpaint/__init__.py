@@ -2,11 +2,12 @@
 
 from underpaint.backbones import encoder, load_encoder, standardize_for
 from underpaint.errors import InputError, NotFinite
-from underpaint.methods import CAE, MAE, METHODS, BEiT, Energy, LocalMIM, Method, Objective, SimMIM
+from underpaint.methods import CAE, CIM, MAE, METHODS, BEiT, Energy, LocalMIM, Method, Objective, SimMIM
 
 __version__ = "0.1.0"
 __all__ = [
     "CAE",
+    "CIM",
     "MAE",
     "METHODS",
     "BEiT",

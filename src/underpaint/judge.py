@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from underpaint.backbones import Backbone
-from underpaint.data import Batch, ImageSet, Source, eval_batches, labelled_indices
+from underpaint.backbones.norms import settled
+from underpaint.data import Batch, ImageSet, Source, eval_batches, fair_batches, labelled_indices
 from underpaint.evaluate import (
     Features,
     Probe,
@@ -37,6 +38,7 @@ from underpaint.patches import Standardize
 QUICK_TRAIN, QUICK_TEST = 5_000, 2_000  # images of a probe while training
 FULL_TRAIN, FULL_TEST = 50_000, 10_000  # of the probe at the end
 ATTENTIVE_TRAIN = 10_000  # the attentive probe holds every patch token, so it sees fewer images at the end
+SETTLING = 2_048  # clean images from which batch norms take their statistics
 RESTORED = 2_000  # images on which the restoration is measured
 SHOTS = 10  # labelled images a class of the probes with few labels
 KINDS = ("linear", "attentive", "knn")
@@ -91,6 +93,17 @@ class Judge:
         few = list(range(min(6, len(self.pool))))
         return next(iter(eval_batches(self.pool, size=self.size, indices=few))).images.to(device)
 
+    def settled(self, encoder: Backbone, standardize: Standardize) -> Backbone:
+        """What is judged and kept of an encoder: where it has batch norms, a copy with the statistics of clean images,
+        since a method may have shown it corrupted ones, and an untrained one has none."""
+
+        def clean() -> Iterator[Tensor]:
+            device = standardize.mean.device
+            for batch in fair_batches(self.pool, size=self.size, count=SETTLING, seed=self.seed, device=device):
+                yield standardize(batch.images)
+
+        return settled(encoder, clean)
+
     def restoration(self, method: Method, standardize: Standardize) -> dict[str, Any]:
         """By task: the error on what was corrupted (squared, or the cross-entropy of words) over that of the trivial
         restoration, on test images where there is a test part; each image's draw is its own, the same at every call."""
@@ -123,7 +136,7 @@ class Judge:
 
     def quick(self, encoder: Backbone, standardize: Standardize) -> dict[str, float]:
         """Named numbers for a line of metrics."""
-        device = standardize.mean.device
+        encoder, device = self.settled(encoder, standardize), standardize.mean.device
         if self.parts is None:
             few = list(range(min(QUICK_TEST, len(self.pool))))
             batches = eval_batches(self.pool, size=self.size, indices=few, device=device)
@@ -205,6 +218,7 @@ class Judge:
         """
         if self.parts is None:
             return Worth({}, self.quick(encoder, standardize)["rank"])
+        encoder = self.settled(encoder, standardize)
         train, test = self.full()
         x, x_labels = self._features(encoder, standardize, train, False)
         y, y_labels = self._features(encoder, standardize, test, False)

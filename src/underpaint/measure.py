@@ -181,7 +181,9 @@ def peak() -> int:
 
 
 def restart_peak() -> int:
-    """Forget the peak so far; returns the memory held now in bytes, or 0 where the system cannot do this."""
+    """Forget the peak so far, a GPU's too; returns the memory held now in bytes, or 0 where the system cannot do this."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

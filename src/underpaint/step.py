@@ -32,8 +32,11 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
 
 def make_optimiser(method: Method, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with timm's decay groups: no decay on biases, norms, positions, class and mask tokens."""
-    names = getattr(method.encoder.model, "no_weight_decay", set)()
-    listed = {f"encoder.model.{name}" for name in names}
+    listed = {
+        f"{place}.{name}"
+        for place, module in method.named_modules()
+        for name in getattr(module, "no_weight_decay", set)()
+    }
     groups = param_groups_weight_decay(method, recipe.optimiser.weight_decay, no_weight_decay_list=listed)
     for name, factor in method.rate_factors().items():
         if (own := dict(method.named_parameters()).get(name)) is not None:
@@ -109,8 +112,12 @@ def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict
             carry = objective.carry
             for name, value in {"loss": objective.loss.detach(), **objective.terms}.items():
                 numbers[name] = numbers.get(name, 0.0) + value.double() / optimiser.accumulation
-    norm = fabric.clip_gradients(session.model, session.stepper, max_norm=optimiser.clip, error_if_nonfinite=False)
+    apart = session.method.clipped_apart()
+    most = float("inf") if apart else optimiser.clip  # then this only unscales and measures
+    norm = fabric.clip_gradients(session.model, session.stepper, max_norm=most, error_if_nonfinite=False)
     assert norm is not None
+    for group in apart:
+        torch.nn.utils.clip_grad_norm_(group, optimiser.clip)
     # float16's scaler meets overflows by itself and lowers its scale; only a loss that is not finite counts there
     watched = numbers["loss"] if session.recipe.measured.get("precision") == "16" else norm
     bad = (~torch.isfinite(watched)).float()

@@ -120,3 +120,27 @@ def enlargement(images: Float[Tensor, "b c height width"]) -> int:
 
 def enlarge(images: Float[Tensor, "b c height width"], times: int) -> Float[Tensor, "b c tall wide"]:
     return images.repeat_interleave(times, 2).repeat_interleave(times, 3)
+
+
+def window_moments(
+    images: Float[Tensor, "b c height width"], side: int
+) -> tuple[Float[Tensor, "b c height width"], Float[Tensor, "b c height width"]]:
+    """Mean and (biased) variance of the `side` x `side` window around each pixel, a channel each, edges reflected.
+
+    The window of an even side reaches one pixel further up and left. float32 always, and never below 0: on bright flat
+    images the difference of two large numbers would be.
+    """
+    x = images.float()
+    before, after = side // 2, (side - 1) // 2
+    padded = functional.pad(x, (before, after, before, after), mode="reflect")
+    mean = functional.avg_pool2d(padded, side, 1)
+    variance = functional.avg_pool2d(padded.square(), side, 1) - mean.square()
+    return mean, variance.clamp_min(0)
+
+
+def sliding_window(
+    images: Float[Tensor, "b c height width"], side: int, epsilon: float
+) -> Float[Tensor, "b c height width"]:
+    """Each pixel by the mean and deviation of the window around it (CIM's targets)."""
+    mean, variance = window_moments(images, side)
+    return (images.float() - mean) * (variance + epsilon).rsqrt()

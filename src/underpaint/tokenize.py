@@ -44,7 +44,7 @@ def make_ready(
     seed: int,
     device: torch.device,
     folder: Path,
-    minutes: float | None = None,
+    length: Length,
     shout: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Fit or train `tokenizer` in place where that is still to be done, on crops of `images`, and judge it.
@@ -52,7 +52,7 @@ def make_ready(
     Args:
         settings: how crops are cut.
         folder: of a training's checkpoints, from which the same call goes on; who saved the tokenizer may remove it.
-        minutes: of training; 5,000 steps where None.
+        length: of a training; k-means is fitted once.
 
     Returns:
         kind, made (whether it was not ready before), and quality on each 20th image, which is not trained on.
@@ -79,7 +79,7 @@ def make_ready(
             crops,
             lambda images, step: tokenizer.loss(images),
             folder=folder,
-            length=Length(STEPS, minutes),
+            length=length,
             schedule=Schedule(0.05),
             seed=seed,
             clip=1.0,
@@ -96,6 +96,7 @@ def make_ready(
         )
     tokenizer.ready = True
     tokenizer.requires_grad_(False).eval()
+    tokenizer.zero_grad(set_to_none=True)
     size = (settings.image_size[0], settings.image_size[1])
     quality = tokenizer.judge(held_out_crops(images, size, device))
     shout(f"{tokenizer.kind}, {tokenizer.vocabulary} words of {tokenizer.stride} px, held out: {described(quality)}")
@@ -194,7 +195,7 @@ def make_tokenizer(
         seed=seed,
         device=device,
         folder=path.with_suffix(".training"),
-        minutes=minutes,
+        length=Length(STEPS, minutes),
     )
     save_tokenizer(tokenizer, path, made["quality"])
     if kind != "kmeans":

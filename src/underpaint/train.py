@@ -11,12 +11,14 @@ import shutil
 import signal
 import time
 from collections.abc import Generator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from torch.utils.tensorboard import SummaryWriter
 
 from underpaint.backbones import create_arguments, from_arguments, init_from, save_encoder
@@ -29,9 +31,10 @@ from underpaint.data import (
     train_batches,
 )
 from underpaint.errors import InputError, NotFinite
+from underpaint.fit import Length
 from underpaint.judge import Judge
 from underpaint.looks import write_looks
-from underpaint.measure import measure, out_of_memory
+from underpaint.measure import measure, out_of_memory, restart_peak
 from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
@@ -41,6 +44,7 @@ from underpaint.report import write_report
 from underpaint.runs import Run, environment, finite, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.step import Session, Window, learning_rate, session, update
+from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import make_ready
 from underpaint.tokenizers import Tokenizer, save_tokenizer
 
@@ -118,7 +122,7 @@ def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Met
         settings.pop("name"),
         image_size=recipe.data.image_size,
         patch_size=settings.pop("patch_size", None),
-        channels=recipe.data.channels,
+        in_chans=recipe.data.channels,
         **settings,
     )
     backbone = from_arguments(arguments)
@@ -131,6 +135,8 @@ def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Met
     options = {key: value for key, value in recipe.method.items() if key != "name"}
     calibrated = [key for key in ("step_size", "position_step") if key in recipe.measured]
     options |= {key: recipe.measured[key] for key in calibrated}
+    if "image_size" in recipe.method and options["image_size"] is None:
+        options["image_size"] = recipe.data.image_size  # an encoder without positions does not know it
     if run is not None and run.tokenizer.is_file():
         options["tokenizer"] = str(run.tokenizer)
     try:
@@ -234,7 +240,8 @@ def make_fabric(recipe: Recipe) -> Fabric:
         accelerator="cuda" if cuda else "cpu",
         devices=devices,
         num_nodes=recipe.run.nodes,
-        strategy="ddp" if several else "auto",
+        # one process makes a tokenizer, or judges, while the others wait
+        strategy=DDPStrategy(timeout=timedelta(hours=3)) if several else "auto",
         precision=kinds[precision],
     )
     fabric.launch()
@@ -293,6 +300,16 @@ def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
     return max(1, round((length.epochs or DEFAULT_EPOCHS) * images / recipe.optimiser.batch_size))
 
 
+TOKENIZER_MINUTES, TOKENIZER_BATCH = 20.0, 128
+
+
+def tokenizer_length(recipe: Recipe, images: int) -> Length:
+    """Half as long as the run itself, which it comes on top of; at most 20 minutes, or 5,000 steps."""
+    if recipe.run.minutes:
+        return Length(TOKENIZER_STEPS, min(TOKENIZER_MINUTES, recipe.run.minutes / 2))
+    return Length(min(TOKENIZER_STEPS, math.ceil(planned_steps(recipe, images, math.nan) / 2)))
+
+
 def _words(
     fabric: Fabric, run: Run, recipe: Recipe, images: ImageSet, tokenizer: Tokenizer, shout: Any
 ) -> dict[str, Any]:
@@ -306,21 +323,22 @@ def _words(
                 tokenizer,
                 images,
                 recipe.data,
-                batch_size=recipe.optimiser.batch_size,
+                batch_size=min(recipe.optimiser.batch_size, TOKENIZER_BATCH),
                 seed=recipe.run.seed,
                 device=fabric.device,
                 folder=scratch,
+                length=tokenizer_length(recipe, len(images)),
                 shout=shout,
             )
             save_tokenizer(tokenizer, run.tokenizer, found["quality"])
             if scratch.is_dir():
                 shutil.rmtree(scratch)
             found["seconds"] = round(time.perf_counter() - began, 1)
-        except InputError as error:
-            found = str(error)
+        except (InputError, NotFinite) as error:
+            found = error
     found = fabric.broadcast(found)
-    if isinstance(found, str):
-        raise InputError(found)
+    if isinstance(found, Exception):
+        raise found
     for tensor in tokenizer.state_dict().values():
         tensor.copy_(fabric.broadcast(tensor))
     tokenizer.ready = True
@@ -334,6 +352,7 @@ def _decide(fabric: Fabric, run: Run, recipe: Recipe, images: ImageSet, current:
     words = current.method.prepare(current.standardize)
     if words is not None and ("tokenizer" not in measured or not words.ready):
         measured["tokenizer"] = _words(fabric, run, recipe, images, words, shout)
+        restart_peak()  # what it took is not the run's
     if "seconds_per_step" not in measured:
         batches = _batches(current, images, 0, None)
         seen = [next(batches) for _ in range(4)]
@@ -449,7 +468,7 @@ def _train(
             tensors = training_state(method, current.optimiser) | window.state()
             keep = [k for k in (state["best_step"],) if k is not None]
             run.save(state["step"], tensors, {**state, "window": window.names}, keep)
-            save_encoder(run.path, method.encoder, arguments, standardize)
+            save_encoder(run.path, judge.settled(method.encoder, current.standardize), arguments, standardize)
         fabric.barrier()
 
     def log(step: int, waited: float, since: float, steps: int, probe: dict[str, float] | None) -> None:
@@ -559,7 +578,8 @@ def _train(
         report = {"restoration": judge.restoration(method, current.standardize)}
         report |= judge.final(method.encoder, untrained.to(fabric.device), current.standardize, start, shout)
         run.write_json("probes.json", report)
-        write_looks(method.encoder, untrained, judge, current.standardize, run.path / "pictures")
+        mine, other = (judge.settled(encoder, current.standardize) for encoder in (method.encoder, untrained))
+        write_looks(mine, other, judge, current.standardize, run.path / "pictures")
         write_report(run.path)
         shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")
     fabric.barrier()

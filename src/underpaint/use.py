@@ -24,6 +24,8 @@ def load_method(path: str | Path) -> tuple[Method, Standardize, Recipe]:
         raise InputError(f"{path}: has no checkpoint yet")
     encoder = load_encoder(path)
     options = {key: value for key, value in recipe.method.items() if key != "name"}
+    if "image_size" in options and options["image_size"] is None:
+        options["image_size"] = recipe.data.image_size
     if run.tokenizer.is_file():
         options["tokenizer"] = str(run.tokenizer)
     method = METHODS[recipe.method["name"]](encoder, **options)  # pyright: ignore[reportCallIssue]

@@ -38,12 +38,13 @@ def create_arguments(
     *,
     image_size: tuple[int, int] | None = None,
     patch_size: int | None = None,
-    channels: int = 3,
+    in_chans: int = 3,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Every argument of `timm.create_model` for this encoder, as plain data.
 
-    `arguments` go to timm as they are (embed_dim, depth, num_heads, norm_layer="groupnorm", ...).
+    `in_chans` (of the images) and `arguments` go to timm as they are (embed_dim, depth, num_heads, norm_layer="groupnorm",
+    the `channels` of a ResNet's stages, ...).
 
     Raises:
         InputError: timm has no such model, or the patch does not divide the image.
@@ -52,7 +53,7 @@ def create_arguments(
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"near it: {', '.join(near)}" if near else "timm.list_models() lists them"
         raise InputError(f"encoder: timm has no model '{name}'; {hint}")
-    made: dict[str, Any] = {"model_name": name, "num_classes": 0, "in_chans": channels}
+    made: dict[str, Any] = {"model_name": name, "num_classes": 0, "in_chans": in_chans}
     config = get_pretrained_cfg(name)
     own_size: tuple[int, ...] = config.input_size if config else (3, 224, 224)
     height, width = image_size or (own_size[1], own_size[2])
@@ -105,7 +106,7 @@ def encoder(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return from_arguments(
-        create_arguments(name, image_size=size, patch_size=patch_size, channels=channels, **arguments)
+        create_arguments(name, image_size=size, patch_size=patch_size, in_chans=channels, **arguments)
     )
 
 

@@ -21,6 +21,8 @@ class MapBackbone(Backbone):
         self.info: list[dict[str, Any]] = info if isinstance(info, list) else info.info
         self.dim: int = self.info[-1]["num_chs"]
         self.stride: int = self.info[-1]["reduction"]
+        for parameter in getattr(model, "head", nn.Identity()).parameters():
+            parameter.requires_grad_(False)  # ConvNeXt's norm behind the pooling: the maps are from before it
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return -(-height // self.stride), -(-width // self.stride)

@@ -348,7 +348,9 @@ def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: Judge, receive
                     known |= {key: found.worths[title][0]} if title in found.worths else {}
                 restoration = judge.restoration(load_method(run.path)[0], standardize)
                 run.write_json("probes.json", {"restoration": restoration} | judge.summary(known, encoder))
-                write_looks(encoder, untrained[seed], judge, standardize, run.path / "pictures")
+                write_looks(
+                    encoder, judge.settled(untrained[seed], standardize), judge, standardize, run.path / "pictures"
+                )
                 write_report(run.path)
         found.kinds[name] = ("method", True)
     return found

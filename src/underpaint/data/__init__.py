@@ -4,7 +4,7 @@ from underpaint.data.check import check, format_check
 from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
 from underpaint.data.decode import Unreadable, decode, read_header
 from underpaint.data.images import ImageSet, load_images
-from underpaint.data.loader import Batch, eval_batches, steps_per_epoch, train_batches
+from underpaint.data.loader import Batch, eval_batches, fair_batches, steps_per_epoch, train_batches
 from underpaint.data.sources import Entry, Source, labelled_indices, open_source, pretraining_indices, split_indices
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "decode",
     "draw_crops",
     "eval_batches",
+    "fair_batches",
     "format_check",
     "labelled_indices",
     "load_images",

@@ -85,6 +85,21 @@ def train_batches(
     return _batches(prepare, itertools.count(first_batch), images, size, workers, torch.device(device), on_skip)
 
 
+def fair_batches(
+    images: ImageSet,
+    *,
+    size: tuple[int, int],
+    count: int,
+    seed: int,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> Generator[Batch, None, None]:
+    """At most `count` images in random order, so that each batch is a fair draw of all; batches of equal size, or one."""
+    order = np.random.default_rng(seed).permutation(len(images))[:count].tolist()
+    whole = order[: max(len(order) // batch_size * batch_size, min(len(order), batch_size))]
+    yield from eval_batches(images, size=size, indices=whole, batch_size=batch_size, device=device)
+
+
 def eval_batches(
     images: ImageSet,
     *,

@@ -2,14 +2,26 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from underpaint.data import Source, eval_batches, labelled_indices, load_images, open_source, split_indices
+from underpaint.backbones.norms import batch_norms
+from underpaint.data import (
+    Source,
+    eval_batches,
+    fair_batches,
+    labelled_indices,
+    load_images,
+    open_source,
+    split_indices,
+)
 from underpaint.data.answers import Detections, detections_of, masks_of
 from underpaint.errors import InputError
 from underpaint.evaluate.detect import Detecting, detect
@@ -25,7 +37,7 @@ from underpaint.evaluate.splits import stratified
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import Subject, open_subject
 from underpaint.fit import changed
-from underpaint.judge import Judge
+from underpaint.judge import SETTLING, Judge
 from underpaint.looks import write_looks
 from underpaint.progress import say
 from underpaint.runs import environment, finite, write_atomically
@@ -83,6 +95,8 @@ def evaluate(
     for note in source.notes:
         say(note)
     subject = open_subject(encoder, image_size=image_size, untrained=untrained, seed=seed)
+    if batch_norms(subject.encoder) and subject.trained:
+        subject = replace(subject, clean=partial(_clean, source, subject, seed))
     results = _earlier(
         folder,
         {
@@ -131,6 +145,15 @@ def evaluate(
         say(line)
     say(f"done: {folder / 'results.json'}")
     return results
+
+
+def _clean(source: Source, subject: Subject, seed: int) -> Iterator[Tensor]:
+    """Training images for the batch norms of an untrained twin."""
+    train, _ = split_indices(source, list(range(len(source.entries))), seed)
+    images = load_images(source, train, size=subject.size, channels=subject.encoder.channels)
+    device = subject.standardize.mean.device
+    for batch in fair_batches(images, size=subject.size, count=SETTLING, seed=seed, device=device):
+        yield subject.standardize(batch.images)
 
 
 def _checked(tasks: Sequence[str], label_fraction: float, against: Any, out: str | Path) -> None:

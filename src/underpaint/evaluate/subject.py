@@ -1,6 +1,7 @@
 """What is judged: an encoder, the transform of its images, and the same choices untrained."""
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from underpaint.backbones import Backbone, create_arguments, describe_encoder, from_arguments, load_encoder
 from underpaint.backbones.build import fill, init_from
+from underpaint.backbones.norms import settled
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
 from underpaint.runs import Run
@@ -27,6 +29,7 @@ class Subject:
         arguments: of `timm.create_model`, so that a twin or a network with a head can be made.
         standardize: from images in [0, 1] to what the encoder takes.
         size: of its images, height and width in pixels.
+        clean: standardised images from which an untrained twin's batch norms take their statistics.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Subject:
     standardize: Standardize
     size: tuple[int, int]
     trained: bool
+    clean: Callable[[], Iterable[Tensor]] | None = None
 
     def untrained(self, seed: int) -> Backbone:
         """The same choices with weights as they are before training."""
@@ -45,6 +49,8 @@ class Subject:
     def twin(self, seed: int) -> "Subject":
         """The same choices untrained."""
         encoder = self.untrained(seed).to(self.standardize.mean.device)
+        if self.clean is not None:
+            encoder = settled(encoder, self.clean)
         return replace(self, encoder=encoder, trained=False)
 
     def weights(self) -> dict[str, Tensor]:
@@ -104,7 +110,7 @@ def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, chan
         raise InputError(f"{text}: timm has no model '{name}'; timm.list_models() lists them")
     config: Any = get_pretrained_cfg(name)
     size = image_size or (tuple(config.input_size[1:]) if config else (224, 224))
-    arguments = create_arguments(name, image_size=size, channels=channels)
+    arguments = create_arguments(name, image_size=size, in_chans=channels)
     statistics: dict[str, Any] = dict(IMAGENET)
     if config is not None and config.mean is not None:
         statistics = {"mean": list(config.mean), "std": list(config.std)}

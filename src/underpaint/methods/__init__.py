@@ -2,6 +2,7 @@
 
 from underpaint.methods.beit import BEiT
 from underpaint.methods.cae import CAE
+from underpaint.methods.cim import CIM
 from underpaint.methods.energy import Energy
 from underpaint.methods.localmim import LocalMIM
 from underpaint.methods.mae import MAE
@@ -11,10 +12,11 @@ from underpaint.methods.simmim import SimMIM
 METHODS: dict[str, type[Method]] = {
     "beit": BEiT,
     "cae": CAE,
+    "cim": CIM,
     "energy": Energy,
     "localmim": LocalMIM,
     "mae": MAE,
     "simmim": SimMIM,
 }
 
-__all__ = ["CAE", "MAE", "METHODS", "BEiT", "Energy", "LocalMIM", "Method", "Objective", "SimMIM"]
+__all__ = ["CAE", "CIM", "MAE", "METHODS", "BEiT", "Energy", "LocalMIM", "Method", "Objective", "SimMIM"]

@@ -14,6 +14,7 @@ from underpaint.backbones import PatchBackbone
 from underpaint.masking import Mask, block_mask, hidden_count, random_mask
 from underpaint.methods.method import Objective
 from underpaint.methods.words import WordMethod, word_terms
+from underpaint.tokenizers import Tokenizer
 
 
 class BEiT(WordMethod):
@@ -47,7 +48,12 @@ class BEiT(WordMethod):
         hidden_count(grid[0] * grid[1], hidden_ratio)  # says early that a ratio or a grid is impossible
         self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.head = nn.Linear(encoder.dim, self.tokenizer.vocabulary)
+        self.speak(self.tokenizer)
+
+    def speak(self, tokenizer: Tokenizer) -> None:
+        """Take over the words of a tokenizer, with a new head for them."""
+        self.tokenizer = tokenizer
+        self.head = nn.Linear(self.encoder.dim, tokenizer.vocabulary)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 

@@ -51,6 +51,10 @@ class Method(nn.Module):
         """Weights in a parameter group of their own, without decay: the factor on their learning rate, by name."""
         return {}
 
+    def clipped_apart(self) -> list[list[nn.Parameter]]:
+        """Weights whose gradients are clipped by norms of their own; all together where empty."""
+        return []
+
     def parts(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> Iterator[Objective]:
         """The parts of the loss one by one; backpropagate each before asking for the next, and memory is that of one."""
         if self.part_count == 1:

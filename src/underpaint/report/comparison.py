@@ -32,6 +32,9 @@ TASKS = {
     "noise": "Noise",
     "gray": "Lost colour",
     "words": "Hidden words",
+    "generator": "Generator's words",
+    "pixels": "All pixels",
+    "detect": "Replaced words",
 }
 
 
@@ -168,7 +171,8 @@ def restoration_section(result: Mapping[str, Any]) -> str:
     note = (
         "Squared error on what was corrupted over that of the trivial restoration (doing nothing; for mae the mean of "
         "each hidden patch), ± one standard error, on test images where there are some. 1 has restored nothing. Words: "
-        "cross-entropy over that of saying words by their frequency."
+        "cross-entropy over that of saying words by their frequency. CIM: what its enhancer is trained on, at every pixel "
+        "or word, over every pixel the mean of its window, or every word replaced with the share that is."
     )
     return (
         f'<section><h2>How well they restore</h2><p class="note" id="restored">{note}</p>'

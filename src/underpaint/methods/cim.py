@@ -1,0 +1,344 @@
+"""CIM: Fang et al., "Corrupted Image Modeling for Self-Supervised Visual Pre-Training", ICLR 2023, arXiv 2202.03382.
+
+A re-implementation from the abstract and secondary sources; docs/methods/cim.md lists what is not the paper's.
+
+A small BEiT, the generator, is shown part of an image and says the visual words of the rest. Words drawn from what it
+says replace the true ones, and the frozen decoder of the tokenizer makes an image of them: plausible, and wrong in
+places. The enhancer, any network, sees that image and nothing else, and either restores the true pixels (ResPix) or
+says for each word whether it was replaced (RevDet). Both are trained together; the generator is thrown away.
+
+    golden   = words of the image                                              frozen tokenizer
+    logits   = generator(image, hidden patches masked)                         cross-entropy on hidden words
+    words    = draws from softmax(logits / temperature) where hidden, golden elsewhere
+    x'       = decode(words), without gradient: the whole grid, so untouched places are the codec's too
+    ResPix:    1/2 |y - t| + 1/2 (y - t)^2,  t = pixels by the mean and deviation of their window
+    RevDet:    binary cross-entropy of (words != golden) at every place
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from underpaint.backbones import Backbone, PatchBackbone
+from underpaint.backbones import encoder as make_encoder
+from underpaint.blocks import heads_for
+from underpaint.masking import Mask, hidden_count, random_mask
+from underpaint.methods.beit import BEiT
+from underpaint.methods.method import Method, Objective
+from underpaint.methods.words import cross_entropies, frequency_losses
+from underpaint.patches import Standardize, patchify, put, take, unpatchify
+from underpaint.targets import sliding_window, window_moments
+from underpaint.tokenizers import ConvTokenizer, Tokenizer, load_tokenizer, width_for
+
+SMALL = 64  # pixels: up to here images are small
+
+
+class Corruption(NamedTuple):
+    """The random part of a step: which words are hidden, and a number in [0, 1) for each to draw its replacement by."""
+
+    mask: Mask
+    uniform: Float[Tensor, "b h"]
+
+    def to(self, device: torch.device) -> "Corruption":
+        return Corruption(self.mask.to(device), self.uniform.to(device, non_blocking=True))
+
+    def rows(self, rows: slice) -> "Corruption":
+        return Corruption(self.mask.rows(rows), self.uniform[rows])
+
+    def repeat(self, batch: int) -> "Corruption":
+        return Corruption(self.mask.repeat(batch), self.uniform.expand(batch, -1))
+
+
+class Corrupted(NamedTuple):
+    """What the enhancer gets, and what it is to find out."""
+
+    images: Float[Tensor, "b c height width"]  # standardised
+    golden: Int[Tensor, "b n"]
+    words: Int[Tensor, "b n"]
+    logits: Float[Tensor, "b h k"]  # of the generator, with its gradient
+
+    @property
+    def replaced(self) -> Bool[Tensor, "b n"]:
+        """A draw that is the golden word counts as original."""
+        return self.words != self.golden
+
+
+class CIM(Method):
+    """Restore, or find, what a small generator made up.
+
+    Args:
+        encoder: the enhancer: any encoder whose last stride is a whole number of words.
+        objective: pixels (ResPix), or detect (RevDet).
+        hidden_ratio: share of the words that is hidden (110 of 196 in secondary sources).
+        stride: pixels of a word; the patch of a ViT, or 8 up to 64 px and 16 above, where None.
+        tokenizer: a file of `underpaint tokenizer --kind fsq`; one is trained on the training images where None.
+        vocabulary: words of that tokenizer; 1024 where None.
+        generator_depth: blocks; a quarter of a ViT's, or 3, where None.
+        generator_dim: width; that of a ViT, or 192 up to 64 px and 384 above, where None.
+        temperature: of the draws.
+        sampler: multinomial; or, as controls, argmax, uniform, unigram (by the words' frequencies), none (golden words
+            throughout: the codec alone).
+        paste: decoded patches pasted into the true image where hidden, as a control: their seams give them away.
+        window: pixels of the side of the window that targets are normalised by; 8, or 4 up to 64 px, where None.
+        epsilon: added to the window's variance (pixels in [0, 1]).
+
+    Raises:
+        ValueError: words that do not fit the encoder's places or the image.
+    """
+
+    paper = "a small BEiT makes up parts, the encoder restores or finds them (CIM, arXiv 2202.03382)"
+    encoder: Backbone
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        objective: Literal["pixels", "detect"] = "pixels",
+        hidden_ratio: float = 0.56,
+        stride: int | None = None,
+        tokenizer: str | None = None,
+        vocabulary: int | None = None,
+        generator_depth: int | None = None,
+        generator_dim: int | None = None,
+        temperature: float = 1.0,
+        sampler: Literal["multinomial", "argmax", "uniform", "unigram", "none"] = "multinomial",
+        paste: bool = False,
+        window: int | None = None,
+        epsilon: float = 1e-4,
+        image_size: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        height, width = getattr(encoder, "image_size", None) or image_size or (224, 224)
+        small = max(height, width) <= SMALL
+        plain = encoder if isinstance(encoder, PatchBackbone) else None
+        place = plain.patch_size[0] if plain is not None else getattr(encoder, "stride", 32)
+        self.place: int = place
+        self.stride = stride or (place if plain is not None else min(place, 8 if small else 16))
+        if place % self.stride or height % place or width % place:
+            raise ValueError(
+                f"words of {self.stride} px: a place of this encoder is {place} px, which must be a whole number of words "
+                f"and divide images of {height}x{width}"
+            )
+        self.objective, self.hidden_ratio, self.temperature = objective, hidden_ratio, temperature
+        self.sampler, self.paste = sampler, paste
+        self.window, self.epsilon = window or (4 if small else 8), epsilon
+        self.image_size = (height, width)
+        self.words_grid = (height // self.stride, width // self.stride)
+        if temperature <= 0:
+            raise ValueError(
+                f"temperature is {temperature:g}; it must be above 0 (sampler: argmax takes the likeliest word)"
+            )
+        if not 1 < self.window <= min(height, width):
+            raise ValueError(f"window is {self.window} px; it must be 2 or more and fit an image of {height}x{width}")
+        count = self.words_grid[0] * self.words_grid[1]
+        hidden_count(count, hidden_ratio)  # says early that a ratio or a grid is impossible
+        if tokenizer is None:
+            words: Tokenizer = ConvTokenizer(
+                "fsq", vocabulary or 1024, self.stride, encoder.channels, width_for((height, width))
+            )
+        else:
+            words = load_tokenizer(tokenizer)
+            if (words.stride, words.channels) != (self.stride, encoder.channels):
+                raise ValueError(
+                    f"the tokenizer makes a word of {words.stride} px of {words.channels} channels; "
+                    f"{self.stride} px of {encoder.channels} are needed"
+                )
+            if vocabulary not in (None, words.vocabulary):
+                raise ValueError(f"vocabulary is {vocabulary}, but the tokenizer has {words.vocabulary} words")
+        dim = generator_dim or (plain.dim if plain is not None else 192 if small else 384)
+        depth = generator_depth or (max(1, plain.depth // 4) if plain is not None else 3)
+        tokens: Any = make_encoder(
+            "vit_tiny_patch16_224",
+            image_size=(height, width),
+            patch_size=self.stride,
+            channels=encoder.channels,
+            embed_dim=dim,
+            depth=depth,
+            num_heads=heads_for(dim),
+        )
+        self.generator = BEiT(tokens, hidden_ratio, "random", vocabulary=2)
+        self.generator.speak(words.requires_grad_(False).eval())
+        times = (place // self.stride) ** 2  # words of a place
+        self.head = nn.Linear(encoder.dim, encoder.channels * place * place if objective == "pixels" else times)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.generator.tokenizer
+
+    @property
+    def standardize(self) -> Standardize:
+        return self.generator.standardize
+
+    def clipped_apart(self) -> list[list[nn.Parameter]]:
+        """Generator and enhancer share nothing, so the weight of neither loss may reach the other through the norm."""
+        mine = [p for name, p in self.named_parameters() if not name.startswith("generator.") and p.requires_grad]
+        return [[p for p in self.generator.parameters() if p.requires_grad], mine]
+
+    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
+        count = (height // self.stride) * (width // self.stride)
+        mask = random_mask(batch, count, hidden_count(count, self.hidden_ratio), generator)
+        return Corruption(mask, torch.rand(mask.hidden.shape, generator=generator))
+
+    def prepare(self, standardize: Standardize) -> Tokenizer | None:
+        return self.generator.prepare(standardize)
+
+    # --- corrupting ------------------------------------------------------------------------------------------------
+
+    def sample(
+        self, logits: Float[Tensor, "b h k"], golden: Int[Tensor, "b h"], uniform: Float[Tensor, "b h"]
+    ) -> Int[Tensor, "b h"]:
+        """Replacements of hidden words, by the inverse of their cumulative distribution; no gradient."""
+        logits = logits.detach().float()
+        vocabulary = logits.shape[-1]
+        if self.sampler == "none":
+            return golden
+        if self.sampler == "argmax":
+            return logits.argmax(-1)
+        if self.sampler == "uniform":
+            return (uniform * vocabulary).long().clamp_max(vocabulary - 1)
+        if self.sampler == "unigram":
+            shares = self.tokenizer.shares.expand_as(logits)
+        else:
+            shares = (logits / self.temperature).softmax(-1)
+        reached = shares.cumsum(-1)
+        return (reached <= uniform.unsqueeze(-1) * reached[..., -1:]).sum(-1).clamp_max(vocabulary - 1)
+
+    def corrupt(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Corrupted:
+        """What the generator makes of part of the images."""
+        golden = self.generator.words(images)
+        logits = self.generator.logits(images, draws.mask)
+        hidden = golden.gather(1, draws.mask.hidden)
+        words = golden.scatter(1, draws.mask.hidden, self.sample(logits, hidden, draws.uniform))
+        decoded = self.generator.spoken(images, words)
+        if self.paste:
+            size = (self.stride, self.stride)
+            pieces = take(patchify(decoded, size), draws.mask.hidden)
+            whole = put(patchify(images, size), draws.mask.hidden, pieces)
+            grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
+            decoded = unpatchify(whole, size, grid)
+        return Corrupted(decoded.detach(), golden, words, logits)
+
+    # --- enhancing -------------------------------------------------------------------------------------------------
+
+    def enhance(self, corrupted: Float[Tensor, "b c height width"]) -> Float[Tensor, "b k rows columns"]:
+        """Normalised pixels [b, c, height, width], or a logit a word [b, 1, rows, columns]: replaced or not."""
+        found = self.head(self.encoder(corrupted).patches).float()
+        grid = self.encoder.grid(*corrupted.shape[-2:])
+        side = self.place if self.objective == "pixels" else self.place // self.stride
+        return unpatchify(found, (side, side), grid)
+
+    def targets(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height width"]:
+        """Each pixel by the mean and deviation of the window around it, from pixels in [0, 1]."""
+        return sliding_window(self.standardize.inverse(images), self.window, self.epsilon)
+
+    def losses(
+        self, images: Float[Tensor, "b c height width"], corrupted: Corrupted
+    ) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"], Tensor]:
+        """Of the enhancer at every pixel or word, that of a trivial answer, and the enhancer's answer.
+
+        Trivial are: every pixel the mean of its window; every word replaced with the share that is.
+        """
+        answer = self.enhance(corrupted.images)
+        if self.objective == "pixels":
+            target = self.targets(images)
+            left = 0.5 * (answer - target).abs() + 0.5 * (answer - target).square()
+            trivial = 0.5 * target.abs() + 0.5 * target.square()
+            return left.flatten(1), trivial.flatten(1), answer
+        truth = corrupted.replaced.float()
+        share = truth.mean().clamp(1e-6, 1 - 1e-6)
+        trivial = -(truth * share.log() + (1 - truth) * (1 - share).log())
+        return F.binary_cross_entropy_with_logits(answer.flatten(1), truth, reduction="none"), trivial, answer
+
+    def forward(self, images: Float[Tensor, "b c height width"], draws: Corruption | None = None) -> Objective:
+        if draws is None:
+            draws = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+        corrupted = self.corrupt(images, draws)
+        hidden = corrupted.golden.gather(1, draws.mask.hidden)
+        generator = cross_entropies(corrupted.logits, hidden).mean()
+        left, trivial, answer = self.losses(images, corrupted)
+        replaced = corrupted.replaced.float()
+        hits = 1 - replaced.gather(1, draws.mask.hidden).mean()
+        baseline = frequency_losses(hidden, self.tokenizer.shares).mean() + trivial.mean()
+        terms = {
+            "generator": generator.detach(),
+            "hits": hits,  # draws that are the golden word
+            "enhancer": left.mean().detach(),
+            "baseline": baseline.detach(),
+        }
+        if self.objective == "pixels":
+            where = F.interpolate(replaced.view(-1, 1, *self.words_grid), scale_factor=float(self.stride))
+            where = where.expand(-1, images.shape[1], -1, -1).flatten(1)
+            for name, weights in (("replaced", where), ("untouched", 1 - where)):
+                terms[name] = ((left.detach() * weights).sum() / weights.sum().clamp_min(1)).detach()
+        else:
+            said = answer.detach().flatten()
+            truth = replaced.flatten()
+            terms["accuracy"] = ((said > 0).float() == truth).float().mean()
+            terms["majority"] = torch.maximum(truth.mean(), 1 - truth.mean())
+            terms["auroc"] = auroc(said, truth)
+        return Objective(generator + left.mean(), terms)
+
+    # --- pictures and scores ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def restore(self, images: Float[Tensor, "b c height width"], draws: Corruption | None = None) -> dict[str, Tensor]:
+        """Original, what the codec alone makes of it, corrupted; then restored, or where a replacement is seen, with
+        the truth beside it."""
+        same: Corruption = self.fixed_draws(images, 1)[0] if draws is None else draws
+        corrupted = self.corrupt(images, same)
+        frames = {
+            "original": images,
+            "golden words": self.generator.spoken(images, corrupted.golden),
+            "corrupted": corrupted.images,
+        }
+        answer = self.enhance(corrupted.images)
+        if self.objective == "pixels":
+            # normalised pixels leave mean and contrast of their window open; those of the corrupted image are all that
+            # the enhancer has seen
+            mean, variance = window_moments(self.standardize.inverse(corrupted.images), self.window)
+            restored = answer * (variance + self.epsilon).sqrt() + mean
+            frames["restored"] = self.standardize(restored.clamp(0, 1))
+            return frames
+        size = (images.shape[-2], images.shape[-1])
+        truth = corrupted.replaced.float().view(-1, 1, *self.words_grid)
+        for name, values in (("said to be\nreplaced", answer.sigmoid()), ("replaced", truth)):
+            frames[name] = self.standardize(F.interpolate(values, size, mode="nearest").expand_as(images).contiguous())
+        return frames
+
+    @torch.no_grad()
+    def held_out(
+        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        draws = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        corrupted = self.corrupt(images, draws)
+        hidden = corrupted.golden.gather(1, draws.mask.hidden)
+        left, trivial, _ = self.losses(images, corrupted)
+        return {
+            self.objective: (left.mean(1), trivial.mean(1)),
+            "generator": (
+                cross_entropies(corrupted.logits, hidden).mean(1),
+                frequency_losses(hidden, self.tokenizer.shares).mean(1),
+            ),
+        }
+
+    @torch.no_grad()
+    def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
+        """The enhancer's loss, mean over four fixed corruptions."""
+        found = [self.losses(images, self.corrupt(images, draws))[0].mean(1) for draws in self.fixed_draws(images, 4)]
+        return torch.stack(found).mean(0)
+
+
+def auroc(scores: Float[Tensor, "n"], truth: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """The share of (positive, negative) pairs in the right order; 0.5 where there is no pair. No host synchronisation."""
+    order = scores.argsort()
+    ranks = torch.zeros_like(scores).scatter(0, order, torch.arange(1.0, len(scores) + 1, device=scores.device))
+    positive = truth.sum()
+    negative = len(truth) - positive
+    pairs = positive * negative
+    found = ((ranks * truth).sum() - positive * (positive + 1) / 2) / pairs.clamp_min(1)
+    return torch.where(pairs > 0, found, torch.full_like(found, 0.5))
