@@ -206,7 +206,8 @@ class CIM(Method):
         else:
             shares = (logits / self.temperature).softmax(-1)
         reached = shares.cumsum(-1)
-        return (reached <= uniform.unsqueeze(-1) * reached[..., -1:]).sum(-1).clamp_max(vocabulary - 1)
+        place = uniform.unsqueeze(-1) * reached[..., -1:]
+        return torch.searchsorted(reached, place, right=True).squeeze(-1).clamp_max(vocabulary - 1)
 
     def corrupt(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Corrupted:
         """What the generator makes of part of the images."""
