@@ -39,7 +39,7 @@ from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
 from underpaint.progress import Bar, say
-from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
+from underpaint.recipes.recipe import Recipe, checked, differences, method_options, override, plain, read_recipe
 from underpaint.report import write_report
 from underpaint.runs import Run, environment, finite, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
@@ -132,13 +132,7 @@ def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Met
         matched = f"started from {recipe.init}: {report}"
         if statistics:
             mean, std = statistics["mean"], statistics["std"]
-    options = {key: value for key, value in recipe.method.items() if key != "name"}
-    calibrated = [key for key in ("step_size", "position_step") if key in recipe.measured]
-    options |= {key: recipe.measured[key] for key in calibrated}
-    if "image_size" in recipe.method and options["image_size"] is None:
-        options["image_size"] = recipe.data.image_size  # an encoder without positions does not know it
-    if run is not None and run.tokenizer.is_file():
-        options["tokenizer"] = str(run.tokenizer)
+    options = method_options(recipe, None if run is None else run.tokenizer)
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
         method.draw(1, *recipe.data.image_size)

@@ -12,6 +12,7 @@ from underpaint.methods import METHODS, Energy, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
 from underpaint.recipes import Recipe
+from underpaint.recipes.recipe import method_options
 from underpaint.runs import Run
 
 
@@ -23,11 +24,7 @@ def load_method(path: str | Path) -> tuple[Method, Standardize, Recipe]:
     if found is None:
         raise InputError(f"{path}: has no checkpoint yet")
     encoder = load_encoder(path)
-    options = {key: value for key, value in recipe.method.items() if key != "name"}
-    if "image_size" in options and options["image_size"] is None:
-        options["image_size"] = recipe.data.image_size
-    if run.tokenizer.is_file():
-        options["tokenizer"] = str(run.tokenizer)
+    options = method_options(recipe, run.tokenizer)
     method = METHODS[recipe.method["name"]](encoder, **options)  # pyright: ignore[reportCallIssue]
     weights = {k.removeprefix("method."): v for k, v in found[0].items() if k.startswith("method.")}
     method.load_state_dict(weights)

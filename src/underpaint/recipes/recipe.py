@@ -213,6 +213,18 @@ def read_recipe(name: str) -> dict[str, Any]:
     return plain(checked(found))
 
 
+def method_options(recipe: Recipe, tokenizer: Path | None = None) -> dict[str, Any]:
+    """What the method's class is called with: the recipe's settings, what was calibrated, the image size where the method
+    asks for it (an encoder without positions does not know it), and a run's own `tokenizer` once it is there."""
+    options = {key: value for key, value in recipe.method.items() if key != "name"}
+    options |= {key: recipe.measured[key] for key in ("step_size", "position_step") if key in recipe.measured}
+    if "image_size" in options and options["image_size"] is None:
+        options["image_size"] = recipe.data.image_size
+    if tokenizer is not None and tokenizer.is_file():
+        options["tokenizer"] = str(tokenizer)
+    return options
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """What two recipes differ in, a line each, except what may change when a run goes on."""
     free = {"run": {"epochs", "steps", "minutes", "devices", "nodes", "loggers"}, "data": {"workers"}}
