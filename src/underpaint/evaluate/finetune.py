@@ -86,7 +86,7 @@ FINE_TUNING: dict[str, Callable[[], FineTuning]] = {
     "localmim-swin-base": lambda: FineTuning(rate=1e-3, layer_decay=0.9, warmup=0.2, smallest=6.25e-5),
     "rsb-a2": lambda: _rsb(300.0, 5e-3, 0.05, "rand-m7-mstd0.5-inc1"),
     "rsb-a3": lambda: _rsb(100.0, 8e-3, 0.0, "rand-m6-mstd0.5-inc1"),
-    # ours, for small images on a laptop; not tuned
+    # ours, for small images on a laptop; no rate serves all (docs/evaluate.md)
     "small": lambda: FineTuning(
         batch_size=128,
         rate=1e-3,

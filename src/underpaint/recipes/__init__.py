@@ -220,7 +220,7 @@ def cim_tiny_32() -> Recipe:
 
 
 def cim_resnet_32() -> Recipe:
-    """CIM for 32-px images on a laptop: a ResNet-10 of half the width, stride 8, words of 4 px, 12 minutes."""
+    """CIM for 32-px images on a laptop, rate tuned here: a ResNet-10 of half the width, words of 4 px, 12 minutes."""
     return Recipe(
         method=dict(CIM_TINY),
         encoder={"name": "resnet10t", "output_stride": 8, "channels": [32, 64, 128, 256], "stem_width": 16},
