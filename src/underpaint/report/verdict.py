@@ -39,7 +39,6 @@ FALL = 0.005  # of the loss, between the last two quarters: less is noise, or to
 FEW_SHARE = 0.05  # of the feature dimensions: an encoder that spans fewer says nearly the same of every image
 FEW = 2.0  # dimensions, where the number of dimensions is not known
 RANK_KEPT = 1 / 3  # of the untrained encoder's rank: chance differences between checkpoints are far smaller
-MANY_SHARE = 0.1  # of the feature dimensions: above it nothing has collapsed, though random maps of a ResNet span more
 SAME_RANK = 0.8  # of the untrained encoder's rank: where it was as low before, training did not make it so
 NO_GRADIENT = 1e-8  # below it, no precision moves a weight
 CONSTANT = 0.01  # of the loss: what differs between batches when the model no longer looks at them
@@ -97,10 +96,11 @@ def judge(metrics: list[dict], probes: dict, recipe: dict) -> Verdict:
     rank, untrained_rank, dimensions = ranks(metrics, probes)
     few = max(FEW, FEW_SHARE * dimensions) if math.isfinite(dimensions) else FEW
     fell_to_few = rank < few and not rank >= SAME_RANK * untrained_rank
-    lost_most = rank < RANK_KEPT * untrained_rank and (below or falling) and not rank > MANY_SHARE * dimensions
+    lost_most = rank < RANK_KEPT * untrained_rank and (below or falling)
     if (fell_to_few or lost_most) and not rose:  # a probe that rose where none fell has seen that features differ
         since = f", from {untrained_rank:.1f} before training" if math.isfinite(untrained_rank) else ""
-        sentence = f"The features span {rank:.1f} dimensions{since}: the encoder hardly tells images apart."
+        told = "the encoder hardly tells images apart" if fell_to_few else "far less of an image shows in them"
+        sentence = f"The features span {rank:.1f} dimensions{since}: {told}."
         return Verdict("collapsed", sentence, collapse_advice(recipe))
     gradient_end, loss_end = gradient[-quarter:], loss[-quarter:]
     dead = not is_zero(rate) and np.isfinite(gradient_end).all() and (gradient_end <= NO_GRADIENT).all()
