@@ -144,3 +144,10 @@ def test_rows_of_pooled_masks_keep_whole_groups() -> None:
 def test_sizes_that_are_no_whole_units_are_refused() -> None:
     with pytest.raises(ValueError, match="no whole number of units of 16 px"):
         swin((64, 72), patch=4).mask_pool(0.75)
+
+
+@pytest.mark.quick
+def test_every_weight_has_one_name() -> None:
+    """Two names for one tensor cannot be written to a checkpoint."""
+    places = [value.data_ptr() for value in swin().state_dict().values() if value.numel()]
+    assert len(places) == len(set(places))

@@ -202,8 +202,12 @@ class Swin(MapBackbone):
         super().__init__(model, channels)
         self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
         self.image_size: tuple[int, int] = self.model.patch_embed.img_size
-        self.stages: Any = self.model.layers
         self.depth = sum(len(stage.blocks) for stage in self.stages)
+
+    @property
+    def stages(self) -> Any:
+        """timm's; not an attribute, which would put every weight into the state twice."""
+        return self.model.layers
 
     def embed(
         self, images: Float[Tensor, "b c height width"], index: Int[Tensor, "b k"] | None = None
