@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,7 +16,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from underpaint.backbones import from_arguments
-from underpaint.data import Source, Unreadable, eval_batches, load_images, open_source
+from underpaint.data import (
+    ImageSet,
+    Source,
+    Unreadable,
+    eval_batches,
+    load_images,
+    open_source,
+    settle_scaling,
+    stored_scaling,
+)
 from underpaint.errors import InputError
 from underpaint.evaluate.attentive import AttentiveHead
 from underpaint.evaluate.detect import FOUND, Detecting, Sizes, detected, detector, found_frame
@@ -57,11 +67,13 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
         Standardize(described["mean"], described["std"]).to(device),
         (described["image_size"][0], described["image_size"][1]),
         True,
+        scaling=stored_scaling(described.get("scaling")),
     )
     model = _rebuilt(described, subject)
     model.load_state_dict(weights)
     model = model.to(device).eval()
     source = open_source(images)
+    subject = _scaled(subject, source)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     task, names = described["task"], described["classes"]
@@ -71,6 +83,13 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
         _boxes(model, subject, source, names, described, folder)
     else:
         _classes(model, subject, source, names, folder)
+
+
+def _scaled(subject: Subject, source: Source) -> Subject:
+    """With a scaling for all images: its own, else one measured on them."""
+    every, channels = range(len(source.entries)), subject.encoder.channels
+    found = settle_scaling(subject.scaling, source, every, size=subject.size, channels=channels, tell=say)
+    return replace(subject, scaling=found)
 
 
 def _rebuilt(described: dict[str, Any], subject: Subject) -> nn.Module:
@@ -98,7 +117,7 @@ def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _classes(model: nn.Module, subject: Subject, source: Source, names: list[str], folder: Path) -> None:
-    images = load_images(source, range(len(source.entries)), size=subject.size, channels=subject.encoder.channels)
+    images = _load(source, subject)
     rows: list[tuple[str, str, str]] = []
     tiles: list[tuple[np.ndarray, str]] = []
     for batch in eval_batches(images, size=subject.size, device=subject.standardize.mean.device):
@@ -138,6 +157,11 @@ def _contact_sheet(tiles: list[tuple[np.ndarray, str]], path: Path, columns: int
     canvas.save(path, format="PNG", optimize=True)
 
 
+def _load(source: Source, subject: Subject) -> ImageSet:
+    every, channels = range(len(source.entries)), subject.encoder.channels
+    return load_images(source, every, size=subject.size, channels=channels, scaling=subject.scaling)
+
+
 def _readable(scenes: Scenes, source: Source) -> Iterator[tuple[int, Tensor]]:
     for index in range(len(source.entries)):
         if index in scenes:
@@ -150,7 +174,7 @@ def _readable(scenes: Scenes, source: Source) -> Iterator[tuple[int, Tensor]]:
 def _masks(
     model: nn.Module, subject: Subject, source: Source, names: list[str], described: dict[str, Any], folder: Path
 ) -> None:
-    scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels)
+    scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels, subject.scaling)
     columns: dict[str, list[Tensor]] = {"image": [], "found": []}
     count = 0
     for index, image in _readable(scenes, source):
@@ -176,7 +200,7 @@ def _masks(
 def _boxes(
     model: nn.Module, subject: Subject, source: Source, names: list[str], described: dict[str, Any], folder: Path
 ) -> None:
-    scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels)
+    scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels, subject.scaling)
     back = dict(enumerate(described["categories"], start=1))
     listed, results = [], []
     columns: dict[str, list[Tensor]] = {"image": [], FOUND: []}
@@ -222,7 +246,8 @@ def embed(encoder: str, data: str | Path, out: str | Path, *, image_size: tuple[
     """
     subject = open_subject(encoder, image_size=image_size)
     source = open_source(data)
-    images = load_images(source, range(len(source.entries)), size=subject.size, channels=subject.encoder.channels)
+    subject = _scaled(subject, source)
+    images = _load(source, subject)
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -187,6 +187,8 @@ def make_tokenizer(
     for note in source.notes:
         say(note)
     images = load_images(source, pretraining_indices(source), size=image_size, channels=channels)
+    for note in ([] if images.scaling.plain else [str(images.scaling)]) + images.notes:
+        say(note)
     made = make_ready(
         tokenizer,
         images,
@@ -197,7 +199,7 @@ def make_tokenizer(
         folder=path.with_suffix(".training"),
         length=Length(STEPS, minutes),
     )
-    save_tokenizer(tokenizer, path, made["quality"])
+    save_tokenizer(tokenizer, path, made["quality"], images.scaling)
     if kind != "kmeans":
         shutil.rmtree(path.with_suffix(".training"))
     few = next(held_out_crops(images, image_size, device))[:SHOWN]

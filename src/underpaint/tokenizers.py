@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.patches import patchify, unpatchify
 
@@ -448,11 +449,15 @@ class DallE(Tokenizer):
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 
-def save_tokenizer(tokenizer: Tokenizer, path: Path, quality: dict[str, float] | None = None) -> None:
-    """Write `path` (safetensors, with what its constructor needs among its metadata) in one piece; beside it a .json
-    that says the same to people, and how good it is."""
+def save_tokenizer(
+    tokenizer: Tokenizer, path: Path, quality: dict[str, float] | None = None, scaling: Scaling | None = None
+) -> None:
+    """Write `path` (safetensors, with what its constructor needs among its metadata, and how its images came to lie in
+    [0, 1]) in one piece; beside it a .json that says the same to people, and how good it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     description = {"format": FORMAT, "kind": tokenizer.kind, "arguments": tokenizer.arguments()}
+    if scaling is not None:
+        description["scaling"] = scaling.stored()
     temporary = path.with_suffix(".json.part")
     temporary.write_text(json.dumps({**description, "quality": quality}, indent=2) + "\n")
     temporary.replace(path.with_suffix(".json"))
@@ -462,6 +467,20 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path, quality: dict[str, float] |
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def tokenizer_scaling(path: str | Path) -> Scaling | None:
+    """The scaling of the images that a tokenizer was made from, where that is not the one of 8 bit.
+
+    A file that is no tokenizer is left to `load_tokenizer`.
+    """
+    try:
+        with safe_open(Path(path), framework="pt") as opened:
+            description = json.loads((opened.metadata() or {}).get("tokenizer", "null"))
+        scaling = stored_scaling((description or {}).get("scaling"))
+    except (OSError, ValueError, SafetensorError):
+        return None
+    return None if scaling is None or scaling.plain else scaling
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

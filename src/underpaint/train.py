@@ -28,6 +28,7 @@ from underpaint.data import (
     load_images,
     open_source,
     pretraining_indices,
+    stored_scaling,
     train_batches,
 )
 from underpaint.errors import InputError, NotFinite
@@ -46,7 +47,7 @@ from underpaint.signals import Interrupted, watched_signals
 from underpaint.step import Session, Window, learning_rate, session, update
 from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import make_ready
-from underpaint.tokenizers import Tokenizer, save_tokenizer
+from underpaint.tokenizers import Tokenizer, save_tokenizer, tokenizer_scaling
 
 # flag of the command line and keyword of `pretrain` -> place in the recipe
 FLAGS = {
@@ -130,8 +131,10 @@ def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Met
     if recipe.init:
         report, statistics = init_from(backbone, recipe.init)
         matched = f"started from {recipe.init}: {report}"
-        if statistics:
+        if statistics and images.scaling.same_units(statistics.get("scaling")):
             mean, std = statistics["mean"], statistics["std"]
+        elif statistics:
+            matched += "; its images had another range, so mean and deviation are those of these images"
     options = method_options(recipe, None if run is None else run.tokenizer)
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
@@ -192,12 +195,14 @@ def pretrain(
     method, standardize, arguments, matched = build(chosen, images, run)
     if matched:
         shout(matched)
+    if resumed and "scaling" not in chosen.measured and not images.scaling.plain:
+        raise InputError(f"--out {run.path}: holds a run that did not record the range of its images; start another")
+    chosen.measured["scaling"] = images.scaling.stored()
     if main:
         run.create(chosen)
         known = {line["path"] for line in run.lines("skipped.jsonl")}
         run.append("skipped.jsonl", [line for line in images.skipped if line["path"] not in known])
         run.write_json("environment.json", environment())
-    chosen.measured["value_range"] = list(images.value_range)
     fabric.barrier()
     try:
         with watched_signals() as received:
@@ -250,6 +255,10 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
     for note in source.notes:
         shout(note)
 
+    scaling = stored_scaling(recipe.measured.get("scaling"))
+    if scaling is None and recipe.method.get("tokenizer"):
+        scaling = tokenizer_scaling(recipe.method["tokenizer"])
+
     def load(opened: Any, indices: list[int]) -> ImageSet:
         return load_images(
             opened,
@@ -259,16 +268,19 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
             cache_limit=settings.cache_limit,
             max_pixels=settings.max_pixels,
             workers=settings.workers,
+            scaling=scaling,
+            nodata=settings.nodata,
         )
 
     indices = pretraining_indices(source)
     images = load(source, indices)
+    scaling = images.scaling  # all that is loaded from here on means the same
     images.skipped[:0] = source.skipped
     shout(
         f"{len(images)} images to pretrain on, {'kept decoded' if images.cached else 'decoded as they are needed'}"
         + (f"; {len(images.skipped)} files skipped (skipped.jsonl)" if images.skipped else "")
     )
-    for note in images.notes:
+    for note in ([] if scaling.plain else [str(scaling)]) + images.notes:
         shout(note)
     if images.pixels is not None:
         side = int(np.median(images.pixels.shapes[:, :2].min(axis=1)))
@@ -324,7 +336,7 @@ def _words(
                 length=tokenizer_length(recipe, len(images)),
                 shout=shout,
             )
-            save_tokenizer(tokenizer, run.tokenizer, found["quality"])
+            save_tokenizer(tokenizer, run.tokenizer, found["quality"], images.scaling)
             if scratch.is_dir():
                 shutil.rmtree(scratch)
             found["seconds"] = round(time.perf_counter() - began, 1)
@@ -462,7 +474,9 @@ def _train(
             tensors = training_state(method, current.optimiser) | window.state()
             keep = [k for k in (state["best_step"],) if k is not None]
             run.save(state["step"], tensors, {**state, "window": window.names}, keep)
-            save_encoder(run.path, judge.settled(method.encoder, current.standardize), arguments, standardize)
+            save_encoder(
+                run.path, judge.settled(method.encoder, current.standardize), arguments, standardize, images.scaling
+            )
         fabric.barrier()
 
     def log(step: int, waited: float, since: float, steps: int, probe: dict[str, float] | None) -> None:

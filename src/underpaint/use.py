@@ -5,12 +5,24 @@ from pathlib import Path
 
 import torch
 
-from underpaint.backbones import load_encoder, standardize_for
-from underpaint.data import Unreadable, centre_boxes, crop_resize, decode, eval_batches, load_images, open_source
+from underpaint.backbones import load_encoder, scaling_for, standardize_for
+from underpaint.data import (
+    Scaling,
+    Unreadable,
+    centre_boxes,
+    crop_resize,
+    eval_batches,
+    load_images,
+    open_source,
+    read_header,
+    settle_scaling,
+)
+from underpaint.data.images import Decoding, decode_as
 from underpaint.errors import InputError
 from underpaint.methods import METHODS, Energy, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
+from underpaint.progress import say
 from underpaint.recipes import Recipe
 from underpaint.recipes.recipe import method_options
 from underpaint.runs import Run
@@ -45,20 +57,29 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
             raise InputError(f"--corruption {corruption}: this run was trained on {', '.join(known)}")
         if isinstance(method, Energy):
             method.tasks = (corruption,)
-    size, (low, high) = recipe.data.image_size, recipe.measured["value_range"]
+    size, channels = recipe.data.image_size, method.encoder.channels
+    stored = scaling_for(run)
     rows = []
     for image in images:
         try:
-            array = decode(Path(image).read_bytes(), channels=method.encoder.channels)
+            data = Path(image).read_bytes()
+            scaling = stored or _as_recorded(recipe, read_header(data).dtype)
+            array = decode_as(data, Decoding(channels, recipe.data.max_pixels, 2 * min(size), scaling), None)
         except OSError as error:
             raise InputError(f"{image}: {error.strerror}; give image files") from error
         except Unreadable as error:
             raise InputError(f"{image}: {error}; give image files") from error
         whole = torch.from_numpy(array).permute(2, 0, 1)[None]
         boxes = torch.from_numpy(centre_boxes([array.shape[:2]], size))
-        rows.append(crop_resize(whole, boxes, torch.zeros(1, dtype=torch.bool), size).sub(low).div(high - low))
+        rows.append(scaling.unit(crop_resize(whole, boxes, torch.zeros(1, dtype=torch.bool), size)))
     frames = method.restore(standardize(torch.cat(rows)))
     sheet({caption: standardize.inverse(frame) for caption, frame in frames.items()}, Path(out))
+
+
+def _as_recorded(recipe: Recipe, dtype: str) -> Scaling:
+    """Of a run that recorded one range for all channels, and no type: that of the image is taken to be it."""
+    (low, high), count = recipe.measured["value_range"], recipe.data.channels
+    return Scaling(dtype, (dtype,), (low,) * count, (high,) * count, (0.5,) * count)
 
 
 def score(run: str | Path, data: str | Path) -> list[tuple[str, float]]:
@@ -66,7 +87,9 @@ def score(run: str | Path, data: str | Path) -> list[tuple[str, float]]:
     method, standardize, recipe = load_method(run)
     size = recipe.data.image_size
     source = open_source(data)
-    images = load_images(source, range(len(source.entries)), size=size, channels=method.encoder.channels)
+    every, channels = range(len(source.entries)), method.encoder.channels
+    scaling = settle_scaling(scaling_for(run), source, every, size=size, channels=channels, tell=say)
+    images = load_images(source, every, size=size, channels=channels, scaling=scaling)
     rows = []
     for batch in eval_batches(images, size=size, batch_size=64):
         values = method.score(standardize(batch.images)).tolist()

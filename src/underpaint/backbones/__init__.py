@@ -8,6 +8,7 @@ from underpaint.backbones.build import (
     init_from,
     load_encoder,
     save_encoder,
+    scaling_for,
     standardize_for,
 )
 from underpaint.backbones.protocols import Backbone, Encoded, Features, PatchBackbone, TokenBackbone
@@ -29,5 +30,6 @@ __all__ = [
     "init_from",
     "load_encoder",
     "save_encoder",
+    "scaling_for",
     "standardize_for",
 ]

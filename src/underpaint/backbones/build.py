@@ -1,7 +1,7 @@
 """Making encoders from timm names, starting them from other weights, and writing and reading them.
 
 An encoder on disk is `encoder.safetensors` (timm's own parameter names) and `encoder.json` (every argument that
-`timm.create_model` needs, the pooling, mean and deviation of its images, a format version).
+`timm.create_model` needs, the pooling, scaling, mean and deviation of its images, a format version).
 """
 
 import difflib
@@ -27,6 +27,7 @@ from underpaint.backbones.maps import MapBackbone
 from underpaint.backbones.protocols import Backbone, PatchBackbone
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
+from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
 
@@ -137,8 +138,15 @@ def _common_divisors(height: int, width: int) -> list[int]:
 # -- on disk ---------------------------------------------------------------------------------------------------------
 
 
-def save_encoder(folder: Path, backbone: Backbone, arguments: dict[str, Any], standardize: Standardize) -> None:
-    """Write `encoder.safetensors` and `encoder.json` into a folder, each atomically."""
+def save_encoder(
+    folder: Path,
+    backbone: Backbone,
+    arguments: dict[str, Any],
+    standardize: Standardize,
+    scaling: Scaling | None = None,
+) -> None:
+    """Write `encoder.safetensors` and `encoder.json` into a folder, each atomically; `scaling` is how its images came to
+    lie in [0, 1]."""
     write_weights(folder / "encoder.safetensors", backbone.model)
     description = {
         "format": FORMAT,
@@ -146,6 +154,7 @@ def save_encoder(folder: Path, backbone: Backbone, arguments: dict[str, Any], st
         "pooling": "mean of the normed patch tokens" if isinstance(backbone, PatchBackbone) else "mean of the last map",
         "mean": standardize.mean.flatten().tolist(),
         "std": standardize.std.flatten().tolist(),
+        "scaling": None if scaling is None else scaling.stored(),
     }
     temporary = folder / "encoder.json.part"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
@@ -192,6 +201,11 @@ def standardize_for(path: str | Path) -> Standardize:
     return Standardize(description["mean"], description["std"])
 
 
+def scaling_for(path: str | Path) -> Scaling | None:
+    """How images come to lie in [0, 1] for the encoder of this run; None where it was written without that."""
+    return stored_scaling(describe_encoder(path).get("scaling"))
+
+
 # -- starting from other weights ---------------------------------------------------------------------------------------
 
 
@@ -219,7 +233,8 @@ def init_from(backbone: Backbone, start: str) -> tuple[Matched, dict[str, Any] |
     embeddings to the patch size, first layers to the number of channels.
 
     Returns:
-        What matched, and `{"mean": ..., "std": ...}` where the weights come with the statistics of their images.
+        What matched, and `{"mean": ..., "std": ...}` where the weights come with the statistics of their images, with
+        `scaling` where they are of a run that says it.
 
     Raises:
         InputError: the weights cannot be read, or nothing matched.
@@ -244,6 +259,8 @@ def init_from(backbone: Backbone, start: str) -> tuple[Matched, dict[str, Any] |
             described = describe_encoder(start if Path(start).is_dir() else description)
             if len(described["mean"]) == backbone.channels:
                 statistics = {"mean": described["mean"], "std": described["std"]}
+                if (scaling := stored_scaling(described.get("scaling"))) is not None:
+                    statistics["scaling"] = scaling
     matched = fill(backbone.model, weights)
     if not matched.equal and not matched.adapted:
         raise InputError(

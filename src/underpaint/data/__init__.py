@@ -3,14 +3,16 @@
 from underpaint.data.check import check, format_check
 from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
 from underpaint.data.decode import Unreadable, decode, read_header
-from underpaint.data.images import ImageSet, load_images
+from underpaint.data.images import ImageSet, load_images, measure_scaling, settle_scaling
 from underpaint.data.loader import Batch, eval_batches, fair_batches, steps_per_epoch, train_batches
+from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.data.sources import Entry, Source, labelled_indices, open_source, pretraining_indices, split_indices
 
 __all__ = [
     "Batch",
     "Entry",
     "ImageSet",
+    "Scaling",
     "Source",
     "Unreadable",
     "centre_boxes",
@@ -23,10 +25,13 @@ __all__ = [
     "format_check",
     "labelled_indices",
     "load_images",
+    "measure_scaling",
     "open_source",
     "pretraining_indices",
     "read_header",
+    "settle_scaling",
     "split_indices",
     "steps_per_epoch",
+    "stored_scaling",
     "train_batches",
 ]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from underpaint.data.decode import MAX_PIXELS, Unreadable, decode, full_scale, read_header
-from underpaint.data.images import resize
+from underpaint.data.decode import MAX_PIXELS, Unreadable, decode, read_header
+from underpaint.data.images import measure_scaling, resize
 from underpaint.data.parallel import ordered_map
-from underpaint.data.sources import Source, open_source
+from underpaint.data.sources import Source, open_source, pretraining_indices
 
 HASHED = 100_000  # images compared for near-duplicates
 NEAR = 2  # differing bits of 64
@@ -31,7 +31,8 @@ def check(
 
     Returns:
         `location`, `notes`; `images` and `readable` (counts); `height`, `width` (min, median, max in pixels);
-        `channels`, `dtypes`, `splits` (counts by value; "none" for no split); `classes` (images by class name);
+        `channels`, `dtypes`, `splits` (counts by value; "none" for no split); `scaling` (lines on how values would
+        become 0 to 1, none where all is 8 bit); `classes` (images by class name);
         `unreadable` and `left_out` ({"path", "reason"}); `duplicates` and `near_duplicates` (groups of names with the
         same bytes, or with difference hashes at most 2 of 64 bits apart), `duplicates_across_splits` and
         `near_duplicates_across_splits` (how many of those groups), `compared` (images hashed for likeness), `flat`
@@ -83,6 +84,7 @@ def check(
         "width": _range(widths),
         "channels": dict(channels),
         "dtypes": dict(dtypes),
+        "scaling": _scaling(source, channels, dtypes, max_pixels),
         "splits": dict(Counter(entry.split or "none" for entry in source.entries)),
         "classes": {name: labels[n] for n, name in enumerate(classes)},
         "unreadable": unreadable,
@@ -106,6 +108,7 @@ def format_check(result: dict[str, Any]) -> str:
             lines.append(f"  {name}: {low} to {high} pixels, median {middle:g}")
     for name in ("channels", "dtypes"):
         lines.append(f"  {name}: " + ", ".join(f"{key} ({count:,})" for key, count in result[name].items()))
+    lines += [f"  {line}" for line in result["scaling"]]
     classes = result["classes"]
     if classes:
         counts = sorted(classes.values())
@@ -187,13 +190,27 @@ class _Examine:
         # a reduced JPEG is still read to its end, so that truncation is found
         pixels = decode(data, channels=None, max_pixels=self._max_pixels, reduce_to=16)
         grey = pixels.mean(axis=2, keepdims=True, dtype=np.float32)
-        if pixels.dtype == np.float32:
+        if pixels.dtype != np.uint8:  # 12 bit in 16, or any units
             spread = grey.max() - grey.min()
             grey = (grey - grey.min()) / (spread if spread > 0 else 1)
         else:
-            grey /= full_scale(pixels.dtype)
+            grey /= 255
         digest = hashlib.blake2b(data, digest_size=16).digest()
         return (header.height, header.width), header.channels, header.dtype, digest, difference_hash(grey)
+
+
+def _scaling(source: Source, channels: Counter[str], dtypes: Counter[str], max_pixels: int) -> list[str]:
+    """How pretraining would scale these images, in their own number of channels, where they are not plain 8 bit."""
+    if set(dtypes) <= {"uint8"}:
+        return []
+    found, notes = measure_scaling(
+        source,
+        pretraining_indices(source),
+        size=(224, 224),
+        channels=int(channels.most_common(1)[0][0]),
+        max_pixels=max_pixels,
+    )
+    return [] if found.plain else [str(found), *notes]
 
 
 def _range(values: list[int]) -> tuple[int, float, int] | None:

@@ -21,6 +21,14 @@ ORIENTATION_TAG = 274
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_START = b"\x89PNG\r\n\x1a\n"
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+NODATA_TAG = 42113  # of GDAL: the value of pixels that have none, as text
+LARGEST = 1e38  # float values from here on (-3.4e38 is usual) stand for missing pixels too
+JPEG_KINDS = (6, 7, 33007, 34892)  # compressions of TIFF whose decoder turns YCbCr into RGB
+# CIE L*a*b* of print is relative to D50: to linear sRGB (D65, adapted by Bradford)
+D50 = np.array([0.9642, 1.0, 0.8249])
+D50_TO_SRGB = np.array(
+    [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
+)
 
 # A damaged TIFF is reported by our exception; without a handler, logging's last resort would also write to stderr.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -35,7 +43,8 @@ class Header:
     """What a file says about itself before its pixels are decoded.
 
     `height` and `width` are in pixels with the EXIF orientation applied; `channels` counts colours, without alpha;
-    `dtype` is "uint8", "uint16" or "float32", what `decode` returns.
+    `dtype` is "uint8", "uint16" or "float32", what `decode` returns; `nodata`: whether it names a value for missing
+    pixels.
     """
 
     height: int
@@ -43,6 +52,7 @@ class Header:
     channels: int
     dtype: str
     alpha: bool
+    nodata: bool = False
 
 
 @dataclass
@@ -52,6 +62,8 @@ class _Pixels:
     colour: np.ndarray
     alpha: np.ndarray | None
     raw_alpha: np.ndarray | None  # in the file's own units, for those who want it as a channel
+    premultiplied: bool = False  # colours are already multiplied by alpha
+    missing: np.ndarray | None = None  # [h, w, c], where a channel has no value; None where all have
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
@@ -67,7 +79,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
             height, width = layout.size
             if layout.orientation >= 5:
                 height, width = width, height
-            return Header(height, width, layout.colours, layout.dtype, layout.alpha)
+            return Header(height, width, layout.colours, layout.dtype, layout.alpha, layout.nodata is not None)
         image = _open(data, max_pixels)
         width, height = image.size
         if _orientation(image) >= 5:
@@ -88,6 +100,7 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     reduce_to: int | None = None,
     background: float | Sequence[float] = 0.5,
+    nodata: float | None = None,
 ) -> np.ndarray:
     """Decode an image file.
 
@@ -101,15 +114,34 @@ def decode(
             other formats ignore it.
         background: what shows through alpha, per channel or one number, as a fraction of the type's full range
             (for float images in the image's own units).
+        nodata: a value that stands for missing pixels, as does what the tag of a TIFF names, NaN, and what is infinite
+            or beyond 1e38. Each becomes the mean of the others of its channel; in 8-bit images a pixel is missing
+            where all its colours have the value, since one alone may well be 0.
 
     Returns:
         Writable [h, w, c] of type uint8, uint16 or float32, EXIF orientation applied, in the file's own units.
 
     Raises:
-        Unreadable: damaged, truncated, too large, not an image, or of other channels than wanted.
+        Unreadable: damaged, truncated, too large, not an image, of other channels than wanted, or without a value in
+            any pixel of a channel.
     """
-    pixels = _decode_pixels(data, max_pixels, reduce_to)
-    return _to_channels(pixels, channels, background)
+    return decode_known(
+        data, channels=channels, max_pixels=max_pixels, reduce_to=reduce_to, background=background, nodata=nodata
+    )[0]
+
+
+def decode_known(
+    data: bytes,
+    *,
+    channels: int | None = 3,
+    max_pixels: int = MAX_PIXELS,
+    reduce_to: int | None = None,
+    background: float | Sequence[float] = 0.5,
+    nodata: float | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `decode` returns, and which of it has no value in the file: [h, w, c], or None where all has."""
+    pixels = _decode_pixels(data, max_pixels, reduce_to, nodata)
+    return _to_channels(pixels, channels, background), _missing_channels(pixels, channels)
 
 
 def alpha_weighted_sum(data: bytes, *, channels: int, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, float]:
@@ -121,7 +153,7 @@ def alpha_weighted_sum(data: bytes, *, channels: int, max_pixels: int = MAX_PIXE
     alpha = np.ones(pixels.colour.shape[:2], np.float32) if pixels.alpha is None else pixels.alpha
     opaque = _Pixels(pixels.colour, None, None)
     colour = _to_channels(opaque, channels, 0.5).astype(np.float64) / full_scale(pixels.colour.dtype)
-    return (colour * alpha[..., None]).sum((0, 1)), float(alpha.sum())
+    return (colour if pixels.premultiplied else colour * alpha[..., None]).sum((0, 1)), float(alpha.sum())
 
 
 def full_scale(dtype: Any) -> float:
@@ -220,10 +252,10 @@ def _orient(array: np.ndarray, orientation: int) -> np.ndarray:
     return array
 
 
-def _decode_pixels(data: bytes, max_pixels: int, reduce_to: int | None) -> _Pixels:
+def _decode_pixels(data: bytes, max_pixels: int, reduce_to: int | None, nodata: float | None = None) -> _Pixels:
     with _guarded():
         if data[:4] in TIFF_STARTS:
-            return _decode_tiff(data, max_pixels)
+            return _decode_tiff(data, max_pixels, nodata)
         image = _open(data, max_pixels)
         if _is_wide_png(data):
             array = imagecodecs.png_decode(data)
@@ -237,15 +269,59 @@ def _decode_pixels(data: bytes, max_pixels: int, reduce_to: int | None) -> _Pixe
             array = array.reshape(*array.shape[:2], -1)
             has_alpha = mode in ("LA", "RGBA")
         array = _orient(array, _orientation(image))
-        return _with_alpha(array, has_alpha)
+        return _with_alpha(array, has_alpha, _missing(array[..., : array.shape[2] - has_alpha], [nodata]))
 
 
-def _with_alpha(array: np.ndarray, has_alpha: bool) -> _Pixels:
+def _with_alpha(array: np.ndarray, has_alpha: bool, missing: np.ndarray | None, premultiplied: bool = False) -> _Pixels:
     if not has_alpha:
-        return _Pixels(array, None, None)
+        return _Pixels(_filled(array, missing), None, None, missing=missing)
     raw = array[..., -1]
     alpha = raw.astype(np.float32) / full_scale(array.dtype)
-    return _Pixels(array[..., :-1], np.clip(alpha, 0, 1), raw)
+    return _Pixels(_filled(array[..., :-1], missing), np.clip(alpha, 0, 1), raw, premultiplied, missing)
+
+
+def _missing(array: np.ndarray, values: Sequence[float | None]) -> np.ndarray | None:
+    """Where [h, w, c] has no value: it is one of `values` there, or no finite number. None where all has."""
+    floating = np.issubdtype(array.dtype, np.floating)
+    if not floating and all(value is None for value in values):
+        return None
+    missing: np.ndarray = np.zeros(array.shape, dtype=bool)
+    if floating:
+        missing |= np.asarray(~((array > -LARGEST) & (array < LARGEST)))  # NaN is not inside
+    for value in values:
+        if value is None:
+            continue
+        if floating:
+            with np.errstate(over="ignore"):  # a double's lowest value in a float file is infinite
+                missing |= np.asarray(array == array.dtype.type(value))
+        elif float(value).is_integer() and np.iinfo(array.dtype).min <= value <= np.iinfo(array.dtype).max:
+            same = array == int(value)
+            missing |= np.asarray(same.all(axis=2, keepdims=True) if array.dtype == np.uint8 else same)
+    return np.asarray(missing) if missing.any() else None
+
+
+def _filled(array: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
+    """[h, w, c] with the mean of the others of a channel where it has no value."""
+    if missing is None:
+        return array
+    array = array.copy()
+    for channel in range(array.shape[2]):
+        known = array[..., channel][~missing[..., channel]]
+        if known.size == 0:
+            raise Unreadable(f"no pixel of channel {channel + 1} has a value")
+        mean = known.mean(dtype=np.float64)
+        array[..., channel][missing[..., channel]] = mean if known.dtype.kind == "f" else np.rint(mean)
+    return array
+
+
+def _missing_channels(pixels: _Pixels, channels: int | None) -> np.ndarray | None:
+    """`missing` as `_to_channels` brings colours to the wanted channels."""
+    missing = pixels.missing
+    if missing is None or channels is None or channels == missing.shape[2]:
+        return missing
+    if pixels.raw_alpha is not None and channels == missing.shape[2] + 1 and channels != 3:  # alpha is a channel
+        return np.concatenate([missing, np.zeros((*missing.shape[:2], 1), dtype=bool)], axis=2)
+    return missing.any(axis=2, keepdims=True) if channels == 1 else np.repeat(missing, channels, axis=2)
 
 
 def _to_channels(pixels: _Pixels, channels: int | None, background: float | Sequence[float]) -> np.ndarray:
@@ -262,7 +338,8 @@ def _to_channels(pixels: _Pixels, channels: int | None, background: float | Sequ
         raise Unreadable(f"has {own} channels, expected {wanted}")
     if alpha is not None and alpha.min() < 1:
         behind = np.asarray(background, dtype=np.float32) * full_scale(colour.dtype)
-        mixed = colour * alpha[..., None] + behind * (1 - alpha[..., None])
+        shown = colour.astype(np.float32) if pixels.premultiplied else colour * alpha[..., None]
+        mixed = shown + behind * (1 - alpha[..., None])
         colour = _like(mixed, colour.dtype)
     return np.require(colour, requirements=["C", "W"])  # PIL hands out read-only views
 
@@ -286,6 +363,9 @@ class _TiffLayout:
     orientation: int
     photometric: int
     dtype: str
+    premultiplied: bool
+    bits: int  # of a sample, as it lies in the file
+    nodata: float | None
 
 
 def _tiff_layout(tiff: tifffile.TiffFile, length: int, max_pixels: int) -> _TiffLayout:
@@ -323,43 +403,92 @@ def _tiff_layout(tiff: tifffile.TiffFile, length: int, max_pixels: int) -> _Tiff
     narrow = kind in (np.uint8, np.bool_) or photometric == tifffile.PHOTOMETRIC.PALETTE
     dtype = "uint8" if narrow else "uint16" if kind == np.uint16 else "float32"
     place = channel[0] if channel else None
+    size, premultiplied = (page.imagelength, page.imagewidth), alpha and 1 in map(int, page.extrasamples)
+    bits = int(page.bitspersample)
     return _TiffLayout(
-        whole, (page.imagelength, page.imagewidth), place, colours, alpha, orientation, photometric, dtype
+        whole, size, place, colours, alpha, orientation, photometric, dtype, premultiplied, bits, _nodata_of(page)
     )
 
 
-def _decode_tiff(data: bytes, max_pixels: int) -> _Pixels:
+def _nodata_of(page: Any) -> float | None:
+    """What GDAL's tag says."""
+    tag = page.tags.get(NODATA_TAG)
+    try:
+        return None if tag is None else float(str(tag.value).strip(" \0"))
+    except ValueError:
+        return None
+
+
+def _decode_tiff(data: bytes, max_pixels: int, nodata: float | None) -> _Pixels:
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         layout = _tiff_layout(tiff, len(data), max_pixels)
         page = tiff.pages.first
         array = np.asarray(tiff.series[0].asarray() if layout.whole_series else page.asarray())
         colormap = getattr(page, "colormap", None)
+        compression = int(page.compression)
     if layout.channel_axis is not None:
         array = np.moveaxis(array, layout.channel_axis, -1).reshape(*layout.size, -1)
     else:
         array = array.reshape(*layout.size, 1)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
-    if layout.photometric == tifffile.PHOTOMETRIC.PALETTE:
+    missing = _missing(array[..., : array.shape[2] - layout.alpha], [layout.nodata, nodata])
+    if layout.dtype == "float32":
+        array = array.astype(np.float32)
+    array = _colours(array, layout, colormap, compression)
+    if missing is not None and array.shape[2] != missing.shape[2] + layout.alpha:  # of palette, or of four inks
+        missing = np.repeat(missing.any(axis=2, keepdims=True), array.shape[2], axis=2)
+    missing = None if missing is None else _orient(missing, layout.orientation)
+    return _with_alpha(_orient(array, layout.orientation), layout.alpha, missing, layout.premultiplied)
+
+
+def _colours(array: np.ndarray, layout: _TiffLayout, colormap: np.ndarray | None, compression: int) -> np.ndarray:
+    """Samples [h, w, c] as they lie in a TIFF to grey, RGB or bands; alpha stays last."""
+    kind, colours = tifffile.PHOTOMETRIC(layout.photometric), array.shape[2] - layout.alpha
+    if kind == tifffile.PHOTOMETRIC.PALETTE:
         if colormap is None:
             raise Unreadable("damaged: a palette TIFF without its palette")
-        array = (colormap.T[array[..., 0]] >> 8).astype(np.uint8)
-    elif layout.dtype == "float32":
-        array = _finite(array.astype(np.float32))
-    if layout.photometric == tifffile.PHOTOMETRIC.MINISWHITE and layout.dtype != "float32":
-        array = np.iinfo(array.dtype).max - array
-    elif layout.photometric == tifffile.PHOTOMETRIC.SEPARATED and array.shape[2] == 4:
+        return (colormap.T[array[..., 0]] >> 8).astype(np.uint8)
+    if layout.dtype == "float32":
+        return array
+    if 1 < layout.bits < 8:  # 2 and 4 bit, in bytes
+        array = (array * (255 // (2**layout.bits - 1))).astype(np.uint8)
+    if kind == tifffile.PHOTOMETRIC.MINISWHITE:
+        return (2**layout.bits - 1 if layout.bits > 8 else 255) - array  # 12 bit lie in 16
+    if kind == tifffile.PHOTOMETRIC.SEPARATED and array.shape[2] == 4:
         full = full_scale(array.dtype)
         light = 1 - array.astype(np.float32) / full
-        array = _like(light[..., :3] * light[..., 3:] * full, array.dtype)
-    return _with_alpha(_orient(array, layout.orientation), layout.alpha)
-
-
-def _finite(array: np.ndarray) -> np.ndarray:
-    """Pixels without a value (NaN, infinite: "no data" in remote sensing) get the mean of the others."""
-    good = np.isfinite(array)
-    if good.all():
+        return _like(light[..., :3] * light[..., 3:] * full, array.dtype)
+    convert = {
+        tifffile.PHOTOMETRIC.YCBCR: None if compression in JPEG_KINDS else _rgb_of_ycbcr,
+        tifffile.PHOTOMETRIC.CIELAB: _rgb_of_cielab,
+        tifffile.PHOTOMETRIC.ICCLAB: _rgb_of_icclab,
+    }.get(kind)
+    if convert is None or colours != 3:
         return array
-    if not good.any():
-        raise Unreadable("no pixel has a finite value")
-    return np.where(good, array, array[good].mean(dtype=np.float64)).astype(np.float32)
+    if array.dtype != np.uint8:
+        raise Unreadable(f"a {kind.name} TIFF of type {array.dtype} is not read; 8 bit is")
+    rgb = _like(convert(array[..., :3].astype(np.float64)) * 255, array.dtype)
+    return np.concatenate([rgb, array[..., 3:]], axis=2)
+
+
+def _rgb_of_ycbcr(values: np.ndarray) -> np.ndarray:
+    """Bytes of YCbCr as JPEG has it (ITU-R BT.601, full range) to RGB in [0, 1]."""
+    y, cb, cr = values[..., 0], values[..., 1] - 128, values[..., 2] - 128
+    return np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], axis=-1) / 255
+
+
+def _rgb_of_cielab(values: np.ndarray) -> np.ndarray:
+    """Bytes of L*, and of signed a* and b*, to sRGB in [0, 1]."""
+    signed = values[..., 1:] - np.where(values[..., 1:] > 127, 256, 0)
+    return _rgb_of_icclab(np.concatenate([values[..., :1], signed + 128], axis=-1))
+
+
+def _rgb_of_icclab(values: np.ndarray) -> np.ndarray:
+    """Bytes of L* (255 for 100), and of a* and b* above their zero of 128, to sRGB in [0, 1]."""
+    lightness = (values[..., 0] * (100 / 255) + 16) / 116
+    a, b = values[..., 1] - 128, values[..., 2] - 128
+    roots = np.stack([lightness + a / 500, lightness, lightness - b / 200], axis=-1)
+    xyz = np.where(roots > 6 / 29, roots**3, 3 * (6 / 29) ** 2 * (roots - 4 / 29)) * D50
+    linear = np.clip(xyz @ D50_TO_SRGB.T, 0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -22,20 +22,22 @@ from underpaint.data.decode import (
     Header,
     Unreadable,
     alpha_weighted_sum,
-    decode,
+    decode_known,
     full_scale,
     read_header,
 )
 from underpaint.data.parallel import ordered_map
+from underpaint.data.scaling import KINDS, Scaling, robust_range, stored_scaling, told_of_channel
 from underpaint.data.sources import Source, cache_root
 from underpaint.errors import InputError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SAMPLED_HEADERS = 512  # read to estimate sizes and to choose the data set's type
 SAMPLED_IMAGES = 2_000  # decoded for mean, std and range; a quarter of it where nothing is cached
 CHUNK = 32  # images a worker decodes at a time
-STD_FLOOR = 1e-3
-Statistics = tuple[tuple[float, float], list[float], list[float]]  # value range, mean, std
+SAMPLED_PIXELS = 2_000_000  # of which a range is measured, equally many an image
+STD_FLOOR = 1e-3  # of 8 bit: a quarter of a grey level
+Statistics = tuple[list[float], list[float]]  # mean, std
 RANKS = {"uint8": 0, "uint16": 1, "float32": 2}
 
 
@@ -45,9 +47,8 @@ class Decoding:
 
     channels: int
     max_pixels: int
-    dtype: str
-    background: tuple[float, ...]  # what shows through alpha, fractions of full range
     limit: int  # cached images have at most this short side, in pixels
+    scaling: Scaling
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ class ImageSet:
         channels: of every image.
         skipped: {"path", "reason"} of the images that could not be read.
         cached: whether images come from the cache; a streamed set finds unreadable images only as it meets them.
-        value_range: the values that become 0 and 1: (0, 255) for 8 bit, else the range met in the data set.
-        mean, std: per channel of images in [0, 1], each image counting the same; std is at least 1e-3.
+        scaling: the type of every image, and the values that become 0 and 1.
+        mean, std: per channel of images in [0, 1], each image counting the same, pixels without a value left out; std
+            is at least 1e-3 (beyond 8 bit, where a range is measured: 1 for a constant channel).
         notes: what was decided, one line each.
     """
 
@@ -116,8 +118,9 @@ class ImageSet:
         self.channels = decoding.channels
         self.skipped = skipped
         self.cached = pixels is not None
-        self.value_range, self.mean, self.std = statistics
-        self.notes = notes
+        self.scaling = decoding.scaling
+        self.mean, self.std = statistics
+        self.notes = [*notes, *_flat_channels(self.std, decoding.scaling)]
         self.pixels = pixels
         self._source = source
         self._indices = list(indices)
@@ -128,13 +131,13 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Tells these images, as they are decoded, from all others."""
-        settings = f"{self._source.fingerprint()} {self._decoding} {self.value_range} {self.cached} "
+        settings = f"{self._source.fingerprint()} {self._decoding} {self.cached} "
         return hashlib.sha256(settings.encode() + np.asarray(self._indices, dtype="<i8").tobytes()).hexdigest()
 
     @property
     def dtype(self) -> str:
         """Type of every image: "uint8", "uint16" or "float32"."""
-        return self._decoding.dtype
+        return self.scaling.dtype
 
     def raw(self, index: int, reduce_to: int | None = None) -> np.ndarray:
         """Pixels [h, w, c] in the data set's type and units, from the cache or decoded now.
@@ -175,6 +178,8 @@ def load_images(
     cache_dir: Path | None = None,
     workers: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
+    scaling: Scaling | None = None,
+    nodata: float | None = None,
 ) -> ImageSet:
     """Make the entries `indices` of a source ready for training and evaluation at `size`.
 
@@ -186,6 +191,9 @@ def load_images(
         cache_dir: place of the cache; default `$UNDERPAINT_CACHE` or `~/.cache/underpaint`.
         workers: processes that decode.
         on_progress: called with (images done, images in all) while the cache is written.
+        scaling: that of the images that an encoder was pretrained on, for all that it meets later; measured on these
+            images where None.
+        nodata: where it is measured, a value that stands for missing pixels.
 
     Raises:
         InputError: no image at all could be read.
@@ -195,38 +203,102 @@ def load_images(
     indices = list(indices)
     limit = 2 * min(size)
     root = cache_root(cache_dir)
-    key = _key(source, indices, channels, limit, max_pixels)
+    key = _key(source, indices, channels, limit, max_pixels, scaling or nodata)
     allowed = cache_limit * 2**30
-    for folder in (root / key, root / f"{key}-streamed"):
-        stored = _stored(folder)
-        if stored is not None and (stored["estimate"] > allowed) == stored["streamed"]:
-            return _from_store(source, indices, folder, stored)
-    decoding, estimate = _survey(source, indices, channels, max_pixels, limit)
+    # the same images may be there with a scaling that was measured on them
+    for each in (key, _key(source, indices, channels, limit, max_pixels, None if scaling is None else scaling.nodata)):
+        for folder in (root / each, root / f"{each}-streamed"):
+            stored = _stored(folder)
+            if stored is None or (stored["estimate"] > allowed) != stored["streamed"]:
+                continue
+            if each == key or stored_scaling(stored["decoding"]["scaling"]) == scaling:
+                return _from_store(source, indices, folder, stored)
+    headers = _headers(source, indices, max_pixels)
+    notes: list[str] = []
+    sample = None
+    if scaling is None:
+        decoding, sample, notes = _measure(source, indices, headers, channels, max_pixels, limit, nodata)
+    else:
+        if len(scaling.low) != channels:
+            raise InputError(f"{source.location}: wanted with {channels} channels; the encoder has {len(scaling.low)}")
+        decoding = Decoding(channels, max_pixels, limit, scaling)
+    sizes = [_cached_bytes(header, decoding) for header in headers]
+    estimate = float(np.mean(sizes)) * len(indices) if sizes else 0.0
+    statistics = None
+    if not decoding.scaling.plain or any(header.nodata for header in headers):  # measured without missing pixels
+        statistics = _statistics_of_pixels(sample or _pixel_sample(source, indices, decoding), decoding.scaling)
     if estimate > allowed:
-        return _stream(source, indices, decoding, root / f"{key}-streamed", estimate)
-    return _build(source, indices, decoding, root / key, estimate, workers, on_progress)
+        return _stream(source, indices, decoding, root / f"{key}-streamed", estimate, statistics, notes)
+    return _build(source, indices, decoding, root / key, estimate, statistics, notes, workers, on_progress)
+
+
+def measure_scaling(
+    source: Source,
+    indices: Sequence[int],
+    *,
+    size: tuple[int, int],
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    nodata: float | None = None,
+) -> tuple[Scaling, list[str]]:
+    """The scaling that `load_images` would measure on these images, and what a user should know of it."""
+    indices = list(indices)
+    headers = _headers(source, indices, max_pixels)
+    decoding, _, notes = _measure(source, indices, headers, channels, max_pixels, 2 * min(size), nodata)
+    return decoding.scaling, notes
+
+
+def settle_scaling(
+    scaling: Scaling | None,
+    source: Source,
+    indices: Sequence[int],
+    *,
+    size: tuple[int, int],
+    channels: int,
+    tell: Callable[[str], None],
+) -> Scaling:
+    """The scaling that an encoder brings with it, else one measured on these images, which is told unless all is as
+    ever with 8 bit."""
+    if scaling is not None:
+        return scaling
+    found, notes = measure_scaling(source, indices, size=size, channels=channels)
+    if not found.plain:
+        tell(f"the encoder does not say in which range its images are, so it is measured on these: {found}")
+        for note in notes:
+            tell(note)
+    return found
 
 
 def decode_as(data: bytes, decoding: Decoding, reduce_to: int | None) -> np.ndarray:
     """Decode an image and bring it to the channels and the type of its data set.
 
     Raises:
-        Unreadable: as `decode`.
+        Unreadable: as `decode`; a type that the set's scaling was not measured on.
     """
-    array = decode(
+    return _decode_known(data, decoding, reduce_to)[0]
+
+
+def _decode_known(data: bytes, decoding: Decoding, reduce_to: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `decode_as` returns, and which of it has no value in the file (None where all has)."""
+    scaling = decoding.scaling
+    array, missing = decode_known(
         data,
         channels=decoding.channels,
         max_pixels=decoding.max_pixels,
         reduce_to=reduce_to,
-        background=decoding.background,
+        background=scaling.background,
+        nodata=scaling.nodata,
     )
-    if array.dtype == decoding.dtype:
-        return array
-    # 8 and 16 bit in one set meet at full scale: 255 becomes 65535
-    if array.dtype == np.float32:  # in units of its own, met too late to choose the set's type by it
-        raise Unreadable(f"a float image in a set of {decoding.dtype} images")
-    values = array.astype(np.float32) * (full_scale(decoding.dtype) / full_scale(array.dtype))
-    return (values if decoding.dtype == "float32" else np.rint(values)).astype(decoding.dtype)
+    if array.dtype.name not in scaling.types:
+        known = " and ".join(KINDS[name] for name in scaling.types)
+        raise Unreadable(
+            f"a {KINDS[array.dtype.name]} image where values were measured on {known} images; save it as those are"
+        )
+    if array.dtype != scaling.dtype:
+        # 8 and 16 bit in one set meet at full scale: 255 becomes 65535
+        values = array.astype(np.float32) * (full_scale(scaling.dtype) / full_scale(array.dtype))
+        array = (values if scaling.dtype == "float32" else np.rint(values)).astype(scaling.dtype)
+    return array, missing
 
 
 def _reduced(array: np.ndarray, limit: int) -> np.ndarray:
@@ -250,8 +322,9 @@ def resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(resized.astype(array.dtype))
 
 
-def _key(source: Source, indices: list[int], channels: int, limit: int, max_pixels: int) -> str:
-    settings = f"{CACHE_VERSION} {source.fingerprint()} {channels} {limit} {max_pixels} "
+def _key(source: Source, indices: list[int], channels: int, limit: int, max_pixels: int, scaling: Any) -> str:
+    """`scaling` is the one given, or the `nodata` with which it is measured on these images."""
+    settings = f"{CACHE_VERSION} {source.fingerprint()} {channels} {limit} {max_pixels} {scaling} "
     return hashlib.sha256(settings.encode() + np.asarray(indices, dtype="<i8").tobytes()).hexdigest()[:32]
 
 
@@ -261,20 +334,29 @@ def _spread(indices: list[int], count: int) -> list[int]:
     return [indices[p] for p in places]
 
 
-def _survey(source: Source, indices: list[int], channels: int, max_pixels: int, limit: int) -> tuple[Decoding, float]:
-    """From a sample of headers: the set's type, the colour behind alpha, and its size in bytes once decoded."""
+def _headers(source: Source, indices: list[int], max_pixels: int) -> list[Header]:
+    """Of a sample of the images, those that can be read."""
     headers: list[Header] = []
-    total, weight = np.zeros(channels), 0.0
-    transparent = False
-    sampled = _spread(indices, SAMPLED_HEADERS)
-    for i in sampled:
+    for i in _spread(indices, SAMPLED_HEADERS):
         try:
-            header = read_header(source.read(i), max_pixels=max_pixels)
+            headers.append(read_header(source.read(i), max_pixels=max_pixels))
         except Unreadable:
             continue
-        headers.append(header)
-        transparent |= header.alpha
-    if transparent:
+    return headers
+
+
+def _measure(
+    source: Source,
+    indices: list[int],
+    headers: list[Header],
+    channels: int,
+    max_pixels: int,
+    limit: int,
+    nodata: float | None,
+) -> tuple[Decoding, list[np.ndarray] | None, list[str]]:
+    """Type, colour behind alpha and range of a set; the pixels that a range was measured on; and notes for the user."""
+    total, weight = np.zeros(channels), 0.0
+    if any(header.alpha for header in headers):
         for i in _spread(indices, SAMPLED_HEADERS // 4):
             try:
                 part, alpha = alpha_weighted_sum(source.read(i), channels=channels, max_pixels=max_pixels)
@@ -282,15 +364,77 @@ def _survey(source: Source, indices: list[int], channels: int, max_pixels: int, 
                 continue
             total, weight = total + part, weight + alpha
     background = tuple((total / weight).tolist()) if weight > 0 else (0.5,) * channels
-    dtype = max((header.dtype for header in headers), key=RANKS.__getitem__, default="uint8")
-    sizes = [_cached_bytes(header, channels, limit, dtype) for header in headers]
-    estimate = float(np.mean(sizes)) * len(indices) if sizes else 0.0
-    return Decoding(channels, max_pixels, dtype, background, limit), estimate
+    types = sorted({header.dtype for header in headers}, key=RANKS.__getitem__) or ["uint8"]
+    full = Scaling(types[-1], tuple(types), (0.0,) * channels, (full_scale(types[-1]),) * channels, background, nodata)
+    decoding = Decoding(channels, max_pixels, limit, full)
+    if types[-1] == "uint8":
+        return decoding, None, []
+    sample = _pixel_sample(source, indices, decoding)
+    if not sample:  # none can be read: said by those who try
+        return decoding, None, []
+    ranges, notes = [], []
+    for channel in range(channels):
+        values, weights = _channel(sample, channel)
+        ranges.append(robust_range(values, weights))
+        if len(values):
+            low, high = ranges[-1]
+            notes += told_of_channel(values, weights, low, high, _named(channel, channels))
+    if len(set(ranges)) == 1:
+        notes = [note.replace(f"{_named(0, channels)}: ", "") for note in notes[: len(notes) // channels]]
+    lows, highs = zip(*ranges, strict=True)
+    return replace(decoding, scaling=replace(full, low=lows, high=highs)), sample, notes
 
 
-def _cached_bytes(header: Header, channels: int, limit: int, dtype: str) -> float:
-    scale = min(1.0, limit / min(header.height, header.width))
-    return header.height * header.width * scale**2 * channels * np.dtype(dtype).itemsize
+def _named(channel: int, channels: int) -> str:
+    return f"channel {channel + 1} of {channels}"
+
+
+def _pixel_sample(source: Source, indices: list[int], decoding: Decoding) -> list[np.ndarray]:
+    """Pixels [k, c] drawn from each of some images, NaN where there is no value; the same at every call."""
+    chosen = _spread(indices, SAMPLED_IMAGES // 4)
+    generator = np.random.default_rng(0)
+    sample = []
+    for i in chosen:
+        try:
+            array, missing = _decode_known(source.read(i), decoding, decoding.limit)
+        except Unreadable:
+            continue
+        pixels = _reduced(array, decoding.limit).astype(np.float32)
+        if missing is not None:
+            pixels[_reduced(missing.astype(np.float32), decoding.limit) > 0] = np.nan
+        pixels = pixels.reshape(-1, pixels.shape[2])
+        count = SAMPLED_PIXELS // len(chosen)
+        sample.append(pixels if len(pixels) <= count else pixels[generator.integers(len(pixels), size=count)])
+    return sample
+
+
+def _channel(sample: list[np.ndarray], channel: int) -> tuple[np.ndarray, np.ndarray]:
+    """The values of one channel that there are, and weights by which each image counts the same."""
+    parts = [pixels[:, channel][np.isfinite(pixels[:, channel])] for pixels in sample]
+    return np.concatenate(parts), np.concatenate([np.full(len(part), 1 / max(1, len(part))) for part in parts])
+
+
+def _statistics_of_pixels(sample: list[np.ndarray], scaling: Scaling) -> Statistics | None:
+    """Mean and std of a sample in [0, 1], what is beyond the range clipped; None for an empty sample."""
+    if not sample:
+        return None
+    means, stds = [], []
+    for channel, (low, high) in enumerate(zip(scaling.low, scaling.high, strict=True)):
+        values, weights = _channel(sample, channel)
+        if len(values) == 0:
+            values, weights = np.asarray([low]), np.ones(1)
+        unit = ((values.astype(np.float64) - low) / (high - low)).clip(0, 1)
+        mean = float(np.average(unit, weights=weights))
+        std = float(np.average((unit - mean) ** 2, weights=weights)) ** 0.5
+        means.append(mean)
+        stds.append(max(std, STD_FLOOR) if scaling.dtype == "uint8" else std if std > 0 else 1.0)
+    return means, stds
+
+
+def _cached_bytes(header: Header, decoding: Decoding) -> float:
+    scale = min(1.0, decoding.limit / min(header.height, header.width))
+    itemsize = np.dtype(decoding.scaling.dtype).itemsize
+    return header.height * header.width * scale**2 * decoding.channels * itemsize
 
 
 class _DecodeChunk:
@@ -343,6 +487,8 @@ def _build(
     decoding: Decoding,
     folder: Path,
     estimate: float,
+    statistics: Statistics | None,
+    notes: list[str],
     workers: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> ImageSet:
@@ -355,21 +501,29 @@ def _build(
         with _Building(folder) as partial:
             with (partial / "pixels.bin").open("wb") as file:
                 shapes, kept, skipped = decode_into(lambda array: file.write(array.tobytes()))
-            pixels = Pixels(partial / "pixels.bin", decoding.dtype, shapes)
-            stored = _to_store(decoding, estimate, _cached_statistics(pixels, decoding), skipped, [])
+            pixels = Pixels(partial / "pixels.bin", decoding.scaling.dtype, shapes)
+            stored = _to_store(decoding, estimate, statistics or _cached_statistics(pixels), skipped, notes)
             np.savez(partial / "index.npz", shapes=shapes, kept=np.asarray(kept))
             (partial / "set.json").write_text(json.dumps(stored))
         return _from_store(source, indices, folder, stored)
     except OSError as error:
-        note = f"the cache folder cannot be written ({error.strerror}); decoded images are held in memory"
+        notes = [*notes, f"the cache folder cannot be written ({error.strerror}); decoded images are held in memory"]
     chunks: list[np.ndarray] = []
     shapes, kept, skipped = decode_into(lambda array: chunks.append(array.reshape(-1)))
-    pixels = Pixels(np.concatenate(chunks), decoding.dtype, shapes)
-    statistics = _cached_statistics(pixels, decoding)
-    return ImageSet(source, [indices[place] for place in kept], decoding, pixels, skipped, statistics, [note])
+    pixels = Pixels(np.concatenate(chunks), decoding.scaling.dtype, shapes)
+    statistics = statistics or _cached_statistics(pixels)
+    return ImageSet(source, [indices[place] for place in kept], decoding, pixels, skipped, statistics, notes)
 
 
-def _stream(source: Source, indices: list[int], decoding: Decoding, folder: Path, estimate: float) -> ImageSet:
+def _stream(
+    source: Source,
+    indices: list[int],
+    decoding: Decoding,
+    folder: Path,
+    estimate: float,
+    statistics: Statistics | None,
+    notes: list[str],
+) -> ImageSet:
     """Measure a sample; its statistics are kept, so that a second run starts at once."""
     skipped: list[dict[str, str]] = []
     sample: list[np.ndarray] = []
@@ -380,8 +534,8 @@ def _stream(source: Source, indices: list[int], decoding: Decoding, folder: Path
             skipped.append({"path": source.entries[i].name, "reason": str(error)})
     if not sample:
         raise _none_readable(source, skipped)
-    notes = [f"streamed: about {estimate / 2**30:.2f} GiB decoded, more than the limit of the cache"]
-    stored = _to_store(decoding, estimate, _statistics(sample, decoding.dtype), skipped, notes)
+    notes = [*notes, f"streamed: about {estimate / 2**30:.2f} GiB decoded, more than the limit of the cache"]
+    stored = _to_store(decoding, estimate, statistics or _statistics(sample), skipped, notes)
     stored["streamed"] = True
     try:
         with _Building(folder) as partial:
@@ -426,26 +580,28 @@ def _none_readable(source: Source, skipped: list[dict[str, str]]) -> InputError:
     return InputError(f"{source.location}: none of {len(skipped)} images could be read, the first: {first}")
 
 
-def _cached_statistics(pixels: Pixels, decoding: Decoding) -> Statistics:
-    sample = [pixels[i] for i in _spread(list(range(len(pixels.shapes))), SAMPLED_IMAGES)]
-    return _statistics(sample, decoding.dtype)
+def _cached_statistics(pixels: Pixels) -> Statistics:
+    return _statistics([pixels[i] for i in _spread(list(range(len(pixels.shapes))), SAMPLED_IMAGES)])
 
 
-def _statistics(sample: list[np.ndarray], dtype: str) -> Statistics:
-    """Value range, mean and std of a sample; images count the same whatever their size, as crops of them do."""
-    if dtype == "uint8":
-        low, high = 0.0, 255.0
-    else:
-        low, high = float(min(a.min() for a in sample)), float(max(a.max() for a in sample))
-        high = high if high > low else low + 1.0
+def _statistics(sample: list[np.ndarray]) -> Statistics:
+    """Mean and std of 8-bit images; they count the same whatever their size, as crops of them do."""
     means, squares = [], []
     for array in sample:
-        flat = (array.reshape(-1, array.shape[2]).astype(np.float32) - low) / (high - low)
+        flat = array.reshape(-1, array.shape[2]).astype(np.float32) / 255
         means.append(flat.mean(axis=0, dtype=np.float64))
         squares.append((flat**2).mean(axis=0, dtype=np.float64))
     mean = np.mean(means, axis=0)
     std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 0))
-    return (low, high), mean.tolist(), np.maximum(std, STD_FLOOR).tolist()
+    return mean.tolist(), np.maximum(std, STD_FLOOR).tolist()
+
+
+def _flat_channels(std: list[float], scaling: Scaling) -> list[str]:
+    """A note where channels of 8 bit hardly vary; that of others is written where their range is measured."""
+    flat = [str(channel + 1) for channel, value in enumerate(std) if value <= STD_FLOOR]
+    if scaling.dtype != "uint8" or not flat:
+        return []
+    return [f"nearly constant over all images: channel {', '.join(flat)} of {len(std)}"]
 
 
 def _to_store(
@@ -468,7 +624,7 @@ def _stored(folder: Path) -> dict[str, Any] | None:
         if not stored["streamed"]:
             with np.load(folder / "index.npz") as index:
                 values = int(index["shapes"].prod(axis=1).sum())
-            expected = values * np.dtype(stored["decoding"]["dtype"]).itemsize
+            expected = values * np.dtype(stored["decoding"]["scaling"]["dtype"]).itemsize
             if (folder / "pixels.bin").stat().st_size != expected:
                 return None
     except (OSError, ValueError, KeyError, BadZipFile):
@@ -477,12 +633,14 @@ def _stored(folder: Path) -> dict[str, Any] | None:
 
 
 def _from_store(source: Source, indices: list[int], folder: Path, stored: dict[str, Any]) -> ImageSet:
-    decoding = Decoding(**{**stored["decoding"], "background": tuple(stored["decoding"]["background"])})
+    scaling = stored_scaling(stored["decoding"]["scaling"])
+    assert scaling is not None
+    decoding = Decoding(**{**stored["decoding"], "scaling": scaling})
     pixels = None
     if not stored["streamed"]:
         with np.load(folder / "index.npz") as index:
             shapes, kept = index["shapes"], index["kept"].tolist()
-        pixels = Pixels(folder / "pixels.bin", decoding.dtype, shapes)
+        pixels = Pixels(folder / "pixels.bin", scaling.dtype, shapes)
         indices = [indices[place] for place in kept]
-    (low, high), mean, std = stored["statistics"]
-    return ImageSet(source, indices, decoding, pixels, stored["skipped"], ((low, high), mean, std), stored["notes"])
+    mean, std = stored["statistics"]
+    return ImageSet(source, indices, decoding, pixels, stored["skipped"], (mean, std), stored["notes"])

@@ -131,7 +131,6 @@ def _batches(
     device: torch.device,
     on_skip: Callable[[dict[str, str]], None] | None,
 ) -> Generator[Batch, None, None]:
-    low, high = images.value_range
     told: set[str] = set()
     pin = device.type == "cuda"
     with closing(ordered_map(prepare, numbers, workers, pin and workers > 0)) as prepared:
@@ -144,7 +143,7 @@ def _batches(
                 continue
             pixels, boxes, flips = (part.to(device, non_blocking=True) for part in cutouts[:3])
             cropped = crop_resize(pixels.permute(0, 3, 1, 2), boxes, flips, size)
-            yield Batch(cropped.sub_(low).div_(high - low).clamp_(0, 1), cutouts.samples)
+            yield Batch(images.scaling.unit(cropped), cutouts.samples)
 
 
 class _TrainRows:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from underpaint.backbones.norms import batch_norms
 from underpaint.data import (
+    ImageSet,
     Source,
     eval_batches,
     fair_batches,
     labelled_indices,
     load_images,
     open_source,
+    settle_scaling,
     split_indices,
 )
 from underpaint.data.answers import Detections, detections_of, masks_of
@@ -95,6 +97,7 @@ def evaluate(
     for note in source.notes:
         say(note)
     subject = open_subject(encoder, image_size=image_size, untrained=untrained, seed=seed)
+    subject = _scaled(subject, source, seed)
     if batch_norms(subject.encoder) and subject.trained:
         subject = replace(subject, clean=partial(_clean, source, subject, seed))
     results = _earlier(
@@ -147,10 +150,24 @@ def evaluate(
     return results
 
 
+def _scaled(subject: Subject, source: Source, seed: int) -> Subject:
+    """With a scaling for all images of the evaluation: its own, else that of those it trains on."""
+    train, _ = labelled_indices(source, seed) or split_indices(source, list(range(len(source.entries))), seed)
+    channels = subject.encoder.channels
+    found = settle_scaling(subject.scaling, source, train, size=subject.size, channels=channels, tell=say)
+    return replace(subject, scaling=found)
+
+
+def _load(source: Source, indices: Sequence[int], subject: Subject) -> ImageSet:
+    return load_images(
+        source, list(indices), size=subject.size, channels=subject.encoder.channels, scaling=subject.scaling
+    )
+
+
 def _clean(source: Source, subject: Subject, seed: int) -> Iterator[Tensor]:
     """Training images for the batch norms of an untrained twin."""
     train, _ = split_indices(source, list(range(len(source.entries))), seed)
-    images = load_images(source, train, size=subject.size, channels=subject.encoder.channels)
+    images = _load(source, train, subject)
     device = subject.standardize.mean.device
     for batch in fair_batches(images, size=subject.size, count=SETTLING, seed=seed, device=device):
         yield subject.standardize(batch.images)
@@ -183,9 +200,7 @@ def labelled_parts(source: Source, subject: Subject, seed: int, fraction: float)
     found = labelled_indices(source, seed)
     if found is None:
         raise InputError(f"{source.location} has no class labels; expected a folder a class, or a label column")
-    loaded = [
-        load_images(source, list(indices), size=subject.size, channels=subject.encoder.channels) for indices in found
-    ]
+    loaded = [_load(source, indices, subject) for indices in found]
     train, test = (Part(images, list(range(len(images)))) for images in loaded)
     if fraction < 1:
         train = train.subset(max(len(np.unique(train.labels)), round(fraction * len(train.indices))), seed)
@@ -232,7 +247,7 @@ def masked_parts(
         names = [str(k) for k in range(highest + 1)]
     elif ignore == len(names) - 1 and masks.ignore is None:
         names = names[:-1]  # the ignored class may be named too
-    scenes = Scenes(source, [*train, *test], subject.encoder.channels)
+    scenes = Scenes(source, [*train, *test], subject.encoder.channels, subject.scaling)
     made = [
         Answered(scenes, masks, [k for k in indices if k in scenes], len(names), ignore) for indices in (train, test)
     ]
@@ -256,7 +271,7 @@ def boxed_parts(
         judge, only = next(iter(by_split.items()))
         parts = [(only, indices) for indices in split_indices(source, sorted(only.images), seed)]
     parts[0] = (parts[0][0], _fewer(parts[0][1], fraction, seed))
-    scenes = Scenes(source, [*parts[0][1], *parts[1][1]], subject.encoder.channels)
+    scenes = Scenes(source, [*parts[0][1], *parts[1][1]], subject.encoder.channels, subject.scaling)
     train, test = ((found, [k for k in indices if k in scenes]) for found, indices in parts)
     if not train[1] or not test[1]:
         raise InputError(
@@ -275,9 +290,9 @@ def judge_outliers(subject: Subject, source: Source, against: str | Path, seed: 
     other = open_source(against)
     strange_indices = list(range(len(other.entries)))
     sets = {
-        "train": load_images(source, train, size=subject.size, channels=subject.encoder.channels),
-        "usual": load_images(source, test, size=subject.size, channels=subject.encoder.channels),
-        "strange": load_images(other, strange_indices, size=subject.size, channels=subject.encoder.channels),
+        "train": _load(source, train, subject),
+        "usual": _load(source, test, subject),
+        "strange": _load(other, strange_indices, subject),
     }
     scores: dict[str, dict[str, np.ndarray]] = {}
     for who, one in {"encoder": subject, **({"untrained": subject.twin(seed)} if subject.trained else {})}.items():

@@ -1,7 +1,7 @@
 """What an evaluation trained, on disk: `model.safetensors`, and `model.json` with all that is needed to use it.
 
-`model.json`: format; task; `create_model` (every argument of timm's), mean and std of the encoder's images, their
-size in pixels; the classes by name; and what the task adds.
+`model.json`: format; task; `create_model` (every argument of timm's), mean, std and scaling of the encoder's images,
+their size in pixels; the classes by name; and what the task adds.
 """
 
 import json
@@ -30,6 +30,7 @@ def keep(folder: Path, task: str, subject: Subject, model: nn.Module, classes: l
         "create_model": subject.arguments,
         "mean": subject.standardize.mean.flatten().tolist(),
         "std": subject.standardize.std.flatten().tolist(),
+        "scaling": None if subject.scaling is None else subject.scaling.stored(),
         "image_size": list(subject.size),
         "classes": classes,
         **facts,

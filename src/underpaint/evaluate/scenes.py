@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from underpaint.data import ImageSet, Source, load_images
+from underpaint.data import ImageSet, Scaling, Source, load_images
 
 AS_THEY_ARE = (2**14, 2**14)  # pixels: cached images are reduced to twice the size wanted, so this reduces none
 
@@ -14,8 +14,11 @@ AS_THEY_ARE = (2**14, 2**14)  # pixels: cached images are reduced to twice the s
 class Scenes:
     """Images of a source by their number there, float32 [c, h, w] in [0, 1]."""
 
-    def __init__(self, source: Source, indices: Sequence[int], channels: int):
-        self._images: ImageSet = load_images(source, list(indices), size=AS_THEY_ARE, channels=channels)
+    def __init__(self, source: Source, indices: Sequence[int], channels: int, scaling: Scaling | None = None):
+        """`scaling`: that of the encoder's images; measured on these where None."""
+        self._images: ImageSet = load_images(
+            source, list(indices), size=AS_THEY_ARE, channels=channels, scaling=scaling
+        )
         place = {name: number for number, name in enumerate(self._images.names)}
         self._place = {
             index: place[source.entries[index].name] for index in indices if source.entries[index].name in place
@@ -27,6 +30,5 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Float[Tensor, "c h w"]:
         """Raises `Unreadable` where a streamed image cannot be decoded."""
-        low, high = self._images.value_range
         array = torch.from_numpy(self._images.raw(self._place[index])).permute(2, 0, 1)
-        return ((array.float() - low) / (high - low)).clamp_(0, 1)
+        return self._images.scaling.unit(array.to(torch.float32, copy=True))

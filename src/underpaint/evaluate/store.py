@@ -59,7 +59,7 @@ def stored_features(
 def _key(subject: Subject, images: ImageSet, indices: Sequence[int], patches: bool) -> str:
     """sha256 over everything that the features depend on."""
     digest = hashlib.sha256(save(subject.weights()))
-    digest.update(json.dumps([subject.arguments, subject.size, patches, images.value_range], sort_keys=True).encode())
+    digest.update(json.dumps([subject.arguments, subject.size, patches], sort_keys=True).encode())
     digest.update(torch.cat([subject.standardize.mean.flatten(), subject.standardize.std.flatten()]).numpy().tobytes())
     digest.update(images.fingerprint().encode())
     digest.update(np.asarray(indices, np.int64).tobytes())

@@ -13,6 +13,7 @@ from torch import Tensor
 from underpaint.backbones import Backbone, create_arguments, describe_encoder, from_arguments, load_encoder
 from underpaint.backbones.build import fill, init_from
 from underpaint.backbones.norms import settled
+from underpaint.data import Scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
 from underpaint.runs import Run
@@ -30,6 +31,7 @@ class Subject:
         standardize: from images in [0, 1] to what the encoder takes.
         size: of its images, height and width in pixels.
         clean: standardised images from which an untrained twin's batch norms take their statistics.
+        scaling: how images come to lie in [0, 1]; None where the encoder does not say.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Subject:
     size: tuple[int, int]
     trained: bool
     clean: Callable[[], Iterable[Tensor]] | None = None
+    scaling: Scaling | None = None
 
     def untrained(self, seed: int) -> Backbone:
         """The same choices with weights as they are before training."""
@@ -101,7 +104,8 @@ def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: i
     else:
         encoder = load_encoder(text)
     standardize = Standardize(described["mean"], described["std"])
-    return Subject(text, encoder.eval(), arguments, standardize, size, not untrained)
+    scaling = stored_scaling(described.get("scaling"))
+    return Subject(text, encoder.eval(), arguments, standardize, size, not untrained, scaling=scaling)
 
 
 def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, channels: int, seed: int) -> Subject:

@@ -29,6 +29,7 @@ class Data:
     flip: bool = True
     cache_limit: float = 2.0  # GiB of decoded images up to which a set is kept decoded
     max_pixels: int = 200_000_000  # larger images are skipped
+    nodata: float | None = None  # value of pixels that have none, beside NaN and what files say themselves
     workers: int = 0  # processes that decode
 
 
