@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 import tarfile
 import zipfile
@@ -123,7 +124,7 @@ def test_answers_are_never_images(tmp_path):
 def test_label_rule(tmp_path):
     lone = open_source(tree(tmp_path / "one", "cat/1.png", "cat/2.png", "masks/1.png"))
     assert lone.classes is None
-    loose = open_source(tree(tmp_path / "loose", *CLASSES, "3.png"))
+    loose = open_source(tree(tmp_path / "loose", *CLASSES, *(f"{n}.png" for n in range(4))))
     assert loose.classes is None
     called = open_source(tree(tmp_path / "called", "images/1.png", "more/1.png"))
     assert called.classes is None
@@ -132,6 +133,104 @@ def test_label_rule(tmp_path):
     sides = labelled_indices(unlabelled_test)
     assert sides is not None
     assert {unlabelled_test.entries[i].split for side in sides for i in side} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        (("Training", "Testing"), ("train", "test")),
+        (("TRAIN", "VALIDATION"), ("train", "val")),
+        (("train2017", "val2017"), ("train", "val")),
+        (("images/training", "images/eval_1"), ("train", "test")),
+        (("learning", "hold-out"), ("train", "test")),
+        (("train", "dev"), ("train", "val")),
+        (("Training", "unlabelled"), (None, None)),  # one word for a split alone may be a class
+        (("train", "evaluation"), ("train", "test")),
+        (("train-1", "Test_1"), ("train", "test")),
+    ],
+)
+def test_other_words_for_splits_are_splits_and_not_classes(tmp_path, folders, splits):
+    source = open_source(tree(tmp_path, *(f"top/{folder}/{name}" for folder in folders for name in CLASSES)))
+    assert [entry.split for entry in source.entries] == [
+        s for _, s in sorted(zip(folders, splits, strict=True)) for _ in CLASSES
+    ]
+    if None not in splits:
+        assert source.classes == ["cat", "dog"]
+        assert sorted(entry.label for entry in source.entries) == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    "classes", [("running", "training", "swimming"), ("test1", "test2", "test3"), ("control1", "test1"), ("dev", "cat")]
+)
+def test_classes_may_have_words_for_splits_as_names(tmp_path, classes):
+    plain = open_source(tree(tmp_path / "plain", *(f"{name}/{n}.png" for name in classes for n in range(2))))
+    assert plain.classes == sorted(classes)
+    assert {entry.split for entry in plain.entries} == {None}
+    split = open_source(
+        tree(tmp_path / "split", *(f"{part}/{name}/1.png" for part in ("Train", "Test") for name in classes))
+    )
+    assert split.classes == sorted(classes)
+    assert {entry.split for entry in split.entries} == {"train", "test"}
+
+
+def test_a_folder_that_holds_all_is_a_split_unless_splits_lie_in_it(tmp_path):
+    alone = open_source(tree(tmp_path / "alone", *(f"brain/Training/{name}" for name in CLASSES)))
+    assert {entry.split for entry in alone.entries} == {"train"}
+    assert alone.classes == ["cat", "dog"]
+    called = open_source(tree(tmp_path / "called", *(f"testing/{s}/{n}" for s in ("Training", "dev") for n in CLASSES)))
+    assert {entry.split for entry in called.entries} == {"train", "val"}
+    assert called.classes == ["cat", "dog"]
+
+
+def test_a_stray_image_or_a_split_of_one_class_takes_no_labels_away(tmp_path):
+    source = open_source(
+        tree(tmp_path / "stray", *(f"train/{name}" for name in CLASSES), "train/stray.png", "val/dog/1.png")
+    )
+    assert source.classes == ["cat", "dog"]
+    assert {entry.name: entry.label for entry in source.entries} == {
+        "train/cat/1.png": 0,
+        "train/cat/2.png": 0,
+        "train/dog/2.png": 1,
+        "train/dog/a/1.png": 1,
+        "train/stray.png": None,
+        "val/dog/1.png": 1,
+    }
+    assert labelled_indices(source) == ([0, 1, 2, 3], [5])
+    assert any("1 of 5 images in train lie beside" in note and "train/stray.png" in note for note in source.notes)
+    assert "1 of the 2 classes occur in val" in source.notes
+    plain = open_source(tree(tmp_path / "plain", *CLASSES, "5.png"))
+    assert [entry.label for entry in plain.entries] == [None, 0, 0, 1, 1]
+    other = open_source(tree(tmp_path / "other", *(f"train/{name}" for name in CLASSES), "val/new/1.png"))
+    assert [entry.label for entry in other.entries] == [0, 0, 1, 1, None]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "parquet", "parquet folder", "wds"])
+def test_equal_sets_in_two_places_have_fingerprints_of_their_own(tmp_path, kind):
+    sources = []
+    for place in ("a", "b"):
+        root = tmp_path / place / "set"
+        if "parquet" in kind:
+            data = parquet(root / "x.parquet", structs(1, 2))
+            data = data if kind == "parquet" else root
+        else:
+            root.mkdir(parents=True)
+            (root / "1.png").write_bytes(picture(1))
+            os.utime(root / "1.png", (1e9, 1e9))
+            data = root
+            if kind == "zip":
+                data = zipped(root, tmp_path / place / "x.zip")
+            elif kind != "folder":
+                data = tarred(root, tmp_path / place / "x.tar")
+        for path in (data, *data.glob("*")) if data.is_dir() else (data,):
+            os.utime(path, (1e9, 1e9))
+        sources.append(f"wds:{data}" if kind == "wds" else data)
+    one, other = map(open_source, sources)
+    assert one.entries == other.entries
+    assert one.fingerprint() != other.fingerprint()
+    assert one.fingerprint() == open_source(sources[0]).fingerprint()
+    if kind == "folder":
+        (tmp_path / "link").symlink_to(sources[0])
+        assert open_source(tmp_path / "link").fingerprint() == one.fingerprint()
 
 
 def test_test_split_judges_before_val(tmp_path):
@@ -181,6 +280,29 @@ def test_coco_json_defines_the_splits(tmp_path):
     (root / "x/annotations/train.json").write_text("{")
     with pytest.raises(InputError, match=r"annotations/train\.json is not COCO json"):
         open_source(root)
+
+
+@pytest.mark.parametrize(
+    ("file", "split"),
+    [
+        ("Training-00000-of-00001.parquet", "train"),
+        ("TESTING.parquet", "test"),
+        ("dev2.parquet", "val"),
+        ("hold-out.0.parquet", "test"),
+        ("trainers.parquet", None),
+        ("learning/1.parquet", "train"),
+    ],
+)
+def test_files_are_named_by_the_same_words_for_splits(tmp_path, file, split):
+    parquet(tmp_path / "set" / file, structs(1))
+    parquet(tmp_path / "set/validation/2.parquet", structs(2))
+    source = open_source(tmp_path / "set")
+    assert {entry.name: entry.split for entry in source.entries} == {"1.png": split, "2.png": "val"}
+    for place in (Path(file).with_suffix(".tar"), "validation/2.tar"):
+        (tmp_path / "shards" / place).parent.mkdir(parents=True, exist_ok=True)
+        shard(tmp_path / "shards" / place, {"a.png": picture()})
+    shards = open_source(f"wds:{tmp_path}/shards/**/*.tar")
+    assert sorted(str(entry.split) for entry in shards.entries) == sorted([str(split), "val"])
 
 
 def test_what_is_skipped(tmp_path):

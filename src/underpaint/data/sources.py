@@ -30,6 +30,9 @@ from underpaint.errors import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# What else people call them, as Hugging Face datasets reads it, and two more; a class may have such a name too.
+MORE_SPLITS = {"training": "train", "learning": "train", "dev": "val"}
+MORE_SPLITS |= dict.fromkeys(("testing", "eval", "evaluation", "holdout", "heldout"), "test")
 NOT_IMAGES = {"masks", "annotations", "labels", "semantic"}  # folders that hold answers, not images
 SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".pdf"}
 SIDE_NAMES = {"license", "licence", "readme", "notice", "copying", "sha256sums", "md5sums", "thumbs.db"}
@@ -98,6 +101,7 @@ class Source:
         self.notes = listing.notes
         self.skipped = listing.skipped
         self._kind = listing.kind
+        self._place = listing.place
         self._stamps = listing.stamps
         self._reader = listing.reader
         self._groups = groups
@@ -118,8 +122,8 @@ class Source:
             raise Unreadable(f"cannot be read: {' '.join(text.split())[:160] or type(error).__name__}") from error
 
     def fingerprint(self) -> str:
-        """sha256 over the kind, and the names, sizes and modification times of the files."""
-        digest = hashlib.sha256(self._kind.encode())
+        """sha256 over the kind, the resolved place, and the names, sizes and modification times of the files."""
+        digest = hashlib.sha256(f"{self._kind}\0{self._place}\0".encode("utf-8", "surrogateescape"))
         for entry, stamp in zip(self.entries, self._stamps, strict=True):
             digest.update(f"{entry.name}\0{stamp}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
@@ -194,9 +198,11 @@ def _hold_out(source: Source, indices: list[int], seed: int) -> tuple[list[int],
 
 @dataclass
 class _Listing:
-    """What a kind of source found; `stamps` tell apart versions of each entry's file."""
+    """What a kind of source found; `stamps` tell apart versions of each entry's file, `place` (resolved, empty where
+    the stamps say it) sets that have equal ones."""
 
     kind: str
+    place: str
     entries: list[Entry]
     stamps: list[str]
     reader: Reader
@@ -354,7 +360,7 @@ class _RangeReader:
 def _list_folder(path: Path, text: str) -> _Listing:
     files: list[_File] = []
     skipped: list[dict[str, str]] = []
-    for relative, entry in _walk(path, skipped):
+    for relative, entry in walk(path, skipped):
         name = relative.replace(os.sep, "/")
         try:
             if entry.is_file():
@@ -364,21 +370,24 @@ def _list_folder(path: Path, text: str) -> _Listing:
                 skipped.append({"path": name, "reason": "not a regular file (a broken link, a pipe or a device)"})
         except OSError as error:
             skipped.append({"path": name, "reason": f"cannot be read: {error.strerror}"})
-    tables = [file for file in files if file.name.lower().endswith(".parquet") and not _is_hidden(file.name)]
+    tables = [file for file in files if file.name.lower().endswith(".parquet") and not is_hidden(file.name)]
     if tables and not any(_is_image(file.name) for file in files):
         return _list_parquet([path / file.name for file in tables], path)
 
     def read(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    listing = _list_files("folder", files, skipped, read, lambda names: _FolderReader([f"{path}/{n}" for n in names]))
+    def reader(names: list[str]) -> Reader:
+        return _FolderReader([f"{path}/{name}" for name in names])
+
+    listing = _list_files("folder", path, files, skipped, read, reader)
     archives = [f.name for f in files if f.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
     if not listing.entries and archives:
         raise InputError(f"{text} holds no images but an archive; give that instead: {path / archives[0]}")
     return listing
 
 
-def _walk(root: Path, skipped: list[dict[str, str]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def walk(root: Path, skipped: list[dict[str, str]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Files below a folder in sorted order, links followed, each real folder once."""
     seen: set[str] = set()
     stack = [""]
@@ -421,7 +430,7 @@ def _list_zip(path: Path) -> _Listing:
         with zipfile.ZipFile(path) as archive:
             return archive.read(name)
 
-    return _list_files("zip file", files, [], read, lambda names: _ZipReader(str(path), names))
+    return _list_files("zip file", path, files, [], read, lambda names: _ZipReader(str(path), names))
 
 
 def _list_tar(path: Path) -> _Listing:
@@ -438,7 +447,7 @@ def _list_tar(path: Path) -> _Listing:
     def reader(names: list[str]) -> Reader:
         return _RangeReader([(str(flat), *members[name]) for name in names], keep)
 
-    return _list_files("tar file", files, [], read, reader)
+    return _list_files("tar file", path, files, [], read, reader)
 
 
 def _tar_members(flat: Path, shown: Path) -> dict[str, tuple[int, int]]:
@@ -500,7 +509,7 @@ def _stamp(path: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
@@ -510,16 +519,18 @@ def _is_answer(name: str) -> bool:
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(name) and not _is_answer(name)
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name) and not _is_answer(name)
 
 
-def _list_files(kind: str, files: list[_File], skipped: list[dict[str, str]], read: Any, reader: Any) -> _Listing:
+def _list_files(
+    kind: str, place: Path, files: list[_File], skipped: list[dict[str, str]], read: Any, reader: Any
+) -> _Listing:
     """Apply the rules of DATA to a tree of files; `read(name)` gives bytes, `reader(names)` the entries' reader."""
     notes: list[str] = []
     images: list[_File] = []
     for file in sorted(files, key=lambda file: file.name):
         path = PurePosixPath(file.name)
-        if _is_hidden(file.name) or _is_answer(file.name):
+        if is_hidden(file.name) or _is_answer(file.name):
             continue
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             if path.suffix.lower() not in SIDE_SUFFIXES and path.stem.lower() not in SIDE_NAMES:
@@ -529,89 +540,205 @@ def _list_files(kind: str, files: list[_File], skipped: list[dict[str, str]], re
         else:
             images.append(file)
     names = [file.name for file in images]
+    folders = _split_folders(names)
     # Side files beside the top folder (a licence, say) do not hide it; masks and annotations beside images do.
-    ours = [file.name for file in files if _is_answer(file.name) and not _is_hidden(file.name)] + names
-    top = _common_top(ours)
+    ours = [file.name for file in files if _is_answer(file.name) and not is_hidden(file.name)] + names
+    top = _common_top(ours, folders)
     if top:
         notes.append(f"looked through the common top folder {top}/")
-    below = [name[len(top) + 1 :] if top else name for name in names]
-    splits, rests = zip(*(_split_of(name) for name in below), strict=True) if below else ((), ())
-    annotated = _coco_splits(files, top, below, read, notes)
+    splits, rests = zip(*(_split_of(name, folders, top) for name in names), strict=True) if names else ((), ())
+    annotated = _coco_splits(files, names, read, notes)
     labels, classes = _folder_labels(list(splits), list(rests))
+    _say_unlabelled(names, list(splits), labels, classes, notes)
     entries = [
-        Entry(name, annotated.get(short) if annotated else split, label)
-        for name, short, split, label in zip(names, below, splits, labels, strict=True)
+        Entry(name, annotated.get(name) if annotated else split, label)
+        for name, split, label in zip(names, splits, labels, strict=True)
     ]
     stamps = [file.stamp for file in images]
-    return _Listing(kind, entries, stamps, reader(names), classes, notes, skipped, len(files))
+    return _Listing(kind, str(place.resolve()), entries, stamps, reader(names), classes, notes, skipped, len(files))
 
 
-def _common_top(names: Sequence[str]) -> str:
+def _common_top(names: Sequence[str], folders: dict[str, str]) -> str:
     """The one folder that holds everything, unless its name already says something (a split, masks)."""
     tops = {name.split("/", 1)[0] if "/" in name else "" for name in names}
     top = tops.pop() if len(tops) == 1 else ""
-    return "" if top.lower() in SPLITS or top.lower() in NOT_IMAGES else top
+    return "" if top in folders or top.lower() in SPLITS or top.lower() in NOT_IMAGES else top
 
 
-def _split_of(name: str) -> tuple[str | None, str]:
-    """The split that a folder on the path names, and the path below that folder."""
+def split_word(word: str) -> str | None:
+    """The split that a word names, in either case, a number behind it or not: train, Training, val2017, test_1."""
+    known = re.fullmatch(r"([a-z]+?)[-_ ]?\d*", re.sub(r"^(hold|held)[-_ ]out", r"\1out", word.lower()))
+    return {**SPLITS, **MORE_SPLITS}.get(known.group(1)) if known else None
+
+
+def _split_folders(names: Sequence[str]) -> dict[str, str]:
+    """The folders that are splits, by path.
+
+    Those that are called exactly as in SPLITS always are. The other words, and numbers behind them, are what classes
+    may be called too (running, training; test1, test2): they count beside a folder of another split, or where every
+    image lies in that folder and there are no splits below it.
+    """
+    beside: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split("/")[:-1]
+        for depth, part in enumerate(parts):
+            beside.setdefault("/".join(parts[:depth]), set()).add(part)
+    found: dict[str, str] = {}
+    for parent in sorted(beside, key=lambda path: -path.count("/") - bool(path)):  # the deepest first
+        splits = {part: split for part in beside[parent] if (split := split_word(part))}
+        for part, split in splits.items():
+            path = f"{parent}/{part}" if parent else part
+            alone = all(name.startswith(path + "/") for name in names)
+            alone = alone and not any(below.startswith(path + "/") for below in found)
+            if part.lower() in SPLITS or len(set(splits.values())) > 1 or alone:
+                found[path] = split
+    return found
+
+
+def _split_of(name: str, folders: dict[str, str], top: str = "") -> tuple[str | None, str]:
+    """The split that the first such folder on the path names, and the path below it (or below `top`)."""
     parts = name.split("/")
-    for place, part in enumerate(parts[:-1]):
-        if part.lower() in SPLITS:
-            return SPLITS[part.lower()], "/".join(parts[place + 1 :])
-    return None, name
+    for depth in range(1, len(parts)):
+        split = folders.get("/".join(parts[:depth]))
+        if split is not None:
+            return split, "/".join(parts[depth:])
+    return None, name[len(top) + 1 :] if top else name
 
 
 def _folder_labels(splits: list[str | None], rests: list[str]) -> tuple[list[int | None], list[str] | None]:
-    """Class labels: first-level folders below a split, where at least two hold all its images, none named images."""
+    """Class labels: first-level folders below a split, where at least two hold most of its images and none is named
+    images; or where all of them (one, say) are classes of a split where this is so."""
     folders = [rest.split("/", 1)[0] if "/" in rest else "" for rest in rests]
-    tops: dict[str | None, set[str]] = {}
+    tops: dict[str | None, Counter[str]] = {}
     for split, folder in zip(splits, folders, strict=True):
-        tops.setdefault(split, set()).add(folder)
-    labelled = {
-        split
-        for split, names in tops.items()
-        if len(names) >= 2 and "" not in names and "images" not in {name.lower() for name in names}
+        tops.setdefault(split, Counter())[folder] += 1
+    candidates = {
+        split: set(counts) - {""}
+        for split, counts in tops.items()
+        if 2 * counts[""] < counts.total() and "images" not in {name.lower() for name in counts}
     }
-    if not labelled:
+    known = set().union(*(names for names in candidates.values() if len(names) >= 2))
+    labelled = {split for split, names in candidates.items() if len(names) >= 2 or names <= known}
+    if not known:
         return [None] * len(rests), None
-    classes = sorted(set().union(*(tops[split] for split in labelled)))
+    classes = sorted(known)
     number = {name: n for n, name in enumerate(classes)}
     return [
-        number[folder] if split in labelled else None for split, folder in zip(splits, folders, strict=True)
+        number.get(folder) if split in labelled else None for split, folder in zip(splits, folders, strict=True)
     ], classes
 
 
-def _coco_splits(files: list[_File], top: str, below: list[str], read: Any, notes: list[str]) -> dict[str, str]:
+def _say_unlabelled(
+    names: list[str],
+    splits: list[str | None],
+    labels: list[int | None],
+    classes: list[str] | None,
+    notes: list[str],
+) -> None:
+    """Say which images of labelled splits lie beside the class folders, and which splits lack classes."""
+    for split in sorted({split for split, label in zip(splits, labels, strict=True) if label is not None}, key=str):
+        within = f" in {split}" if split else ""
+        inside = [(name, label) for name, own, label in zip(names, splits, labels, strict=True) if own == split]
+        loose = [name for name, label in inside if label is None]
+        if loose:
+            notes.append(
+                f"{len(loose):,} of {len(inside):,} images{within} lie beside the class folders and have no label, the "
+                f"first: {loose[0]}"
+            )
+        there = len({label for _, label in inside} - {None})
+        if classes and there < len(classes):
+            notes.append(f"{there} of the {len(classes)} classes occur{within}")
+
+
+def folders_of(name: str) -> tuple[str, ...]:
+    """The folders of a path by which a file is told apart, in lower case: without images, masks and the like, and
+    words for a split made one."""
+    parts = (part.lower() for part in PurePosixPath(name.replace("\\", "/")).parts[:-1])
+    alike = {**SPLITS, **MORE_SPLITS}
+    return tuple(alike.get(part, part) for part in parts if part != "images" and part not in NOT_IMAGES)
+
+
+def may_be_one(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether folders may say the same place: those of one path are all among those of the other."""
+    return Counter(one) <= Counter(other) or Counter(other) <= Counter(one)
+
+
+def coco_split(name: str) -> str | None:
+    """The split of a file annotations/SPLIT.json or annotations/instances_SPLIT.json; None for any other file."""
+    path = PurePosixPath(name)
+    if path.parent.name.lower() != "annotations" or path.suffix.lower() != ".json":
+        return None
+    return split_word(path.stem.lower().removeprefix("instances_"))
+
+
+def coco_places(listed: dict[str, list[str]], names: Sequence[str]) -> dict[str, list[str | None]]:
+    """The image that each `file_name` of COCO files means, or None.
+
+    That is the image at the whole relative path, from the folder of annotations/ or from the folders of images and
+    splits below it; else, among what no path names, the only image of that name, if it is listed once and no folder
+    speaks against it.
+
+    Args:
+        listed: `file_name`s by COCO file.
+        names: of the images.
+    """
+    known = set(names)
+    found: dict[str, list[str | None]] = {}
+    for file, wanted in listed.items():
+        path = PurePosixPath(file)
+        stem = path.stem.removeprefix("instances_")
+        words = list(dict.fromkeys([stem, coco_split(file) or stem]))
+        below = ["images", *(f"images/{word}" for word in words), *(f"{word}/images" for word in words), "", *words]
+        places = [(path.parent.parent / place).as_posix() for place in below]
+        starts = ["" if place == "." else f"{place}/" for place in places]
+        plain = [PurePosixPath(name.replace("\\", "/")).as_posix() for name in wanted]
+        found[file] = [next((s + name for s in starts if s + name in known), None) for name in plain]
+    taken = {place for places in found.values() for place in places if place is not None}
+    by_name: dict[str, list[str]] = {}
+    for name in sorted(known - taken):
+        by_name.setdefault(PurePosixPath(name).name, []).append(name)
+    open_ones = [
+        (file, number, PurePosixPath(listed[file][number].replace("\\", "/")).name)
+        for file, places in found.items()
+        for number, place in enumerate(places)
+        if place is None
+    ]
+    times = Counter(name for _, _, name in open_ones)
+    for file, number, name in open_ones:
+        files = by_name.get(name, [])
+        if times[name] == len(files) == 1:
+            root = PurePosixPath(file).parent.parent.as_posix()
+            sides = (listed[file][number], files[0].removeprefix(f"{root}/"))
+            one, other = ([word for word in folders_of(side) if word != coco_split(file)] for side in sides)
+            found[file][number] = files[0] if may_be_one(one, other) else None
+    return found
+
+
+def _coco_splits(files: list[_File], names: list[str], read: Any, notes: list[str]) -> dict[str, str]:
     """Splits by COCO json: annotations/SPLIT.json or instances_SPLIT.json name the images of each split."""
-    start = f"{top}/annotations/" if top else "annotations/"
-    known = set(below)
-    found: dict[str, str] = {}
-    used: list[str] = []
-    for file in sorted(files, key=lambda file: file.name):
-        stem = file.name[len(start) : -len(".json")].lower().removeprefix("instances_")
-        split = SPLITS.get(stem.rstrip("0123456789"))  # instances_train2017
-        if not file.name.startswith(start) or not file.name.lower().endswith(".json") or split is None:
-            continue
+    listed: dict[str, list[str]] = {}
+    for name in sorted(file.name for file in files if coco_split(file.name) and not is_hidden(file.name)):
         try:
-            listed = [image["file_name"] for image in json.loads(read(file.name))["images"]]
+            listed[name] = [str(image["file_name"]) for image in json.loads(read(name))["images"]]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{file.name} is not COCO json ({type(error).__name__}: {error}); expected a list 'images' of objects "
+                f"{name} is not COCO json ({type(error).__name__}: {error}); expected a list 'images' of objects "
                 "with 'file_name'"
             ) from error
-        used.append(file.name[len(start) :])
-        missing = 0
-        for name in listed:
-            places = (f"images/{name}", f"images/{split}/{name}", f"images/{stem}/{name}", name, f"{split}/{name}")
-            place = next((p for p in places if p in known), None)
-            if place is None:
-                missing += 1
-            elif found.setdefault(place, split) != split:
-                raise InputError(f"{file.name} and another annotation file both list {name}; a split each is needed")
-        if missing:
-            notes.append(f"{file.name} lists {missing:,} images that are not there")
+    found: dict[str, str] = {}
+    for file, places in coco_places(listed, names).items():
+        split = coco_split(file) or ""
+        lacking = [name for name, place in zip(listed[file], places, strict=True) if place is None]
+        for place in places:
+            if place is not None and found.setdefault(place, split) != split:
+                raise InputError(f"{file} and another annotation file both list {place}; a split each is needed")
+        if lacking:
+            notes.append(
+                f"{file} lists {len(lacking):,} images that are not there, or whose name several have: "
+                f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
+            )
     if found:
+        used = [PurePosixPath(file).name for file in listed]
         notes.append(f"splits by annotations/{{{','.join(used)}}}")
     return found
 
@@ -680,6 +807,7 @@ def _list_parquet(paths: list[Path], root: Path) -> _Listing:
     class_names: list[str] | None = None
     total = 0
     column = ""
+    folders = _split_folders([path.relative_to(root).as_posix() for path in paths])
     for number, path in enumerate(paths):
         try:
             file = pq.ParquetFile(path)
@@ -706,7 +834,7 @@ def _list_parquet(paths: list[Path], root: Path) -> _Listing:
         stem = relative.with_suffix("").as_posix()
         known = table.column(column) if table is not None and column in table.column_names else None
         given = [item["path"] if item else None for item in known.to_pylist()] if known is not None else [None] * count
-        split = _split_of_file(relative.as_posix())
+        split = _split_of_file(relative.as_posix(), folders)
         fallbacks += [f"{stem}/{row}" for row in range(count)]
         names += [name or f"{stem}/{row}" for row, name in enumerate(given)]
         splits += [split] * count
@@ -723,7 +851,8 @@ def _list_parquet(paths: list[Path], root: Path) -> _Listing:
     if total > IN_MEMORY:
         reader = _copy_rows(paths, column, notes)
     kind = "parquet file" if len(paths) == 1 else f"{len(paths)} parquet files"
-    return _Listing(kind, entries, stamps, reader, classes, notes, [], len(paths))
+    place = "\n".join(str(path.resolve()) for path in paths)
+    return _Listing(kind, place, entries, stamps, reader, classes, notes, [], len(paths))
 
 
 def _fields(field: pa.Field) -> list[str]:
@@ -759,13 +888,15 @@ def _copy_rows(paths: list[Path], column: str, notes: list[str]) -> Reader:
     return _RangeReader([(str(flat), offsets[i], int(stored[i])) for i in range(count)], keep)
 
 
-def _split_of_file(name: str) -> str | None:
+def _split_of_file(name: str, folders: dict[str, str]) -> str | None:
     """The split that a file's name begins with (train-00000-of-00002.parquet), or that one of its folders has."""
-    stem = PurePosixPath(name).name.lower()
-    for word in sorted(SPLITS, key=len, reverse=True):
-        if stem.startswith(word) and not stem[len(word) : len(word) + 1].isalpha():
-            return SPLITS[word]
-    return _split_of(name)[0]
+    return _first_word(PurePosixPath(name).name) or _split_of(name, folders)[0]
+
+
+def _first_word(name: str) -> str | None:
+    """The split that a name begins with: train-00000-of-00002, test_other, Holdout.3"""
+    word = re.match(r"(hold|held)[-_ ]out(?![a-z])|[a-z]+", name.lower())
+    return split_word(word.group()) if word else None
 
 
 def _class_names(schema: pa.Schema) -> list[str] | None:
@@ -842,10 +973,8 @@ def _list_hub(text: str) -> _Listing:
     for number, (table_name, table) in enumerate(tables.items()):
         table = table.cast_column(column, datasets.Image(decode=False))
         plain.append(table.select_columns([column]))
-        word = re.match("[a-z]*", str(table_name).lower())
-        entries += [
-            (f"{table_name or 'all'}/{row}", SPLITS.get(word.group() if word else "")) for row in range(len(table))
-        ]
+        table_split = _first_word(str(table_name))
+        entries += [(f"{table_name or 'all'}/{row}", table_split) for row in range(len(table))]
         labels += list(table["label"]) if "label" in table.features else [None] * len(table)
         rows += [(number, row) for row in range(len(table))]
         stamps += [str(table._fingerprint)] * len(table)
@@ -854,7 +983,7 @@ def _list_hub(text: str) -> _Listing:
     numbers, classes = _column_labels(labels, names, notes)
     listed = [Entry(entry, split, label) for (entry, split), label in zip(entries, numbers, strict=True)]
     return _Listing(
-        "Hugging Face data set", listed, stamps, _HubReader(plain, rows, column), classes, notes, [], len(listed)
+        "Hugging Face data set", "", listed, stamps, _HubReader(plain, rows, column), classes, notes, [], len(listed)
     )
 
 
@@ -869,6 +998,9 @@ def _list_shards(text: str) -> _Listing:
     labels: list[Any] = []
     keep = []
     seen = 0
+    root = os.path.commonpath([shard.parent for shard in shards])
+    places = {shard: os.path.relpath(shard, root).replace(os.sep, "/") for shard in shards}
+    folders = _split_folders(list(places.values()))
     for shard in shards:
         if not _is_tar(shard):
             raise InputError(f"{shard} is not a readable tar file: damaged or cut off")
@@ -886,7 +1018,7 @@ def _list_shards(text: str) -> _Listing:
                 skipped.append({"path": f"{shard.name}/{name}", "reason": "empty file"})
                 continue
             used.add(key)
-            entry = Entry(f"{shard.name}/{name}", _split_of_file(shard.name), None)
+            entry = Entry(f"{shard.name}/{name}", _split_of_file(places[shard], folders), None)
             found.append((entry, _stamp(shard), (str(flat), offset, size)))
             labels.append(classes.get(key))
     if len({entry.name for entry, _, _ in found}) < len(found):  # shards of one name in several folders
@@ -895,7 +1027,8 @@ def _list_shards(text: str) -> _Listing:
     entries = [replace(entry, label=label) for (entry, _, _), label in zip(found, numbers, strict=True)]
     reader = _RangeReader([where for _, _, where in found], keep)
     kind = f"WebDataset, {len(shards)} shard{'s' if len(shards) != 1 else ''}"
-    return _Listing(kind, entries, [s for _, s, _ in found], reader, names, notes, skipped, seen)
+    place = "\n".join(str(shard.resolve()) for shard in shards)
+    return _Listing(kind, place, entries, [s for _, s, _ in found], reader, names, notes, skipped, seen)
 
 
 def _expand(pattern: str, text: str) -> list[Path]:
