@@ -375,7 +375,6 @@ def test_every_encoder_segments_and_detects(name: str) -> None:
     ("change", "said"),
     [
         ({"bbox": [40, 10, 60, 10]}, "outside the image of 64x48"),
-        ({"bbox": [4, 10, 0, 10]}, "a box of 0 x 10 px"),
         ({"category_id": 3}, "category 3, which is not listed"),
         ({"image_id": 99}, "image 99, which is not listed"),
     ],

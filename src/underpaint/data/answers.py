@@ -4,15 +4,18 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from underpaint.data.sources import Source
+from underpaint.data.decode import Unreadable, _orient, read_header, read_orientation
+from underpaint.data.sources import Source, coco_places, coco_split, folders_of, is_hidden, may_be_one, walk
 from underpaint.errors import InputError
 
 MASK_FOLDERS = ("masks", "semantic", "labels")
@@ -35,7 +38,7 @@ def open_answers(data: str | Path) -> Answers:
     """
     path = Path(data).expanduser()
     if path.is_dir():
-        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        names = sorted(PurePosixPath(name).as_posix() for name, file in walk(path, []) if file.is_file())
         return Answers(names, lambda name: (path / name).read_bytes())
     if path.is_file() and zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
@@ -59,56 +62,158 @@ class Masks:
     Attributes:
         names: of the mask of each image that has one, by the image's number in the source.
         classes: names of the indices, as far as they are known.
+        turned: the EXIF orientation of images whose masks are drawn on the stored pixels.
+        notes: what a person should know of how they were found.
     """
 
     names: dict[int, str]
     classes: list[str]
     ignore: int | None  # as classes.json says
     read: Callable[[str], bytes]
+    turned: dict[int, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """[height, width] whole numbers.
+        """[height, width] whole numbers, in the orientation of the decoded image.
 
         Raises:
             InputError: not an index mask.
         """
-        name = self.names[index]
-        with Image.open(io.BytesIO(self.read(name))) as picture:
-            if picture.mode not in ("L", "P", "1", "I", "I;16"):
+        mask, _ = _index_mask(self.names[index], self.read)
+        return np.ascontiguousarray(_orient(mask, self.turned.get(index, 1)))
+
+
+def _index_mask(name: str, read: Callable[[str], bytes]) -> tuple[np.ndarray, bool]:
+    """[height, width] whole numbers with the mask's own orientation applied, and whether it has one.
+
+    Raises:
+        InputError: not an index mask.
+    """
+    try:
+        with Image.open(io.BytesIO(read(name))) as picture:
+            if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
                 raise InputError(f"{name} is {picture.mode}, not an index mask: one channel of class numbers (PNG)")
-            return np.array(picture).astype(np.int64)
+            own = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+            return np.array(ImageOps.exif_transpose(picture)).astype(np.int64), own
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's of damaged files
+        raise InputError(f"{name} cannot be read ({error}); expected an index mask (PNG)") from error
 
 
 def masks_of(data: str | Path, source: Source) -> Masks:
-    """Masks below masks/ (or semantic/), with the split folders of images/ or without, by equal stems.
+    """Masks below masks/ (or else semantic/, labels/) for the images of equal stems, by the folders before and after
+    masks/ and images/: all alike, or else those of one side among those of the other (split folders, say, where
+    images have some and masks have not). The notes say what was turned by an EXIF orientation.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none; two masks for an image, or two images for a mask.
     """
     answers = open_answers(data)
-    by_place: dict[str, str] = {}
+    kinds: dict[str, list[str]] = {}
     for name in answers.names:
         path = PurePosixPath(name)
         folders = [part.lower() for part in path.parts[:-1]]
         kind = next((folder for folder in MASK_FOLDERS if folder in folders), None)
-        if kind is None or path.suffix.lower() not in MASK_SUFFIXES or path.name.startswith("."):
-            continue
-        rest = path.parts[folders.index(kind) + 1 : -1]
-        by_place.setdefault("/".join((*rest, path.stem)), name)
+        if kind is not None and path.suffix.lower() in MASK_SUFFIXES and not is_hidden(name):
+            kinds.setdefault(kind, []).append(name)
     found: dict[int, str] = {}
-    for index, entry in enumerate(source.entries):
-        path = PurePosixPath(entry.name)
-        parts = list(path.parts[:-1])
-        below = (
-            parts[[part.lower() for part in parts].index("images") + 1 :] if "images" in map(str.lower, parts) else []
-        )
-        name = by_place.get("/".join((*below, path.stem))) or by_place.get(path.stem)
-        if name is not None:
-            found[index] = name
+    used = next((kind for kind in MASK_FOLDERS if kind in kinds and (found := _pairs(source, kinds[kind]))), None)
     if not found:
         raise InputError(f"{data}: no masks; expected index PNGs below masks/ with the names of the images")
+    notes = []
+    if aside := sorted(kinds.keys() - {used}):
+        notes.append(f"masks are those in {used}/; what is in {', '.join(f'{kind}/' for kind in aside)} is not read")
     classes, ignore = _classes(answers)
-    return Masks(found, classes, ignore, answers.read)
+    turned = _turned_masks(source, found, answers.read, notes)
+    return Masks(found, classes, ignore, answers.read, turned, notes)
+
+
+def _pairs(source: Source, masks: list[str]) -> dict[int, str]:
+    """The mask of each entry that has one."""
+    where: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+    for name in masks:
+        where.setdefault(PurePosixPath(name).stem, []).append((folders_of(name), name))
+    places = {k: folders_of(entry.name) for k, entry in enumerate(source.entries)}
+    found: dict[int, str] = {}
+    owner: dict[str, int] = {}
+    for alike in (lambda one, other: Counter(one) == Counter(other), may_be_one):
+        taken = set(owner)
+        for index, place in places.items():
+            if index in found:
+                continue
+            stem = PurePosixPath(source.entries[index].name).stem
+            fitting = [name for other, name in where.get(stem, []) if name not in taken and alike(place, other)]
+            if len(fitting) > 1:
+                raise InputError(
+                    f"{source.entries[index].name} may have the mask {fitting[0]} or {fitting[1]}; keep one, or give "
+                    "images and masks the same folders"
+                )
+            if not fitting:
+                continue
+            if fitting[0] in owner:
+                raise InputError(
+                    f"{fitting[0]} may be the mask of {source.entries[owner[fitting[0]]].name} or of "
+                    f"{source.entries[index].name}; give images and masks the same folders"
+                )
+            found[index], owner[fitting[0]] = fitting[0], index
+    return found
+
+
+Seen = tuple[int, tuple[int, int]]  # orientation 1..8, and [height, width] of the pixels as stored
+
+
+def _seen(source: Source, indices: Sequence[int]) -> dict[int, Seen]:
+    """What the headers of images say; those that cannot be read are left out here, as they are elsewhere."""
+    found = {}
+    for index in indices:
+        with suppress(Unreadable):
+            encoded = source.read(index)
+            orientation, header = read_orientation(encoded), read_header(encoded)
+            size = (header.height, header.width)
+            found[index] = (orientation, size if orientation < 5 else size[::-1])
+    return found
+
+
+def _drawn_on_stored(turns: dict[Any, Seen], sizes: dict[Any, tuple[int, ...]]) -> set[Any]:
+    """Of turned images, those whose answers are drawn on the pixels as stored and not on the image as it is shown.
+
+    An answer's size tells it where an image stands upright instead of lying. Where it cannot tell (a square, a half
+    turn or a mirror image, no size), the answer is like those of the set where it can; as stored, where there are none
+    or they differ.
+
+    Args:
+        turns: of images with an orientation above 1.
+        sizes: [height, width] of the answers, where they are known.
+    """
+    stored, shown, open_ones = set(), set(), set()
+    for key, (orientation, size) in turns.items():
+        if orientation >= 5 and size[0] != size[1] and sizes.get(key) in (size, size[::-1]):
+            (stored if sizes.get(key) == size else shown).add(key)
+        else:
+            open_ones.add(key)
+    if stored or not shown:
+        stored |= open_ones
+    return stored
+
+
+def _exif_note(what: str, images: int, turned: int) -> list[str]:
+    if not images:
+        return []
+    return [
+        f"{images:,} images have an EXIF orientation; the {what} of {turned:,} are drawn on the pixels as stored and are "
+        f"turned with them, those of {images - turned:,} fit the image as shown"
+    ]
+
+
+def _turned_masks(
+    source: Source, names: dict[int, str], read: Callable[[str], bytes], notes: list[str]
+) -> dict[int, int]:
+    """The orientation of images by which their masks are to be turned; a mask with an orientation of its own is not."""
+    turns = {index: seen for index, seen in _seen(source, sorted(names)).items() if seen[0] > 1}
+    drawn = {index: _index_mask(names[index], read) for index in turns}
+    open_ones = {index: seen for index, seen in turns.items() if not drawn[index][1]}
+    stored = _drawn_on_stored(open_ones, {index: mask.shape for index, (mask, _) in drawn.items()})
+    notes += _exif_note("masks", len(turns), len(stored))
+    return {index: turns[index][0] for index in stored}
 
 
 def _classes(answers: Answers) -> tuple[list[str], int | None]:
@@ -155,14 +260,16 @@ class Detections:
     """COCO annotations of a split.
 
     Attributes:
-        coco: the file as it is, for the COCO measure.
+        coco: the file, in the orientation of the decoded images, for the COCO measure.
         images: COCO image id of each entry of the source that it lists.
         categories: names by category id.
+        notes: what a person should know of how they were read.
     """
 
     coco: dict[str, Any]
     images: dict[int, int]
     categories: dict[int, str]
+    notes: list[str] = field(default_factory=list)
 
     def objects(self, index: int) -> Objects:
         found = self._by_image.get(self.images[index], [])
@@ -182,58 +289,185 @@ class Detections:
 
 
 def detections_of(data: str | Path, source: Source) -> dict[str, Detections]:
-    """By split, the COCO annotations below annotations/.
+    """By split, the COCO annotations below annotations/, in the orientation of the decoded images. The notes say which
+    boxes were left out, as they have no area, and which were turned by an EXIF orientation.
 
     Raises:
-        InputError: there are none; a box outside its image, or without area; an object of no known category.
+        InputError: there are none; two files for a split; an image listed twice or in another size than it has; a box
+            outside its image; an object of no known category.
     """
     answers = open_answers(data)
-    entries: dict[tuple[str | None, str], int] = {}
-    for index, entry in enumerate(source.entries):
-        entries[(entry.split, PurePosixPath(entry.name).name)] = index
-    found: dict[str, Detections] = {}
+    files: dict[str, str] = {}
     for name in answers.names:
-        path = PurePosixPath(name)
-        stem = path.stem.lower().removeprefix("instances_").rstrip("0123456789")
-        split = {"valid": "val", "validation": "val"}.get(stem, stem)
-        if (
-            path.parent.name.lower() != "annotations"
-            or path.suffix.lower() != ".json"
-            or split not in ("train", "val", "test")
-        ):
+        split = coco_split(name)
+        if split is None or is_hidden(name):
             continue
-        try:
-            coco = json.loads(answers.read(name))
-            categories = {int(c["id"]): str(c["name"]) for c in coco["categories"]}
-            listed = {int(image["id"]): image for image in coco["images"]}
-            annotations = coco["annotations"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{name} is not COCO json ({type(error).__name__}: {error})") from error
-        for annotation in annotations:
-            _check(annotation, listed, categories, name)
-        places = {}
-        for number, image in listed.items():
-            index = entries.get((split, PurePosixPath(image["file_name"]).name))
-            if index is not None:
-                places[index] = number
-        found[split] = Detections(coco, places, categories)
-    if not found:
+        if split in files:
+            raise InputError(f"{files[split]} and {name} both annotate {split}; one file a split is needed")
+        files[split] = name
+    if not files:
         raise InputError(f"{data}: no boxes; expected COCO json: annotations/train.json and val.json or test.json")
-    return found
+    cocos = {name: _coco(answers, name) for name in files.values()}
+    listed = {name: [image["file_name"] for image in coco["images"]] for name, coco in cocos.items()}
+    places = coco_places(listed, [entry.name for entry in source.entries])
+    numbers = {entry.name: index for index, entry in enumerate(source.entries)}
+    images: dict[str, dict[int, int]] = {}
+    for name, coco in cocos.items():
+        known = images[name] = {}
+        for image, place in zip(coco["images"], places[name], strict=True):
+            if place is not None and known.setdefault(numbers[place], image["id"]) != image["id"]:
+                raise InputError(f"{name} lists {place} twice, as images {known[numbers[place]]} and {image['id']}")
+    notes = _as_decoded(cocos, images, source)
+    return {
+        split: Detections(
+            cocos[name], images[name], {c["id"]: c["name"] for c in cocos[name]["categories"]}, notes[name]
+        )
+        for split, name in files.items()
+    }
 
 
-def _check(annotation: dict[str, Any], images: dict[int, Any], categories: dict[int, str], name: str) -> None:
+def _coco(answers: Answers, name: str) -> dict[str, Any]:
+    """A COCO file, with new lists of images and annotations, so that these can be changed."""
+    try:
+        coco = json.loads(answers.read(name))
+        coco["categories"] = [{**each, "id": int(each["id"]), "name": str(each["name"])} for each in coco["categories"]]
+        coco["images"] = [{**i, "id": int(i["id"]), "file_name": str(i["file_name"])} for i in coco["images"]]
+        coco["annotations"] = [dict(annotation) for annotation in coco["annotations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name} is not COCO json ({type(error).__name__}: {error})") from error
+    twice = [number for number, times in Counter(image["id"] for image in coco["images"]).items() if times > 1]
+    if twice:
+        raise InputError(f"{name} lists two images of id {twice[0]}; an id each is needed")
+    return coco
+
+
+def _as_decoded(
+    cocos: dict[str, dict[str, Any]], images: dict[str, dict[int, int]], source: Source
+) -> dict[str, list[str]]:
+    """Check annotations, leave out those without area, and turn what is drawn on the stored pixels of turned images.
+
+    Returns:
+        Notes, by file.
+    """
+    notes: dict[str, list[str]] = {}
+    seen: dict[tuple[str, int], Seen] = {}
+    sizes: dict[tuple[str, int], tuple[int, ...]] = {}
+    for name, coco in cocos.items():
+        found = _seen(source, sorted(images[name]))
+        seen |= {(name, images[name][index]): what for index, what in found.items()}
+        for image in coco["images"]:
+            key = (name, image["id"])
+            if not image.get("height") or not image.get("width"):
+                continue
+            sizes[key] = (int(image["height"]), int(image["width"]))
+            orientation, (height, width) = seen.get(key, (1, sizes[key]))
+            if sizes[key] != (height, width) and (orientation < 5 or sizes[key] != (width, height)):
+                raise InputError(
+                    f"{name} lists {image['file_name']} as {sizes[key][1]}x{sizes[key][0]}, and the file is "
+                    f"{width}x{height}; boxes need the size that they are drawn on"
+                )
+    turns = {key: what for key, what in seen.items() if what[0] > 1}
+    turned = _drawn_on_stored(turns, sizes)
+    for name, coco in cocos.items():
+        notes[name] = _exif_note("boxes", *(sum(file == name for file, _ in keys) for keys in (turns, turned)))
+        known = {image["id"]: image for image in coco["images"]}
+        categories = {category["id"] for category in coco["categories"]}
+        for number, image in known.items():  # the size that boxes are drawn on
+            orientation, size = seen.get((name, number), (1, sizes.get((name, number))))
+            if size is not None:
+                upright = orientation < 5 or (name, number) in turned
+                image["height"], image["width"] = size if upright else size[::-1]
+        without = [a for a in coco["annotations"] if not _has_area(a, known, categories, name)]
+        if without:
+            first = without[0]
+            notes[name].append(
+                f"{name}: {len(without):,} boxes without area are left out, the first: annotation {first.get('id')} "
+                f"({known[first['image_id']]['file_name']}) of {first['bbox'][2]} x {first['bbox'][3]} px"
+            )
+        gone = {id(annotation) for annotation in without}
+        coco["annotations"] = [a for a in coco["annotations"] if id(a) not in gone]
+        for annotation in coco["annotations"]:
+            if (name, annotation["image_id"]) in turned:
+                _turn(annotation, *seen[name, annotation["image_id"]])
+        for number, image in known.items():
+            if (name, number) in turned and seen[name, number][0] >= 5:
+                image["height"], image["width"] = image["width"], image["height"]
+    return notes
+
+
+def _has_area(annotation: dict[str, Any], images: dict[int, Any], categories: set[int], name: str) -> bool:
+    """Whether a box has an area.
+
+    Raises:
+        InputError: the annotation is of no known image or category, or reaches out of its image.
+    """
     image = images.get(annotation.get("image_id", -1))
     where = f"{name}: annotation {annotation.get('id')}"
     if image is None:
         raise InputError(f"{where} belongs to image {annotation.get('image_id')}, which is not listed")
     if annotation.get("category_id") not in categories:
         raise InputError(f"{where} has category {annotation.get('category_id')}, which is not listed")
-    left, top, width, height = annotation["bbox"]
-    if width <= 0 or height <= 0:
-        raise InputError(f"{where} ({image['file_name']}) has a box of {width} x {height} px; both must be above 0")
-    if left < -1 or top < -1 or left + width > image["width"] + 1 or top + height > image["height"] + 1:
+    where = f"{where} ({image['file_name']})"
+    try:
+        left, top, width, height = (float(value) for value in annotation["bbox"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} has no bbox of four numbers (left, top, width, height)") from error
+    if not (width > 0 and height > 0):
+        return False
+    if not image.get("width"):  # neither listed nor there
+        return True
+    if not (left >= -1 and top >= -1 and left + width <= image["width"] + 1 and top + height <= image["height"] + 1):
         raise InputError(
-            f"{where} ({image['file_name']}) has a box that reaches ({left + width:g}, {top + height:g}), outside the "
+            f"{where} has a box that reaches ({left + width:g}, {top + height:g}), outside the "
             f"image of {image['width']}x{image['height']}"
         )
+    segment = annotation.get("segmentation")
+    if isinstance(segment, dict) and list(segment.get("size", ())) != [image["height"], image["width"]]:
+        raise InputError(
+            f"{where} has run lengths of size {segment.get('size')}; expected that of its image, "
+            f"[{image['height']}, {image['width']}]"
+        )
+    return True
+
+
+def _turn(annotation: dict[str, Any], orientation: int, size: tuple[int, int]) -> None:
+    """Turn box, polygons or run lengths, drawn on stored pixels [height, width], with the image by its orientation."""
+    left, top, width, height = annotation["bbox"]
+    x0, y0, x1, y1 = _turned_points([left, top, left + width, top + height], orientation, size)
+    annotation["bbox"] = [min(x0, x1), min(y0, y1), abs(x1 - x0), abs(y1 - y0)]
+    segment = annotation.get("segmentation")
+    if isinstance(segment, list):
+        annotation["segmentation"] = [_turned_points(polygon, orientation, size) for polygon in segment]
+    elif segment:
+        from faster_coco_eval import mask
+
+        coding: Any = mask
+        turned = coding.encode(np.asfortranarray(_orient(mask_of(segment, *size), orientation)))
+        annotation["segmentation"] = {"size": list(turned["size"]), "counts": turned["counts"].decode()}
+
+
+def _turned_points(points: Sequence[int | float], orientation: int, size: tuple[int, int]) -> list[float]:
+    """x, y, x, y, ... in pixels of an image [height, width], turned as `decode` turns the image."""
+    x, y = np.array(points, float).reshape(-1, 2).T
+    height, width = size
+    if orientation in (5, 6, 7, 8):
+        x, y, height, width = y, x, width, height
+    if orientation in (3, 4, 7, 8):
+        y = height - y
+    if orientation in (2, 3, 6, 7):
+        x = width - x
+    return np.stack([x, y], axis=1).reshape(-1).tolist()
+
+
+def mask_of(segment: Any, height: int, width: int) -> np.ndarray:
+    """Polygons or either RLE form as [height, width] of 0 and 1."""
+    from faster_coco_eval import mask
+
+    coding: Any = mask  # its annotations are narrower than what it takes
+    if isinstance(segment, list):
+        coded = coding.merge(coding.frPyObjects(segment, height, width))
+    elif isinstance(segment["counts"], list):
+        coded = coding.frPyObjects(segment, height, width)
+    else:
+        coded = segment
+    return coding.decode(coded)

@@ -93,6 +93,20 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
         return Header(height, width, colours, "uint16" if wide else "uint8", alpha)
 
 
+def read_orientation(data: bytes) -> int:
+    """The EXIF (or TIFF) orientation 1..8 that `decode` undoes, from the header; 1 where there is none.
+
+    Raises:
+        Unreadable: not an image file, or a damaged header.
+    """
+    with _guarded():
+        if data[:4] in TIFF_STARTS:
+            with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+                tag = tiff.pages.first.tags.get(ORIENTATION_TAG)
+            return int(tag.value) if tag is not None and 1 <= int(tag.value) <= 8 else 1
+        return _orientation(_open(data, MAX_PIXELS))
+
+
 def decode(
     data: bytes,
     *,

@@ -228,6 +228,8 @@ def masked_parts(
         InputError: there are no masks; all of one part's images lack theirs.
     """
     masks = masks_of(data, source)
+    for note in masks.notes:
+        say(f"note: {note}")
     lacking = len(source.entries) - len(masks.names)
     if lacking:
         say(f"{lacking} of {len(source.entries)} images have no mask and are left out")
@@ -264,6 +266,8 @@ def boxed_parts(
         InputError: there are no boxes; images that annotations list are not there.
     """
     by_split = detections_of(data, source)
+    for note in dict.fromkeys(note for found in by_split.values() for note in found.notes):
+        say(f"note: {note}")
     judge = next((split for split in ("test", "val") if split in by_split), None)
     if "train" in by_split and judge is not None:
         parts = [(by_split[split], sorted(by_split[split].images)) for split in ("train", judge)]

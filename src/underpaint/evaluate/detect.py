@@ -26,7 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from underpaint.backbones import Backbone
-from underpaint.data.answers import Detections, Objects
+from underpaint.data.answers import Detections, Objects, mask_of
 from underpaint.errors import InputError
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.pyramid import Pyramid
@@ -181,20 +181,6 @@ def sizes_of(
     if not len(together):
         raise InputError("no image of train has an object; detection needs some")
     return Sizes(anchor_sides(together, finest(size)), detection_limit(counts))
-
-
-def mask_of(segment: Any, height: int, width: int) -> np.ndarray:
-    """Polygons or either RLE form as [height, width] of 0 and 1."""
-    from faster_coco_eval import mask
-
-    coding: Any = mask  # its annotations are narrower than what it takes
-    if isinstance(segment, list):
-        coded = coding.merge(coding.frPyObjects(segment, height, width))
-    elif isinstance(segment["counts"], list):
-        coded = coding.frPyObjects(segment, height, width)
-    else:
-        coded = segment
-    return coding.decode(coded)
 
 
 def placed(
