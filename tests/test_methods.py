@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import timm
 import torch
+from lightning.fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor
 
 import underpaint
 from underpaint.backbones import create_arguments, from_arguments, load_encoder, save_encoder, standardize_for
+from underpaint.data import Batch
 from underpaint.masking import hidden_map
 from underpaint.methods import METHODS
 from underpaint.patches import Standardize, patchify
+from underpaint.recipes.recipe import checked
+from underpaint.step import Window, session, update
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 # weights that no gradient reaches, with the reason
@@ -83,6 +87,39 @@ def test_loss_and_terms_are_finite_scalars(name: str) -> None:
         assert value.shape == ()
         assert torch.isfinite(value)
         assert not value.requires_grad
+
+
+IN_PARTS: list[tuple[str, dict[str, Any]]] = [
+    ("energy", {"steps": 3}),
+    ("energy", {"steps": 2, "gradient": "difference"}),
+    ("localmim", {"stop_gradient": True, "target": "pixels"}),
+    ("localmim", {"stop_gradient": True, "target": "pixels", "pixel_head": True}),
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("name", "settings"), IN_PARTS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_logs_the_loss_and_terms_of_the_whole(name: str, settings: dict[str, Any], accumulation: int) -> None:
+    """A trainer that adds up parts must not add up terms; a mean over micro-batches must be one."""
+    optimiser = {"batch_size": 4, "accumulation": accumulation}
+    recipe = checked({"method": {"name": name, **settings}, "optimiser": optimiser})
+    recipe.measured["precision"] = "32"
+    method, images = small(name, **settings), photographs()
+    assert method.part_count > 1
+    current = session(Fabric(accelerator="cpu"), recipe, method, Standardize([0.0] * 3, [1.0] * 3), compiled=False)
+    draws, rows = current.draws(Batch(images, [0, 1, 2, 3]), 0), 4 // accumulation
+    wholes = [method(images[k : k + rows], draws.rows(slice(k, k + rows))) for k in range(0, 4, rows)]
+    window = Window()
+    window.add(*update(current, Batch(images, [0, 1, 2, 3]), 0, 1e-4))
+    logged = window.means(current.fabric)
+    wanted = {"loss": sum(float(whole.loss.detach()) for whole in wholes) / accumulation}
+    wanted |= {key: sum(float(whole.terms[key]) for whole in wholes) / accumulation for key in wholes[0].terms}
+    assert logged.keys() == wanted.keys() | {"gradient_norm"}
+    for key, value in wanted.items():
+        assert logged[key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
+    parts = list(method.parts(images, draws))
+    assert [bool(part.terms) for part in parts] == [False] * (method.part_count - 1) + [True]
 
 
 @pytest.mark.quick

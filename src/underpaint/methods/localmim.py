@@ -312,7 +312,8 @@ class LocalMIM(Method):
                 loss = loss + here
             if self.stop_gradient:
                 state = state.detach()
-        return Objective(loss, terms, (state, targets, terms))
+        last = part is None or part + 1 == len(self.taps)  # terms of a step are those of its last part
+        return Objective(loss, terms if last else {}, (state, targets, terms))
 
     def _cell(self, number: int) -> tuple[int, int]:
         return self.scales[number], self.scales[number]
