@@ -2,15 +2,21 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from test_methods import photographs, small
 from torch import Tensor
 
 import underpaint
 from underpaint.backbones import create_arguments, from_arguments
+from underpaint.data import Batch
 from underpaint.masking import hidden_map
 from underpaint.methods.energy import TASKS, Energy, State
+from underpaint.patches import Standardize
+from underpaint.recipes.recipe import checked
+from underpaint.step import Window, session, update
 
 each_task = pytest.mark.parametrize("task", [*TASKS, "mixture"])
 
@@ -175,6 +181,33 @@ def test_each_task_is_restored_better_than_by_doing_nothing(task: str) -> None:
     names = {"error"} if task != "mixture" else {f"error_{name}" for name in TASKS}
     assert names <= set(terms)
     assert all(terms[name] < 1 for name in names)
+
+
+@pytest.mark.quick
+def test_a_task_that_a_micro_batch_lacks_is_not_logged_as_restored() -> None:
+    """Four parts of one image each in two steps: what is logged of a task is its error over all images that have it."""
+    optimiser = {"batch_size": 4, "accumulation": 4}
+    recipe = checked({"method": {"name": "energy", "corruption": "mixture"}, "optimiser": optimiser})
+    recipe.measured["precision"] = "32"
+    method, images = small("energy", corruption="mixture"), photographs(4)
+    current = session(Fabric(accelerator="cpu"), recipe, method, Standardize([0.0] * 3, [1.0] * 3), compiled=False)
+    window = Window()
+    left: dict[str, list[float]] = {name: [] for name in TASKS}
+    before: dict[str, list[float]] = {name: [] for name in TASKS}
+    for step in range(2):
+        draws = current.draws(Batch(images, [0, 1, 2, 3]), step)
+        errors = method.errors(images, draws, method.restored(images, draws)[-1])
+        for task, restored, corrupted in zip(draws.task.tolist(), *(each.tolist() for each in errors), strict=True):
+            left[TASKS[task]].append(restored)
+            before[TASKS[task]].append(corrupted)
+        window.add(*update(current, Batch(images, [0, 1, 2, 3]), step, 1e-4))
+    logged = window.means(current.fabric)
+    seen = [name for name in TASKS if left[name]]
+    assert 1 < len(seen) < len(TASKS)
+    for name in seen:
+        assert logged[f"error_{name}"] == pytest.approx(np.sum(left[name]) / np.sum(before[name]), rel=1e-4), name
+    for name in set(TASKS) - set(seen):
+        assert np.isnan(logged[f"error_{name}"]), name  # null in metrics.jsonl
 
 
 def test_a_known_order_is_recovered() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -114,7 +115,9 @@ def test_a_step_logs_the_loss_and_terms_of_the_whole(name: str, settings: dict[s
     window.add(*update(current, Batch(images, [0, 1, 2, 3]), 0, 1e-4))
     logged = window.means(current.fabric)
     wanted = {"loss": sum(float(whole.loss.detach()) for whole in wholes) / accumulation}
-    wanted |= {key: sum(float(whole.terms[key]) for whole in wholes) / accumulation for key in wholes[0].terms}
+    for key in wholes[0].terms:
+        weights = [float(whole.weights.get(key, torch.ones(()))) for whole in wholes]
+        wanted[key] = float(np.average([float(whole.terms[key]) for whole in wholes], weights=weights))
     assert logged.keys() == wanted.keys() | {"gradient_norm"}
     for key, value in wanted.items():
         assert logged[key] == pytest.approx(value, rel=1e-4, abs=1e-7), key

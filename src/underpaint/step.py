@@ -87,7 +87,7 @@ def session(fabric: Fabric, recipe: Recipe, method: Method, standardize: Standar
 def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step. Returns its numbers and a flag, all still on the device: nothing here waits for it.
 
-    The flag is 1 where the gradient was not finite; the update then changed nothing (fused AdamW skips by flag).
+    A number is [2]: a weighted sum, and its weight. The flag is 1 where the gradient was not finite; the update then changed nothing (fused AdamW skips by flag).
     """
     fabric, optimiser = session.fabric, session.recipe.optimiser
     draws = session.draws(batch, step)
@@ -98,6 +98,7 @@ def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict
         group["lr"] = rate * group.get("factor", 1.0)
     part = session.local_batch // optimiser.accumulation
     numbers: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}  # of the numbers that have one; all others count 1 a step
     for k in range(optimiser.accumulation):
         rows = slice(k * part, (k + 1) * part)
         count, carry = session.method.part_count, None
@@ -111,7 +112,11 @@ def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict
                 fabric.backward(objective.loss / optimiser.accumulation)
             carry = objective.carry
             for name, value in {"loss": objective.loss.detach(), **objective.terms}.items():
-                numbers[name] = numbers.get(name, 0.0) + value.double() / optimiser.accumulation
+                weight: Any = 1 / optimiser.accumulation
+                if name in objective.weights:
+                    weight = objective.weights[name].double()
+                    weights[name] = weights.get(name, 0.0) + weight
+                numbers[name] = numbers.get(name, 0.0) + value.double() * weight
     apart = session.method.clipped_apart()
     most = float("inf") if apart else optimiser.clip  # then this only unscales and measures
     norm = fabric.clip_gradients(session.model, session.stepper, max_norm=most, error_if_nonfinite=False)
@@ -126,19 +131,23 @@ def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict
     session.stepper.step()
     session.stepper.zero_grad(set_to_none=True)
     numbers["gradient_norm"] = norm.double()
-    return numbers, bad
+    one = torch.ones_like(numbers["loss"])
+    return {name: torch.stack([number, weights.get(name, one)]) for name, number in numbers.items()}, bad
 
 
 class Window:
-    """Means of the numbers of the steps since the last line of metrics; part of a checkpoint."""
+    """Means of the numbers of the steps since the last line of metrics; part of a checkpoint.
+
+    Sums and weights are kept apart, so that a number that a step has nothing to say about does not count as 0 there.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.sums: Tensor | None = None
+        self.sums: Tensor | None = None  # [numbers, 2]
 
     def add(self, numbers: dict[str, Tensor], bad: Tensor) -> None:
         self.names = list(numbers)
-        values = torch.stack([*numbers.values(), torch.ones_like(bad, dtype=torch.float64)])
+        values = torch.stack(list(numbers.values()))
         kept = torch.where(bad > 0, torch.zeros_like(values), values)
         self.sums = kept if self.sums is None else self.sums + kept
 
@@ -149,15 +158,17 @@ class Window:
         if fabric.world_size > 1:
             sums = fabric.all_reduce(sums, reduce_op="sum")
             assert isinstance(sums, Tensor)
-        *totals, count = sums.tolist()
-        return {name: total / count if count else math.nan for name, total in zip(self.names, totals, strict=True)}
+        return {
+            name: total / weight if weight else math.nan
+            for name, (total, weight) in zip(self.names, sums.tolist(), strict=True)
+        }
 
     def reset(self) -> None:
         self.sums = None
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.sums is None else {"window": self.sums}
+        return {} if self.sums is None else {"window_sums": self.sums}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device) -> None:
         self.names = list(numbers["window"])
-        self.sums = tensors["window"].to(device) if "window" in tensors else None
+        self.sums = tensors["window_sums"].to(device) if "window_sums" in tensors else None

@@ -356,18 +356,18 @@ class Energy(Method):
         for number in range(1, self.part_count):
             objective = one(images, draws, number, objective.carry)
             loss = loss + objective.loss
-        return Objective(loss, objective.terms)
+        return Objective(loss, objective.terms, weights=objective.weights)
 
     def _exact(self, images: Tensor, draws: Corruption, part: int, carry: Any) -> Objective:
         """Step number `part`, from what the step before it reached."""
         state, target = carry or (self.corrupt(images, draws), self.target(images, draws))
         gradient, energy = self.gradient(state, self.given(state.images, draws))
         moved = self._moved(state, gradient)
-        terms = {}
+        terms, weights = {}, {}
         if part + 1 == self.steps:
             corrupted = state if part == 0 else self.corrupt(images, draws)
-            terms = self._terms(corrupted, target, draws, moved, gradient, energy)
-        return Objective(self.loss(moved, target, draws), terms, (moved.detach(), target))
+            terms, weights = self._terms(corrupted, target, draws, moved, gradient, energy)
+        return Objective(self.loss(moved, target, draws), terms, (moved.detach(), target), weights)
 
     def _difference(self, images: Tensor, draws: Corruption, part: int, carry: Any) -> Objective:
         """Two parts a step, each with the memory of one ordinary forward and backward.
@@ -376,9 +376,9 @@ class Energy(Method):
         -(E(x_n + h w) - E(x_n - h w)) / (2 h), a part for each of the two energies, h a thousandth of |x| / |w|.
         """
         if part % 2 == 1:
-            minus, weight, reached, target, terms = carry
+            minus, weight, reached, target, (terms, weights) = carry
             surrogate = (weight * self.energy(*minus.variables, given=self.given(images, draws))).sum()
-            return Objective(surrogate - surrogate.detach(), terms, (reached, target))
+            return Objective(surrogate - surrogate.detach(), terms, (reached, target), weights)
         state, target = carry or (self.corrupt(images, draws), self.target(images, draws))
         given = self.given(state.images, draws)
         with torch.no_grad():  # the inner gradient alone
@@ -400,11 +400,11 @@ class Energy(Method):
         )
         weight = 0.5 / h
         surrogate = -(weight * self.energy(*plus.variables, given=given)).sum()
-        terms = {}
+        told = {}, {}
         if part + 2 == self.part_count:
             corrupted = state if part == 0 else self.corrupt(images, draws)
-            terms = self._terms(corrupted, target, draws, moved, gradient, energy)
-        return Objective(loss + surrogate - surrogate.detach(), {}, (minus, weight, reached, target, terms))
+            told = self._terms(corrupted, target, draws, moved, gradient, energy)
+        return Objective(loss + surrogate - surrogate.detach(), {}, (minus, weight, reached, target, told))
 
     def loss(self, state: State, target: Float[Tensor, "b c height width"], draws: Corruption) -> Float[Tensor, ""]:
         """Smooth L1 (beta 1): of an image's pixels, or of the positions of its patches, mean over the batch."""
@@ -441,8 +441,10 @@ class Energy(Method):
     @torch.no_grad()
     def _terms(
         self, corrupted: State, target: Tensor, draws: Corruption, restored: State, gradient: State, energy: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms, and the weights of those that some images have and others not."""
         left, before = (self._error(state, target, draws) for state in (restored, corrupted))
+        weights = {}
         terms = {
             "baseline": self.steps * self.loss(corrupted, target, draws),
             "step_size": self.step_sizes()[0],
@@ -451,11 +453,13 @@ class Energy(Method):
         }
         for name in self.tasks:
             those = self._is(name, draws).to(left.dtype)
-            ratio = (left * those).sum() / (before * those).sum().clamp_min(torch.finfo(left.dtype).tiny)
-            terms["error" if len(self.tasks) == 1 else f"error_{name}"] = ratio
+            called = "error" if len(self.tasks) == 1 else f"error_{name}"
+            weights[called] = (before * those).sum()
+            terms[called] = (left * those).sum() / weights[called].clamp_min(torch.finfo(left.dtype).tiny)
         if "shuffle" in self.tasks:
-            terms["placed"] = weighted_mean(self.placed(target, restored), self._is("shuffle", draws).to(left.dtype))
-        return {name: value.detach() for name, value in terms.items()}
+            those = self._is("shuffle", draws).to(left.dtype)
+            terms["placed"], weights["placed"] = weighted_mean(self.placed(target, restored), those), those.sum()
+        return {name: value.detach() for name, value in terms.items()}, weights
 
     def errors(
         self, images: Float[Tensor, "b c height width"], draws: Corruption, restored: State

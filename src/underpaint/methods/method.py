@@ -1,6 +1,7 @@
 """The contract between a method and everything around it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,14 @@ class Objective(NamedTuple):
 
     `terms` holds scalars without gradient, among them `baseline`: the loss of a trivial prediction. A loss that
     does not fall below its baseline has learned nothing. `carry` is what the next part of a loss in parts starts from.
+    `weights` says how much a term counts in a mean over micro-batches, processes and steps where that is not the same
+    each time: the denominator of a ratio, the number of images that it speaks of (0 where there are none).
     """
 
     loss: Float[Tensor, ""]
     terms: dict[str, Tensor]
     carry: Any = None
+    weights: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Method(nn.Module):
