@@ -4,11 +4,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 
 import underpaint
-from underpaint.backbones import TokenBackbone
+from underpaint.backbones import TokenBackbone, create_arguments, from_arguments, save_encoder
 from underpaint.backbones.build import fill, init_from, read_weights
 from underpaint.errors import InputError
+from underpaint.evaluate.finetune import classifier
+from underpaint.evaluate.subject import open_subject
+from underpaint.patches import Standardize
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 
@@ -74,6 +78,67 @@ def test_map_backbones(name: str, size: tuple[int, int], channels: int) -> None:
     for feature_map, stride in pyramid:
         assert feature_map.shape[-2:] == (size[0] // stride, size[1] // stride)
     assert not isinstance(encoder, TokenBackbone)
+
+
+def drop_paths(model: Any) -> set[float]:
+    """The rates above 0 in a timm model."""
+    return {module.drop_prob for module in model.modules() if isinstance(module, DropPath) and module.drop_prob > 0}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "img_size": 224}),
+        ("vit_tiny_patch16_224", SMALL),
+        ("beit_base_patch16_224", SMALL),
+        ("resnet10t", {}),
+        ("convnext_atto", {}),
+        ("efficientnet_lite0", {}),
+    ],
+)
+def test_drop_path_is_said_and_0_unless_asked_for(name: str, own: dict[str, Any]) -> None:
+    arguments = create_arguments(name, image_size=(224, 224), **own)
+    assert not drop_paths(timm.create_model(**arguments))  # what encoder.json says, in anybody's hands
+    assert arguments["drop_path_rate"] == 0
+    assert not drop_paths(underpaint.encoder(name, image_size=224, **own))
+    asked = create_arguments(name, image_size=(224, 224), drop_path_rate=0.25, **own)
+    assert max(drop_paths(timm.create_model(**asked))) > 0.15  # some families give the last block less than all
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["ghostnet_050", "selecsls42"])
+def test_encoders_that_cannot_drop_paths_are_built_all_the_same(name: str) -> None:
+    assert "drop_path_rate" not in create_arguments(name, image_size=(64, 64))
+    assert underpaint.encoder(name, image_size=64).dim > 0
+    with pytest.raises(InputError, match="cannot build"):
+        underpaint.encoder(name, image_size=64, drop_path_rate=0.1)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "own", "said"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": [32, 32], "patch_size": 8, **SMALL}, {"drop_path_rate": 0.1}),
+        # written before drop path was said: timm's default is 0.1
+        ("swin_tiny_patch4_window7_224", {"img_size": [64, 64], "patch_size": 2, "embed_dim": 24}, {}),
+    ],
+)
+def test_drop_path_of_pretraining_ends_with_it(
+    name: str, own: dict[str, Any], said: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = {"model_name": name, "num_classes": 0, "in_chans": 3, "global_pool": "avg", **own, **said}
+    if name.startswith("vit"):
+        arguments["fc_norm"] = False
+    pretrained = from_arguments(arguments)
+    assert max(drop_paths(pretrained)) == pytest.approx(0.1)
+    save_encoder(tmp_path, pretrained, arguments, Standardize([0.5] * 3, [0.25] * 3))
+    subject = open_subject(str(tmp_path), image_size=(own["img_size"][0], own["img_size"][1]))
+    assert not drop_paths(subject.encoder)  # what segmentation and detection train
+    assert not drop_paths(subject.twin(0).encoder)
+    assert subject.arguments["drop_path_rate"] == 0
+    assert not drop_paths(classifier(subject, 3, drop_path=0.0, head_scale=1.0))
+    assert max(drop_paths(classifier(subject, 3, drop_path=0.3, head_scale=1.0))) == pytest.approx(0.3)
 
 
 @pytest.mark.quick

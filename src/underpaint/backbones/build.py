@@ -5,6 +5,7 @@ An encoder on disk is `encoder.safetensors` (timm's own parameter names) and `en
 """
 
 import difflib
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ def create_arguments(
 ) -> dict[str, Any]:
     """Every argument of `timm.create_model` for this encoder, as plain data.
 
+    Drop path is 0 unless `arguments` says otherwise, whatever timm's own default for this model is.
+
     `in_chans` (of the images) and `arguments` go to timm as they are (embed_dim, depth, num_heads, norm_layer="groupnorm",
     the `channels` of a ResNet's stages, ...).
 
@@ -79,7 +82,26 @@ def create_arguments(
             f"patch_size: {patch} px does not divide an image of {height}x{width}; "
             f"such patch sizes do: {', '.join(map(str, _common_divisors(height, width)))}"
         )
-    return made | arguments
+    return with_drop_path(made | arguments, arguments.get("drop_path_rate") or 0.0)
+
+
+@functools.cache
+def takes_drop_path(name: str) -> bool:
+    """Whether timm's model of this name can have drop path: a plain VGG or DenseNet refuses the argument."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # shapes alone: takes a tenth of a second
+            timm.create_model(name, num_classes=0, drop_path_rate=0.0)
+    except TypeError:
+        return False
+    return True
+
+
+def with_drop_path(arguments: dict[str, Any], rate: float) -> dict[str, Any]:
+    """The arguments of `timm.create_model` with this rate of drop path, said even where it is 0: Swin's default is 0.1.
+
+    A network that cannot have it stays as it is.
+    """
+    return arguments | ({"drop_path_rate": rate} if takes_drop_path(arguments["model_name"]) else {})
 
 
 def encoder(

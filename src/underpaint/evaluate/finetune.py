@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from underpaint.backbones import PatchBackbone
-from underpaint.backbones.build import fill
+from underpaint.backbones.build import fill, with_drop_path
 from underpaint.backbones.swin import Swin
 from underpaint.data import Batch, eval_batches, train_batches
 from underpaint.errors import InputError
@@ -123,14 +123,8 @@ def _rsb(epochs: float, rate: float, drop_path: float, augment: str) -> FineTuni
 
 def classifier(subject: Subject, classes: int, drop_path: float, head_scale: float) -> nn.Module:
     """timm's own network with a head on the exported feature, started from the encoder's weights."""
-    arguments: dict[str, Any] = copy.deepcopy(subject.arguments) | {"num_classes": classes}
-    if drop_path:
-        arguments["drop_path_rate"] = drop_path
-    try:
-        model: Any = timm.create_model(**arguments)
-    except TypeError:  # a network without drop path
-        arguments.pop("drop_path_rate", None)
-        model = timm.create_model(**arguments)
+    arguments = with_drop_path(copy.deepcopy(subject.arguments) | {"num_classes": classes}, drop_path)
+    model: Any = timm.create_model(**arguments)
     matched = fill(model, subject.weights())
     head: Any = model.get_classifier()
     own = tuple(name for name, module in model.named_modules() if module is head)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import DropPath
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor
 
 from underpaint.backbones import Backbone, create_arguments, describe_encoder, from_arguments, load_encoder
-from underpaint.backbones.build import fill, init_from
+from underpaint.backbones.build import fill, init_from, with_drop_path
 from underpaint.backbones.norms import settled
 from underpaint.data import Scaling, stored_scaling
 from underpaint.errors import InputError
@@ -66,7 +67,8 @@ def open_subject(
     """The encoder that ENCODER names: a run, an exported file, or `timm:NAME`; on the GPU where there is one.
 
     Where `image_size` differs from the encoder's own, its positions are resampled. An untrained `timm:NAME` takes
-    images standardised as its weights would.
+    images standardised as its weights would. Drop path that an encoder was pretrained with ends here: what is trained
+    on top of it has the drop path that its own recipe says.
 
     Raises:
         InputError: no such encoder; weights that cannot be fetched; a size that does not fit.
@@ -80,7 +82,15 @@ def open_subject(
     if found.size[0] % patch[0] or found.size[1] % patch[1]:
         got, want = "x".join(map(str, found.size)), "x".join(map(str, patch))
         raise InputError(f"--image-size {got}: does not divide into the encoder's patches of {want} px")
-    return replace(found, encoder=found.encoder.to(device), standardize=found.standardize.to(device))
+    for module in found.encoder.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return replace(
+        found,
+        encoder=found.encoder.to(device),
+        arguments=with_drop_path(found.arguments, 0.0),
+        standardize=found.standardize.to(device),
+    )
 
 
 def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: int) -> Subject:
