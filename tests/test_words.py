@@ -1,6 +1,7 @@
 """Visual words: tokenizers, BEiT and CAE."""
 
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +16,18 @@ import underpaint
 from underpaint import tokenizers
 from underpaint.backbones import TokenBackbone
 from underpaint.cli import main
+from underpaint.data import load_images, open_source, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluate.pyramid import Pyramid
+from underpaint.fit import Length
 from underpaint.masking import Mask, block_mask, random_mask
 from underpaint.methods import CAE, BEiT
 from underpaint.methods.cae import Regress
 from underpaint.methods.words import frequency_losses
 from underpaint.patches import Standardize, patchify, unpatchify
+from underpaint.recipes.recipe import Data
 from underpaint.runs import Run
+from underpaint.tokenize import make_ready
 from underpaint.tokenizers import (
     ConvTokenizer,
     DallE,
@@ -137,9 +142,28 @@ def test_quality_is_what_it_says() -> None:
     assert quality["perplexity"] == pytest.approx(math.exp(entropy))
     assert quality["used"] == pytest.approx((share > 0).mean())
     counts = np.bincount(words.flatten().numpy(), minlength=32)
+    tokenizer.count(images.split(16))
     assert torch.allclose(tokenizer.shares, torch.from_numpy((counts + 1) / (counts.sum() + 32)).float())
     with pytest.raises(InputError, match=r"use 3\.0 % of the words"):
         refuse_collapsed({**quality, "used": 0.03}, "words")
+
+
+def test_saying_words_by_frequency_gains_nothing_over_the_baseline(tmp_path: Path) -> None:
+    """However few images there are: three of these 60 judge the tokenizer, which is 48 words."""
+    source = open_source(write_pictures(tmp_path / "pictures", 60))
+    images = load_images(source, range(60), size=(32, 32))
+    tokenizer = KMeansPatches(64, 8)
+    data = Data(image_size=(32, 32), crop_scale=(0.4, 1.0))
+    cpu, length = torch.device("cpu"), Length(1)
+    make_ready(tokenizer, images, data, batch_size=20, seed=0, device=cpu, folder=tmp_path / "words", length=length)
+    batches = train_batches(images, size=(32, 32), batch_size=60, seed=1, crop_scale=(0.4, 1.0))
+    with closing(batches):
+        crops = [tokenizer.encode(next(batches).images).flatten() for _ in range(20)]
+    learned = np.bincount(torch.cat(crops[:10]).numpy(), minlength=64) + 1
+    words = torch.cat(crops[10:])
+    best = float(-np.log(learned / learned.sum())[words.numpy()].mean())
+    baseline = float(frequency_losses(words[None], tokenizer.shares).mean())
+    assert best == pytest.approx(baseline, abs=0.02)
 
 
 @pytest.mark.quick
@@ -292,7 +316,7 @@ def test_block_masks_hang_together() -> None:
 @pytest.mark.parametrize("kind", [BEiT, CAE])
 def test_the_baseline_is_that_of_frequencies(kind: type) -> None:
     method, images = prepared(kind), photographs(16) * 2 - 1
-    method.tokenizer.judge([photographs(64, seed=1)])  # of other images: a batch's own would know its answers
+    method.tokenizer.count([photographs(64, seed=1)])  # of other images: a batch's own would know its answers
     mask = method.draw(16, 32, 32, torch.Generator().manual_seed(0))
     words = method.hidden_words(images, mask)
     counts = np.bincount(method.tokenizer.encode(photographs(64, seed=1)).flatten().numpy(), minlength=32) + 1
@@ -542,7 +566,7 @@ def test_a_learned_tokenizer_stays_as_it_was_given(kind: Any, tmp_path: Path) ->
     found = Run(tmp_path / "run").load()
     assert found is not None
     for name, value in load_tokenizer(file).state_dict().items():
-        if name != "shares":  # counted on this run's held-out images
+        if name != "shares":  # counted on this run's images
             assert torch.equal(found[0][f"method.tokenizer.{name}"], value), name
 
 

@@ -49,7 +49,7 @@ class Tokenizer(nn.Module):
 
     def __init__(self, vocabulary: int):
         super().__init__()
-        # how often each word comes, on images that it was not fitted to: equal until `judge` has counted
+        # how often each word comes in the crops that a method is trained on: equal until `count` has counted
         self.register_buffer("shares", torch.full((vocabulary,), 1 / vocabulary))
 
     def train(self, mode: bool = True) -> "Tokenizer":
@@ -72,8 +72,8 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def judge(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """On images it was not fitted on: `psnr` in dB, `used` (share of the vocabulary, or of the places where those
-        are fewer), `perplexity` of the words, and `unigram`, the cross-entropy in nats of always predicting by
-        frequency, which a model must beat. Keeps the frequencies, each word counted once more than it came."""
+        are fewer), `perplexity` of the words, and `unigram`, their entropy in nats: the cross-entropy of always
+        predicting by these images' own frequencies."""
         error, pixels = 0.0, 0
         counts = torch.zeros(self.vocabulary, dtype=torch.float64)
         for images in batches:
@@ -83,13 +83,23 @@ class Tokenizer(nn.Module):
             pixels += images.numel()
             counts += torch.bincount(words.flatten().cpu(), minlength=self.vocabulary)
         entropy = float(torch.special.entr(counts / counts.sum()).sum())
-        self.shares.copy_((counts + 1) / (counts.sum() + self.vocabulary))
         return {
             "psnr": 10 * math.log10(pixels / max(error, 1e-30)),
             "used": float((counts > 0).sum() / min(self.vocabulary, max(1.0, float(counts.sum())))),
             "perplexity": math.exp(entropy),
             "unigram": entropy,
         }
+
+    @torch.no_grad()
+    def count(self, batches: Iterable[Tensor]) -> None:
+        """Keep the words' frequencies in these images as `shares`, each word counted once more than it came.
+
+        They are what a method's `baseline` says, so they must be those that a network can learn without looking.
+        """
+        counts = torch.zeros(self.vocabulary, dtype=torch.float64)
+        for images in batches:
+            counts += torch.bincount(self.encode(images).flatten().cpu(), minlength=self.vocabulary)
+        self.shares.copy_((counts + 1) / (counts.sum() + self.vocabulary))
 
 
 def refuse_collapsed(quality: dict[str, float], name: str) -> None:
