@@ -1,6 +1,6 @@
 """Run the command line and kill this process with SIGKILL at a chosen moment.
 
-Arguments: the moment (step, save, probe or never), the count of the event at which to die, then those of `underpaint`.
+Arguments: the moment (step, save, probe, judge, term or never), the count of the event at which to die, then those of `underpaint`.
 """
 
 import os
@@ -34,23 +34,29 @@ def half_a_file(_: Any, path: Path) -> None:
     Path(path).write_bytes(b"half of a checkpoint")
 
 
-if __name__ == "__main__":
-    moment, count = sys.argv[1], int(sys.argv[2])
+def arm(moment: str, count: int) -> None:
+    """From here on this process ends at the `count`-th event of that kind."""
     if moment == "step":
         train.update = dying(train.update, count)
     elif moment == "save":
         runs.save_file = dying(runs.save_file, count, half_a_file)
     elif moment == "probe":
         judge.Judge.quick = dying(judge.Judge.quick, count)
+    elif moment == "judge":  # trained, and the last checkpoint written
+        judge.Judge.restoration = dying(judge.Judge.restoration, count)
     elif moment == "term":
         real, calls = train.update, 0
 
         def told(*arguments: Any) -> Any:
-            global calls
+            nonlocal calls
             calls += 1
             if calls == count:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*arguments)
 
         train.update = told
+
+
+if __name__ == "__main__":
+    arm(sys.argv[1], int(sys.argv[2]))
     sys.exit(main(sys.argv[3:]))

@@ -1,5 +1,6 @@
 """The command line: help, one clear line for bad input, and the small commands."""
 
+import argparse
 import csv
 import zipfile
 from pathlib import Path
@@ -11,7 +12,8 @@ from PIL import Image
 from underpaint.cli import main, parser
 from underpaint.train import pretrain
 
-COMMANDS = ("demo", "pretrain", "restore", "score", "report", "check", "methods", "recipes")
+# argparse has no public way to the names of its subcommands
+COMMANDS = next(list(action.choices) for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
 
 
 @pytest.mark.quick

@@ -251,7 +251,8 @@ class Energy(Method):
         if self.places is None:
             return State(corrupted, None)
         places = self.places.expand(len(images), -1, -1)
-        assert draws.order is not None
+        if draws.order is None:  # drawn for other tasks alone: `restore --corruption`
+            return State(corrupted, places)
         wrong = take(places, draws.order)
         return State(corrupted, torch.where(self._is("shuffle", draws).view(-1, 1, 1), wrong, places))
 

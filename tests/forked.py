@@ -1,0 +1,104 @@
+"""Commands of `underpaint` in processes of their own that need not import torch again.
+
+A server imports everything once and forks a child a command, before it has computed anything: a fork of a process whose
+thread pools have run would hang. It reads a request a line from stdin, and answers each with the child's exit status.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Ended:
+    """What became of a command."""
+
+    status: int  # exit status; minus the signal where one ended it
+    out: str
+    error: str
+
+
+class CommandLine:
+    """`underpaint ARGUMENTS` as a user runs it, in a fork of a process that has torch imported."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, *arguments: Any, die: tuple[str, int] | None = None) -> Ended:
+        """Run a command; with `die` it is killed at that moment (`killed.arm`)."""
+        out, error = self.folder / "stdout", self.folder / "stderr"
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "out": str(out),
+            "error": str(error),
+            "die": die,
+            "cache": os.environ["UNDERPAINT_CACHE"],
+        }
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        answer = self.server.stdout.readline()
+        assert answer, "the server of commands has ended"
+        return Ended(int(answer), out.read_text(), error.read_text())
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.close()
+        self.server.wait(60)
+        self.server.stdout.close()
+
+
+def serve() -> None:
+    import killed
+    import torch
+
+    import underpaint.cli
+    import underpaint.compare
+    import underpaint.evaluate.command
+    import underpaint.predict
+    import underpaint.report
+    import underpaint.tokenize
+    import underpaint.train
+    import underpaint.use
+
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for number, name in ((1, "out"), (2, "error")):
+                    os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                os.environ["UNDERPAINT_CACHE"] = request["cache"]
+                if request["die"]:
+                    killed.arm(*request["die"])
+                sys.argv = ["underpaint", *request["arguments"]]
+                status = underpaint.cli.main(request["arguments"])
+            except SystemExit as ended:
+                status = ended.code if isinstance(ended.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        _, ended = os.waitpid(child, 0)
+        answers.write(f"{os.waitstatus_to_exitcode(ended)}\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()
