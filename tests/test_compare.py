@@ -247,6 +247,11 @@ def test_every_row_is_there_and_had_the_same_time(compared: tuple[Path, dict[str
     folder, result = compared
     names = [row["name"] for row in result["rows"]]
     assert names == ["mae", "energy", "untrained encoder", "raw pixels", "HOG"]
+    assert (result["images"], result["test"]) == (72, 18)  # of 90: what judges is not trained on
+    assert all(run.recipe().data.all_images is False for run in map(Run, folder.glob("runs/*")))
+    assert (result["shots"], result["draws"], result["few_train"]) == (10, 5, 30)
+    assert result["shots_overlap"] == pytest.approx(10 / 24, abs=0.12)
+    assert "Few labels are 10 a class, drawn 5 times from 72" in (folder / "report.html").read_text()
     for row in result["rows"][:2]:
         # the first turn is planned by a measurement, and a turn ends with a whole step
         assert row["minutes"] == pytest.approx(0.03, rel=0.6)

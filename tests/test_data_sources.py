@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from underpaint.data import Entry, Source, Unreadable, decode, labelled_indices, open_source, pretraining_indices
+from underpaint.data import (
+    Entry,
+    Source,
+    Unreadable,
+    copies,
+    decode,
+    labelled_indices,
+    open_source,
+    pretraining_indices,
+)
 from underpaint.data import sources as sources_module
 from underpaint.errors import InputError
 
@@ -240,15 +249,60 @@ def test_test_split_judges_before_val(tmp_path):
     assert {source.entries[i].split for i in sides[1]} == {"test"}
 
 
-def test_hold_out_is_seeded_and_stratified(tmp_path):
+def test_hold_out_is_stratified_and_left_out_of_pretraining(tmp_path):
     source = open_source(tree(tmp_path, *(f"{name}/{n}.png" for name in ("a", "b") for n in range(20))))
-    sides = labelled_indices(source, seed=3)
+    sides = labelled_indices(source)
     assert sides is not None
-    assert sides == labelled_indices(source, seed=3)
-    assert sides != labelled_indices(source, seed=4)
     assert sorted(sides[0] + sides[1]) == list(range(40))
     assert [source.entries[i].label for i in sides[1]] == [0] * 4 + [1] * 4
     assert any("hold-out of 8 images" in note for note in source.notes)
+    assert pretraining_indices(source) == sides[0]
+    assert pretraining_indices(source, all_images=True) == list(range(40))
+
+
+def held_names(source: Source) -> set[str]:
+    sides = labelled_indices(source)
+    assert sides is not None
+    return {source.entries[i].name for i in sides[1]}
+
+
+@pytest.mark.parametrize("groups", [None, r"patient(\d+)"])
+def test_a_few_more_images_move_few_others_in_or_out_of_the_hold_out(tmp_path, groups):
+    files = [f"{c}/patient{p:03d}_{n}.png" for c in "abc" for p in range(50) for n in range(2)]
+    before = held_names(open_source(tree(tmp_path, *files), groups=groups))
+    after = held_names(open_source(tree(tmp_path, "a/patient900_0.png", "b/patient901_0.png"), groups=groups))
+    old = set(files)
+    assert len(before) == 60
+    # a class holds out one more at most, and one that stood last may give way: a new draw would move about 96
+    assert len((before ^ after) & old) <= 4 * (6 if groups else 1)
+
+
+def test_what_is_of_a_held_out_group_is_left_out_of_pretraining_labelled_or_not(tmp_path):
+    files = [f"train/{c}/patient{p}_{n}.png" for c in ("a", "b") for p in range(10) for n in range(3)]
+    files += [f"more/patient{p}_9.png" for p in range(10)]
+    (tmp_path / "s").mkdir()
+    source = open_source(tree(tmp_path / "s", *files), groups=r"patient(\d+)")
+    sides = labelled_indices(source)
+    assert sides is not None
+    judged = {source.group_of(i) for i in sides[1]}
+    assert len(judged) == 2
+    assert not judged & {source.group_of(i) for i in pretraining_indices(source)}
+
+
+def test_copies_are_found_by_their_bytes_and_not_by_name_or_size(tmp_path):
+    for folder, names_ in (("a", "123"), ("b", "3456")):
+        (tmp_path / folder).mkdir()
+        for name in names_:
+            (tmp_path / folder / f"{name}.png").write_bytes(b"image " + name.encode())
+    (tmp_path / "b" / "other.png").write_bytes(b"image 1")  # the same under another name
+    (tmp_path / "b" / "2.png").write_bytes(b"image !")  # another under the same name
+    first, second = open_source(tmp_path / "a"), open_source(tmp_path / "b")
+    for _ in range(2):  # made, and from the cache
+        found = copies(first, range(len(first.entries)), second, range(len(second.entries)))
+        assert [first.entries[i].name for i in found] == ["1.png", "3.png"]
+    archive = open_source(zipped(tmp_path / "a", tmp_path / "a.zip"))
+    found = copies(archive, range(3), second, range(len(second.entries)))
+    assert [archive.entries[i].name[-5:] for i in found] == ["1.png", "3.png"]
 
 
 def test_groups_stay_on_one_side(tmp_path):

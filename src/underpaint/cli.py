@@ -177,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--vocabulary", type=int, help="words (default: by the image size)")
     made.add_argument("--channels", type=int, default=3, help="of the images")
     made.add_argument("--minutes", type=float, help="of training, for fsq and vq (default: 5,000 steps)")
+    made.add_argument("--groups", metavar="REGEX", help="as for pretrain, so that the same images are held out")
     made.add_argument("--seed", type=int, default=0, help="of everything random")
 
     made = command("report", _report, "write the HTML page of a run or a comparison", "report runs/first")
@@ -202,6 +203,12 @@ def _shared(made: argparse.ArgumentParser, given: dict[str, Any]) -> None:
     made.add_argument("--init", help="weights to start from: timm:NAME, a run or a file", **given)
     made.add_argument("--labels", help="labelled images for the probes", **given)
     made.add_argument("--groups", metavar="REGEX", help="images of one group stay on one side of a hold-out", **given)
+    made.add_argument(
+        "--all-images",
+        action="store_true",
+        help="also train on the images held out to judge by, without their labels",
+        **given,
+    )
     made.add_argument("--checkpoint-every", type=int, help="steps (default: about two minutes)", **given)
     made.add_argument("--devices", type=int, help="GPUs, or processes on a CPU (default: all GPUs, or 1)", **given)
     made.add_argument("--nodes", type=int, help="machines (default 1)", **given)
@@ -302,6 +309,7 @@ def _tokenizer(given: argparse.Namespace) -> None:
         stride=given.stride,
         vocabulary=given.vocabulary,
         channels=given.channels,
+        groups=given.groups,
         minutes=given.minutes,
         seed=given.seed,
     )

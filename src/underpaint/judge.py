@@ -5,7 +5,7 @@ there is the effective rank of the features (RankMe, arXiv 2210.02885).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from underpaint.evaluate import (
     Probe,
     attentive,
     effective_rank,
+    evenly,
     extract,
     gain,
     hog,
@@ -29,7 +30,6 @@ from underpaint.evaluate import (
     probe_features,
     raw_pixels,
     shots,
-    stratified,
 )
 from underpaint.evaluate.parts import Part
 from underpaint.methods import Method
@@ -41,6 +41,7 @@ ATTENTIVE_TRAIN = 10_000  # the attentive probe holds every patch token, so it s
 SETTLING = 2_048  # clean images from which batch norms take their statistics
 RESTORED = 2_000  # images on which the restoration is measured
 SHOTS = 10  # labelled images a class of the probes with few labels
+SUBSET = 0  # the seed by which a part is made smaller: runs of every seed are judged by the same images
 KINDS = ("linear", "attentive", "knn")
 TOKEN_MEMORY = 1.5e9  # bytes of patch tokens that are held at once
 
@@ -52,10 +53,29 @@ class Worth:
     Attributes:
         probes: by name, one each, or one a draw of the labelled images; none without labels.
         rank: effective rank.
+        counts: `attentive_train` and `attentive_test`, images of the attentive probe, which holds every patch token;
+            `shots`, fewest labelled images of a class in any draw of the probes with few labels;
+            `few_attentive_test`, images to test the attentive one of those, 0 where its tokens would not fit.
     """
 
     probes: dict[str, list[Probe]]
     rank: float
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class FewLabels:
+    """The labelled images of the probes with few labels, the same for every encoder and floor.
+
+    Attributes:
+        draws: numbers in the training part's image set, `SHOTS` a class, of each draw; none where classes have too few.
+        overlap: share of the images of one draw that are in another as well, the mean over pairs of draws.
+        reason: why there are none.
+    """
+
+    draws: list[Part]
+    overlap: float
+    reason: str
 
 
 @dataclass
@@ -66,6 +86,7 @@ class Judge:
     parts: tuple[Part, Part] | None  # to train a probe on, and to test it on
     size: tuple[int, int]
     seed: int
+    seen: int = 0  # images of the test part that were pretrained on, without their labels
 
     @classmethod
     def of(
@@ -78,7 +99,7 @@ class Judge:
         seed: int,
     ) -> "Judge":
         """Labelled images of `source`, read by `load`; `pool` is used again where it holds the training part."""
-        found = labelled_indices(source, seed)
+        found = labelled_indices(source)
         if found is None:
             return cls(pool, None, size, seed)
         parts = []
@@ -106,9 +127,10 @@ class Judge:
 
     def restoration(self, method: Method, standardize: Standardize) -> dict[str, Any]:
         """By task: the error on what was corrupted (squared, or the cross-entropy of words) over that of the trivial
-        restoration, on test images where there is a test part; each image's draw is its own, the same at every call."""
+        restoration, on test images where there is a test part that was not trained on; each image's draw is its own, the
+        same at every call."""
         part = self.parts[1] if self.parts is not None else Part(self.pool, list(range(len(self.pool))))
-        chosen = part.indices[:: max(1, len(part.indices) // RESTORED)][:RESTORED]
+        chosen = [part.indices[k] for k in evenly(len(part.indices), RESTORED)]
         device = standardize.mean.device
         generator = torch.Generator().manual_seed(self.seed)
         was = method.training
@@ -118,7 +140,7 @@ class Judge:
             for name, pair in method.held_out(standardize(batch.images), generator).items():
                 sums.setdefault(name, []).append((pair[0].double().cpu(), pair[1].double().cpu()))
         method.train(was)
-        found: dict[str, Any] = {"images": len(chosen), "test_part": self.parts is not None}
+        found: dict[str, Any] = {"images": len(chosen), "test_part": self.parts is not None and not self.seen}
         for name, pairs in sums.items():
             left, before = (torch.cat([pair[k] for pair in pairs]) for k in (0, 1))
             ratio = float(left.sum() / before.sum().clamp_min(1e-30))
@@ -138,16 +160,16 @@ class Judge:
         """Named numbers for a line of metrics."""
         encoder, device = self.settled(encoder, standardize), standardize.mean.device
         if self.parts is None:
-            few = list(range(min(QUICK_TEST, len(self.pool))))
+            few = evenly(len(self.pool), QUICK_TEST).tolist()
             batches = eval_batches(self.pool, size=self.size, indices=few, device=device)
             pooled = extract(encoder, batches, transform=standardize, with_patches=False).pooled
             return {"rank": effective_rank(pooled)}
-        train = self.parts[0].subset(self._most(encoder, QUICK_TRAIN), self.seed)
-        test = self.parts[1].subset(self._most(encoder, QUICK_TEST), self.seed)
+        train = self.parts[0].subset(self._most(encoder, QUICK_TRAIN), SUBSET)
+        test = self.parts[1].subset(self._most(encoder, QUICK_TEST), SUBSET)
         x, x_labels = self._features(encoder, standardize, train, True)
         y, y_labels = self._features(encoder, standardize, test, True)
         probes = probe_features(x, x_labels, y, y_labels, seed=self.seed)
-        numbers = {"rank": effective_rank(x.pooled[:QUICK_TEST])}
+        numbers = {"rank": _rank(x.pooled)}
         for name, probe in probes.items():
             numbers |= {name: probe.accuracy, f"{name}_error": probe.standard_error}
         return numbers
@@ -179,6 +201,8 @@ class Judge:
             )
         else:
             _tell(found, start, shout)
+            for note in report["notes"]:
+                shout(f"note: {note}")
         return report
 
     def summary(self, found: dict[str, Worth], encoder: Backbone) -> dict[str, Any]:
@@ -201,7 +225,9 @@ class Judge:
             "chance": 1 / classes,
             **{who: {name: named[name].numbers() for name in KINDS if name in named} for who, named in probes.items()},
             "majority": majority(train.labels, test.labels).numbers(),
-            "attentive_train": min(len(train.indices), self._most(encoder, ATTENTIVE_TRAIN)),
+            "seen_in_pretraining": self.seen,
+            **found["encoder"].counts,
+            "notes": self.notes(found["encoder"].counts),
             "gain": {name: {"difference": d, "standard_error": e} for name, (d, e) in gains.items()},
             "rank": ranks,
         }
@@ -209,7 +235,54 @@ class Judge:
     def full(self) -> tuple[Part, Part]:
         """The labelled images of the probes at the end."""
         assert self.parts is not None
-        return self.parts[0].subset(FULL_TRAIN, self.seed), self.parts[1].subset(FULL_TEST, self.seed)
+        return self.parts[0].subset(FULL_TRAIN, SUBSET), self.parts[1].subset(FULL_TEST, SUBSET)
+
+    def notes(self, counts: dict[str, int], draws: int = 0) -> list[str]:
+        """What must be known to read the probes, in sentences: how few images some of them have, and whether the encoder
+        has seen them. `counts` are those of a worth with so many `draws`."""
+        if self.parts is None:
+            return []
+        train, test = self.full()
+        said = []
+        if self.seen:
+            said.append(
+                f"{self.seen:,} of the images to test on were pretrained on, without their labels (all_images)."
+            )
+        fitted, tested = counts.get("attentive_train", 0), counts.get("attentive_test", 0)
+        if 0 < fitted < len(train.indices) or 0 < tested < len(test.indices):
+            said.append(f"The attentive probe was fitted on {fitted:,} images and tested on {tested:,}.")
+        few = self.few(draws) if draws else None
+        if few is not None and few.reason:
+            said.append(f"There are no probes with few labels: {few.reason}.")
+        elif few is not None and "shots" in counts:
+            said.append(
+                f"Few labels are {counts['shots']} a class, drawn {draws} times from {len(self.parts[0].indices):,}; "
+                f"two draws share {100 * few.overlap:.0f} % of their images on average."
+            )
+            if not counts.get("few_attentive_test"):
+                said.append("No attentive probe has few labels: the patch tokens of a draw would not fit in memory.")
+        return said
+
+    def few(self, draws: int) -> FewLabels:
+        """So many draws of `SHOTS` images a class from all labelled images of the training part.
+
+        A class needs twice as many, since draws that share most of their images say little of what other draws give.
+        """
+        assert self.parts is not None
+        part = self.parts[0]
+        labels = part.labels
+        classes, counts = np.unique(labels, return_counts=True)
+        fewest = int(counts.min())
+        if fewest < 2 * SHOTS:
+            label, names = int(classes[counts.argmin()]), part.images.classes or []
+            name = names[label] if label < len(names) else str(label)
+            reason = f"class {name} has {fewest} images to train on, and draws of {SHOTS} a class need {2 * SHOTS}"
+            return FewLabels([], 0.0, reason)
+        chosen = [shots(labels, SHOTS, SUBSET + k) for k in range(draws)]
+        pairs = [(a, b) for n, a in enumerate(chosen) for b in chosen[:n]]
+        shared = [len(np.intersect1d(a, b)) / len(a) for a, b in pairs]
+        parts = [Part(part.images, [part.indices[k] for k in draw]) for draw in chosen]
+        return FewLabels(parts, float(np.mean(shared)) if shared else 0.0, "")
 
     def worth(self, encoder: Backbone, standardize: Standardize, draws: int = 0) -> Worth:
         """All probes of an encoder; with `draws`, also probes of `SHOTS` labels a class, drawn so many times.
@@ -222,9 +295,9 @@ class Judge:
         train, test = self.full()
         x, x_labels = self._features(encoder, standardize, train, False)
         y, y_labels = self._features(encoder, standardize, test, False)
-        few = train.subset(self._most(encoder, ATTENTIVE_TRAIN), self.seed)
-        some = test.subset(self._most(encoder, FULL_TEST), self.seed)
-        tokens, token_labels = self._features(encoder, standardize, few, True)
+        most = train.subset(self._most(encoder, ATTENTIVE_TRAIN), SUBSET)
+        some = test.subset(self._most(encoder, FULL_TEST), SUBSET)
+        tokens, token_labels = self._features(encoder, standardize, most, True)
         test_tokens, test_token_labels = self._features(encoder, standardize, some, True)
         probes = {
             "linear": [linear(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed)],
@@ -233,16 +306,23 @@ class Judge:
             ],
             "knn": [knn(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed)],
         }
-        if draws:
-            chosen = [shots(token_labels, SHOTS, self.seed + k) for k in range(draws)]
-            probes["few_linear"] = [
-                linear(tokens.pooled[k], token_labels[k], y.pooled, y_labels, seed=self.seed) for k in chosen
-            ]
-            probes["few_attentive"] = [
-                attentive(tokens.patches[k], token_labels[k], test_tokens.patches, test_token_labels, seed=self.seed)
-                for k in chosen
-            ]
-        return Worth(probes, effective_rank(x.pooled[:QUICK_TEST]))
+        counts = {"attentive_train": len(token_labels), "attentive_test": len(test_token_labels)}
+        del tokens
+        fewest = []
+        for part in self.few(draws).draws if draws else []:
+            # tokens of one draw at a time, and none where half precision would not make them fit
+            held = self.attentive_fits(encoder, len(part.indices))
+            drawn, labels = self._features(encoder, standardize, part, held)
+            fewest.append(int(np.unique(labels, return_counts=True)[1].min()))
+            probes.setdefault("few_linear", []).append(linear(drawn.pooled, labels, y.pooled, y_labels, seed=self.seed))
+            if held:
+                probes.setdefault("few_attentive", []).append(
+                    attentive(drawn.patches, labels, test_tokens.patches, test_token_labels, seed=self.seed)
+                )
+        if fewest:
+            images = len(probes["few_attentive"][0].correct) if "few_attentive" in probes else 0
+            counts |= {"shots": min(fewest), "few_attentive_test": images}
+        return Worth(probes, _rank(x.pooled), counts)
 
     def floors(self, draws: int = 0) -> dict[str, Worth]:
         """The probes of raw pixels and HOG, which need no network; nothing without labels."""
@@ -257,11 +337,10 @@ class Judge:
                 "linear": [linear(x, labels, y, test_labels, seed=self.seed)],
                 "knn": [knn(x, labels, y, test_labels, seed=self.seed)],
             }
-            if draws:
-                few = stratified(labels, ATTENTIVE_TRAIN, self.seed)  # the images that encoders get
-                chosen = [few[shots(labels[few], SHOTS, self.seed + k)] for k in range(draws)]
-                probes["few_linear"] = [linear(x[k], labels[k], y, test_labels, seed=self.seed) for k in chosen]
-            found[name] = Worth(probes, effective_rank(x[:QUICK_TEST]))
+            for part in self.few(draws).draws if draws else []:
+                drawn, drawn_labels = self._floor(floor, part)
+                probes.setdefault("few_linear", []).append(linear(drawn, drawn_labels, y, test_labels, seed=self.seed))
+            found[name] = Worth(probes, _rank(x))
         return found
 
     def _features(
@@ -280,8 +359,21 @@ class Judge:
 
     def _most(self, encoder: Backbone, count: int) -> int:
         """At most `count` images, fewer where their patch tokens would not fit."""
+        return min(count, int(TOKEN_MEMORY / (4 * self._token_numbers(encoder))))
+
+    def attentive_fits(self, encoder: Backbone, images: int) -> bool:
+        """Whether the patch tokens of so many images fit in half precision: 498 classes of ViT-B/16 at 224 do."""
+        return 2 * images * self._token_numbers(encoder) <= TOKEN_MEMORY
+
+    def _token_numbers(self, encoder: Backbone) -> int:
+        """Numbers in the patch tokens of an image."""
         rows, columns = encoder.grid(*self.size)
-        return min(count, int(TOKEN_MEMORY / (4 * rows * columns * encoder.dim)))
+        return rows * columns * encoder.dim
+
+
+def _rank(pooled: Tensor) -> float:
+    """The effective rank of as many features [n, d] as a quick probe reads, evenly from all: files come class by class."""
+    return effective_rank(pooled[evenly(len(pooled), QUICK_TEST)])
 
 
 def _tell(found: dict[str, Worth], start: str, shout: Callable[[str], None]) -> None:

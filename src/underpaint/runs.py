@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from underpaint.errors import InputError
-from underpaint.recipes.recipe import Recipe, checked, plain
+from underpaint.recipes.recipe import Recipe, as_written, plain
 
 
 class Run:
@@ -59,9 +59,10 @@ class Run:
 
     def recipe(self) -> Recipe:
         try:
-            return checked(yaml.safe_load((self.path / "recipe.yaml").read_text()))
+            settings = yaml.safe_load((self.path / "recipe.yaml").read_text())
         except OSError as error:
             raise InputError(f"{self.path}: no recipe.yaml here, so it is not a run folder") from error
+        return as_written(settings)
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_atomically(self.path / "recipe.yaml", yaml.safe_dump(plain(recipe), sort_keys=False))

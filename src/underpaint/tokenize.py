@@ -107,7 +107,9 @@ def make_ready(
     refuse_collapsed(quality, f"{tokenizer.kind} tokenizer")
     rows, columns = tokenizer.grid(*size)
     with closing(crops(0)) as batches:
-        tokenizer.count(islice(batches, math.ceil(COUNTED_A_WORD * tokenizer.vocabulary / (batch_size * rows * columns))))
+        tokenizer.count(
+            islice(batches, math.ceil(COUNTED_A_WORD * tokenizer.vocabulary / (batch_size * rows * columns)))
+        )
     return {"kind": tokenizer.kind, "made": made, "quality": quality}
 
 
@@ -151,6 +153,7 @@ def make_tokenizer(
     minutes: float | None = None,
     batch_size: int = 128,
     channels: int = 3,
+    groups: str | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """Fit k-means to patches of `data`, or train a convolutional autoencoder; write `out` and its .json and picture.
@@ -162,6 +165,7 @@ def make_tokenizer(
         image_size: of the crops, height and width in pixels.
         stride: pixels of a word: the patch size of the encoders that will use it.
         vocabulary: words; 1024 for images up to 64 px, else 2048 (kmeans, vq) or 4375 (fsq), where None.
+        groups: as for pretraining, so that the hold-out of `data`, which is left out, is the same.
         minutes: of training (fsq, vq); 5,000 steps where None. Where a training was interrupted, the same call goes on.
 
     Returns:
@@ -190,7 +194,7 @@ def make_tokenizer(
         else ConvTokenizer("fsq" if kind == "fsq" else "vq", words, stride, channels, width_for(image_size))
     )
     tokenizer.to(device)
-    source = open_source(data, seed=seed)
+    source = open_source(data, groups=groups)
     for note in source.notes:
         say(note)
     images = load_images(source, pretraining_indices(source), size=image_size, channels=channels)

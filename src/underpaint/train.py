@@ -25,9 +25,13 @@ from underpaint.backbones import create_arguments, from_arguments, init_from, sa
 from underpaint.data import (
     Batch,
     ImageSet,
+    Source,
+    copies,
+    labelled_indices,
     load_images,
     open_source,
     pretraining_indices,
+    same_place,
     stored_scaling,
     train_batches,
 )
@@ -57,6 +61,7 @@ FLAGS = {
     "image_size": "data.image_size",
     "labels": "data.labels",
     "groups": "data.groups",
+    "all_images": "data.all_images",
     "workers": "data.workers",
     "batch_size": "optimiser.batch_size",
     "init": "init",
@@ -164,8 +169,8 @@ def pretrain(
         settings: any values of the recipe by path, `{"method.hidden_ratio": 0.6}`.
         pause: seconds of training in all after which this call ends, with a probe and a checkpoint; the next call
             goes on. A comparison trains its methods in turn so, and judges them itself.
-        flags: the common ones by short name: method, encoder, patch_size, image_size, labels, groups, workers,
-            batch_size, init, epochs, steps, minutes, seed, precision, devices, nodes, probe_every,
+        flags: the common ones by short name: method, encoder, patch_size, image_size, labels, groups,
+            all_images, workers, batch_size, init, epochs, steps, minutes, seed, precision, devices, nodes, probe_every,
             checkpoint_every.
 
     Raises:
@@ -251,9 +256,19 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
     """The images to pretrain on and, where there are labels, those to judge by; says what was understood."""
     settings = recipe.data
     assert settings.path is not None
-    source = open_source(settings.path, groups=settings.groups, seed=recipe.run.seed)
+    source = open_source(settings.path, groups=settings.groups)
     for note in source.notes:
         shout(note)
+    labelled = source
+    if settings.labels is not None and not same_place(settings.labels, settings.path):
+        labelled = open_source(settings.labels, groups=settings.groups)
+        for note in labelled.notes:
+            shout(f"labels: {note}")
+    if settings.groups and not labelled.matched:
+        raise InputError(
+            f"--groups {settings.groups!r}: no name in {labelled.location} matches, the first is "
+            f"{labelled.entries[0].name}; give a regular expression that does"
+        )
 
     scaling = stored_scaling(recipe.measured.get("scaling"))
     if scaling is None and recipe.method.get("tokenizer"):
@@ -272,7 +287,7 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
             nodata=settings.nodata,
         )
 
-    indices = pretraining_indices(source)
+    indices, seen = _chosen(source, labelled, settings.all_images, shout)
     images = load(source, indices)
     scaling = images.scaling  # all that is loaded from here on means the same
     images.skipped[:0] = source.skipped
@@ -289,11 +304,38 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
                 f"note: images are {side} px, enlarged to {min(settings.image_size)}: "
                 f"--image-size {side} with a smaller --patch-size is many times faster"
             )
-    labelled = open_source(settings.labels, groups=settings.groups, seed=recipe.run.seed) if settings.labels else source
-    if settings.labels:
-        for note in labelled.notes:
-            shout(f"labels: {note}")
-    return images, Judge.of(labelled, load, images, indices, settings.image_size, recipe.run.seed)
+    judge = Judge.of(labelled, load, images, indices, settings.image_size, recipe.run.seed)
+    judge.seen = seen
+    return images, judge
+
+
+def _chosen(source: Source, labelled: Source, all_images: bool, shout: Any) -> tuple[list[int], int]:
+    """The entries to pretrain on, and how many of them are images that the run is judged by: none, unless it is asked
+    for `all_images`."""
+    sides = labelled_indices(labelled)
+    if labelled is source:
+        indices = pretraining_indices(source, all_images=all_images)
+        seen = len(set(indices) & set(sides[1])) if sides else 0
+    else:  # it is judged by other images, so it needs no hold-out of its own
+        indices, judged = pretraining_indices(source, all_images=True), sides[1] if sides else []
+        if judged:
+            shout(f"looking for the {len(judged):,} test images of --labels among those to pretrain on ...")
+        found = copies(source, indices, labelled, judged)
+        seen = len(found) if all_images else 0
+        if found:
+            named = ", ".join(source.entries[i].name for i in found[:3]) + (", ..." if len(found) > 3 else "")
+            shout(f"{len(found):,} images are test images of --labels too ({named})" + ("" if seen else "; left out"))
+        if not all_images:
+            indices = sorted(set(indices) - set(found))
+        if len(pretraining_indices(source)) < len(pretraining_indices(source, all_images=True)):
+            shout("judged by --labels: the hold-out of the images to pretrain on is not left out")
+        if not indices:
+            raise InputError(
+                f"{source.location}: every image is a test image of --labels too; none is left to train on"
+            )
+    if seen:
+        shout(f"--all-images: the probes' test images are among those to pretrain on ({seen:,}, without their labels)")
+    return indices, seen
 
 
 def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:

@@ -36,7 +36,7 @@ from underpaint.methods import METHODS
 from underpaint.pictures import sheet
 from underpaint.progress import say
 from underpaint.recipes import RECIPES
-from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
+from underpaint.recipes.recipe import Recipe, as_written, checked, differences, override, plain, read_recipe
 from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
 from underpaint.runs import Run, environment, finite, write_atomically
@@ -96,7 +96,7 @@ def compare(
         recipe: where encoder and data settings come from: a shipped name or a YAML file.
         settings: any values of the recipe by path, for all methods alike.
         flags: those of `pretrain` by short name, for all methods alike: encoder, patch_size, image_size, labels,
-            groups, workers, batch_size, init, precision, devices, nodes.
+            groups, all_images, workers, batch_size, init, precision, devices, nodes.
 
     Returns:
         What `compare.json` holds.
@@ -139,7 +139,7 @@ def compare(
     write_atomically(folder / "compare.json", json.dumps(finite(result), indent=1) + "\n")
     page = write_comparison(folder)
     write_atomically(folder / "table.md", markdown_table(result) + "\n")
-    for line in [*table(result), *result["verdict"]]:
+    for line in [*table(result), *result.get("notes", []), *result["verdict"]]:
         say(line)
     say(f"done: {folder / 'compare.json'}, {page}")
     return result
@@ -215,7 +215,7 @@ def _store(folder: Path, plan: Plan) -> None:
         if set(stored["methods"]) != set(plan.recipes):
             changed.append(f"methods: {', '.join(stored['methods'])} there")
         for name in set(stored["methods"]) & set(plan.recipes):
-            lines = differences(checked(stored["methods"][name]), plan.recipes[name])
+            lines = differences(as_written(stored["methods"][name]), plan.recipes[name])
             changed += [f"{name}: {line}" for line in lines]
         if len(stored["seeds"]) > len(plan.seeds):
             changed.append(f"seeds: {len(stored['seeds'])} there, and they cannot become fewer")
@@ -366,7 +366,7 @@ def save_worth(worth: Worth, file: Path) -> None:
     """The single hits of every probe, and what the probes chose."""
     hits = {name: np.stack([p.correct for p in probes]).astype(np.uint8) for name, probes in worth.probes.items()}
     chosen = {name: [probe.chosen for probe in probes] for name, probes in worth.probes.items()}
-    described = {"rank": json.dumps(worth.rank), "chosen": json.dumps(chosen)}
+    described = {"rank": json.dumps(worth.rank), "chosen": json.dumps(chosen), "counts": json.dumps(worth.counts)}
     temporary = file.with_name(file.name + ".part")
     save_file(hits, temporary, metadata=described)
     temporary.replace(file)
@@ -383,7 +383,7 @@ def load_worth(file: Path) -> Worth:
             ]
             for name in chosen
         }
-    return Worth(probes, json.loads(described["rank"]))
+    return Worth(probes, json.loads(described["rank"]), json.loads(described.get("counts", "{}")))
 
 
 # --- what was found -------------------------------------------------------------------------------------------------
@@ -434,7 +434,10 @@ def _result(plan: Plan, judge: Judge, folder: Path, found: Found) -> dict[str, A
         train, test = judge.full()
         classes = len(np.unique(train.labels))
         result |= {"train": len(train.indices), "test": len(test.indices), "classes": classes, "chance": 1 / classes}
-        result |= {"shots": SHOTS, "draws": DRAWS}
+        counts = _fewest(found)
+        if few := judge.few(DRAWS).draws:
+            result |= {"draws": DRAWS, "few_train": len(few[0].indices), "shots_overlap": judge.few(DRAWS).overlap}
+        result |= {**counts, "seen_in_pretraining": judge.seen, "notes": judge.notes(counts, DRAWS)}
     result["verdict"] = verdict(arms, minutes=plan.minutes, shots=SHOTS, troubled=troubled, left_out=plan.left_out)
     result["rows"] = [_row(arm, arms, start, runs.get(arm.name), words.get(arm.name)) for arm in arms]
     result["left_out"] = plan.left_out
@@ -442,6 +445,15 @@ def _result(plan: Plan, judge: Judge, folder: Path, found: Found) -> dict[str, A
     result["environment"] = environment()
     _restorations(judge, runs, folder / "pictures" / "restorations.png")
     return result
+
+
+def _fewest(found: Found) -> dict[str, int]:
+    """Of each count of images, the smallest that any row has."""
+    counts: dict[str, int] = {}
+    for worth in (worth for worths in found.worths.values() for worth in worths):
+        for name, count in worth.counts.items():
+            counts[name] = min(count, counts.get(name, count))
+    return counts
 
 
 def _row(arm: Arm, arms: Sequence[Arm], start: str, runs: Sequence[Run] | None, words: Sequence[str] | None) -> Any:

@@ -1,6 +1,7 @@
 """Images from disk to batches: sources, decoding, the cache, crops, loading."""
 
 from underpaint.data.check import check, format_check
+from underpaint.data.copies import copies, same_place
 from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
 from underpaint.data.decode import Unreadable, decode, read_header
 from underpaint.data.images import ImageSet, load_images, measure_scaling, settle_scaling
@@ -17,6 +18,7 @@ __all__ = [
     "Unreadable",
     "centre_boxes",
     "check",
+    "copies",
     "crop_resize",
     "decode",
     "draw_crops",
@@ -29,6 +31,7 @@ __all__ = [
     "open_source",
     "pretraining_indices",
     "read_header",
+    "same_place",
     "settle_scaling",
     "split_indices",
     "steps_per_epoch",

@@ -23,7 +23,6 @@ def check(
     data: str | Path,
     *,
     max_pixels: int = MAX_PIXELS,
-    seed: int = 0,
     groups: str | None = None,
     workers: int = 0,
 ) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def check(
     Raises:
         InputError: as `open_source`.
     """
-    source = open_source(data, groups=groups, seed=seed)
+    source = open_source(data, groups=groups)
     examine = _Examine(source, max_pixels)
     unreadable: list[dict[str, str]] = []
     sizes: list[tuple[int, int]] = []

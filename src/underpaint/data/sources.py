@@ -63,14 +63,13 @@ def cache_root(cache_dir: Path | None = None) -> Path:
     return cache_dir or Path(os.environ.get("UNDERPAINT_CACHE") or Path.home() / ".cache" / "underpaint")
 
 
-def open_source(data: str | Path, *, groups: str | None = None, seed: int = 0) -> "Source":
+def open_source(data: str | Path, *, groups: str | None = None) -> "Source":
     """List the images of DATA and say how it was understood.
 
     Args:
         data: a folder, a .zip or .tar file, parquet files or a folder of them, "hf:NAME[:SPLIT]" or "wds:PATTERN".
         groups: a regular expression searched in each name; its first group (else the whole match) names the patient,
             slide or video of an image, and a hold-out keeps each on one side.
-        seed: of the hold-out.
 
     Raises:
         InputError: nothing there, nothing readable as a set of images, an optional package is missing, or `groups`
@@ -87,7 +86,7 @@ def open_source(data: str | Path, *, groups: str | None = None, seed: int = 0) -
     if not listing.entries:
         raise InputError(_nothing(text, listing))
     source = Source(text, listing, pattern)
-    _describe(source, seed)
+    _describe(source)
     return source
 
 
@@ -121,6 +120,18 @@ class Source:
             text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise Unreadable(f"cannot be read: {' '.join(text.split())[:160] or type(error).__name__}") from error
 
+    def size(self, index: int) -> int:
+        """Bytes of an entry as it is stored, without reading it where its kind of source knows.
+
+        Raises:
+            Unreadable: as `read`.
+        """
+        measure = getattr(self._reader, "size", None)
+        try:
+            return measure(index) if measure is not None else len(self.read(index))
+        except OSError as error:
+            raise Unreadable(f"cannot be read: {error.strerror}") from error
+
     def fingerprint(self) -> str:
         """sha256 over the kind, the resolved place, and the names, sizes and modification times of the files."""
         digest = hashlib.sha256(f"{self._kind}\0{self._place}\0".encode("utf-8", "surrogateescape"))
@@ -141,38 +152,61 @@ class Source:
         """Whether a hold-out keeps groups together."""
         return self._groups is not None
 
+    @property
+    def matched(self) -> int:
+        """How many names the `groups` expression occurs in."""
+        return sum(self._groups is not None and self._groups.search(e.name) is not None for e in self.entries)
 
-def pretraining_indices(source: Source) -> list[int]:
-    """The entries of the train split where there is one, else all."""
+
+def pretraining_indices(source: Source, *, all_images: bool = False) -> list[int]:
+    """The entries of the train split where there is one, else all; without those that `labelled_indices` holds out to
+    judge by, and what is of their groups, unless `all_images`."""
     train = [i for i, entry in enumerate(source.entries) if entry.split == "train"]
-    return train or list(range(len(source.entries)))
+    chosen = train or list(range(len(source.entries)))
+    if all_images or not (held := _held_out(source)):
+        return chosen
+    groups = {source.group_of(i) for i in held}
+    return [i for i in chosen if source.group_of(i) not in groups]
 
 
-def labelled_indices(source: Source, seed: int = 0) -> tuple[list[int], list[int]] | None:
+def _held_out(source: Source) -> list[int]:
+    """The labelled test part where it is no split of the source's own."""
+    sides = labelled_indices(source)
+    if sides is None or not sides[1]:
+        return []
+    fitted = {source.entries[i].split for i in sides[0]}
+    return sides[1] if fitted & {source.entries[i].split for i in sides[1]} or fitted != {"train"} else []
+
+
+def labelled_indices(source: Source) -> tuple[list[int], list[int]] | None:
     """Which labelled entries to fit on and which to judge by.
 
-    The test split judges if it is labelled, else the val split, else a seeded stratified hold-out of 20 % (whole
-    groups, where the source was opened with `groups`). None where there are no labels.
+    The test split judges if it is labelled, else the val split, else a stratified hold-out of 20 % (whole groups,
+    where the source was opened with `groups`), which depends on names, labels and groups alone. None where there are
+    no labels.
     """
     labelled = [i for i, entry in enumerate(source.entries) if entry.label is not None]
-    return split_indices(source, labelled, seed) if labelled else None
+    return split_indices(source, labelled) if labelled else None
 
 
-def split_indices(source: Source, indices: Sequence[int], seed: int = 0) -> tuple[list[int], list[int]]:
+def split_indices(source: Source, indices: Sequence[int]) -> tuple[list[int], list[int]]:
     """Some entries in two: to fit on and to judge by, as `labelled_indices` does it."""
     by_split: dict[str | None, list[int]] = {}
     for i in indices:
         by_split.setdefault(source.entries[i].split, []).append(i)
     if "train" not in by_split:
-        return _hold_out(source, list(indices), seed)
+        return _hold_out(source, list(indices))
     for judge in ("test", "val"):
         if judge in by_split:
             return by_split["train"], by_split[judge]
-    return _hold_out(source, by_split["train"], seed)
+    return _hold_out(source, by_split["train"])
 
 
-def _hold_out(source: Source, indices: list[int], seed: int) -> tuple[list[int], list[int]]:
-    """Groups go to the test side one by one, in seeded order, where that brings its class counts nearer to 20 %."""
+def _hold_out(source: Source, indices: list[int]) -> tuple[list[int], list[int]]:
+    """Groups go to the test side one by one where that brings its class counts nearer to 20 %.
+
+    They come in the order of their names' hashes: no seed moves them, and images that are added later move few others.
+    """
     labels = [source.entries[i].label for i in indices]
     place = {label: n for n, label in enumerate(sorted(set(labels), key=str))}
     members: dict[str, list[int]] = {}
@@ -182,11 +216,10 @@ def _hold_out(source: Source, indices: list[int], seed: int) -> tuple[list[int],
     wanted = np.zeros(len(place))
     for label, size in sizes.items():
         wanted[place[label]] = min(max(1, round(HOLD_OUT * size)), size - 1)
-    names = sorted(members)
     held = np.zeros(len(place))
     test: list[int] = []
-    for n in np.random.default_rng(seed).permutation(len(names)):
-        group = members[names[n]]
+    for name in sorted(members, key=_order):
+        group = members[name]
         touched, counts = np.unique([place[labels[p]] for p in group], return_counts=True)
         after = held[touched] + counts
         if ((after - wanted[touched]) ** 2).sum() < ((held[touched] - wanted[touched]) ** 2).sum():
@@ -194,6 +227,10 @@ def _hold_out(source: Source, indices: list[int], seed: int) -> tuple[list[int],
             test += group
     chosen = set(test)
     return [i for p, i in enumerate(indices) if p not in chosen], [indices[p] for p in sorted(chosen)]
+
+
+def _order(name: str) -> tuple[bytes, str]:
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), name
 
 
 @dataclass
@@ -227,19 +264,19 @@ def _nothing(text: str, listing: _Listing) -> str:
     return f"{text} holds no images: {seen}; expected {', '.join(sorted(s[1:] for s in IMAGE_SUFFIXES))}"
 
 
-def _describe(source: Source, seed: int) -> None:
+def _describe(source: Source) -> None:
     """Say counts, splits, labels and the hold-out, before anything starts."""
     entries, notes = source.entries, source.notes
     splits = Counter(entry.split for entry in entries)
     notes.insert(0, f"{source._kind}: {len(entries):,} images")
     if set(splits) == {None}:
-        notes.append("splits: none; pretraining reads every image")
+        notes.append("splits: none")
     else:
         counts = ", ".join(f"{s} {splits[s]:,}" for s in ("train", "val", "test") if s in splits)
         outside = f"; {splits[None]:,} images belong to no split" if None in splits else ""
-        reads = "train" if "train" in splits else "every image, as there is no train split"
-        notes.append(f"splits: {counts}{outside}; pretraining reads {reads}")
-    sides = labelled_indices(source, seed)
+        reads = "; pretraining reads train" if "train" in splits else "; there is no train split"
+        notes.append(f"splits: {counts}{outside}{reads}")
+    sides = labelled_indices(source)
     if sides is None:
         notes.append("class labels: none")
     else:
@@ -247,11 +284,14 @@ def _describe(source: Source, seed: int) -> None:
         names = source.classes or []
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         notes.append(f"class labels: {known:,} images, {len(names)} classes ({shown})")
-        if sides[1] and (entries[sides[1][0]].split not in ("test", "val") or "train" not in splits):
+        if held := _held_out(source):
             how = f"whole groups by {source._groups.pattern!r}" if source._groups else "stratified"
-            notes.append(f"no labelled test or val split: a hold-out of {len(sides[1]):,} images ({how}, seed {seed})")
+            notes.append(
+                f"no labelled test or val split beside a train split: a hold-out of {len(held):,} images ({how}) judges, "
+                "which pretraining leaves out"
+            )
     if source._groups is not None:
-        unmatched = sum(source._groups.search(entry.name) is None for entry in entries)
+        unmatched = len(entries) - source.matched
         groups = len({source.group_of(i) for i in range(len(entries))})
         notes.append(f"groups: {groups:,}" + (f"; {unmatched:,} names do not match" if unmatched else ""))
     if source.skipped:
@@ -312,6 +352,9 @@ class _FolderReader:
         with open(self._paths[index], "rb") as file:
             return file.read()
 
+    def size(self, index: int) -> int:
+        return os.path.getsize(self._paths[index])
+
 
 class _ZipReader:
     """Opens the archive once a process: a file position shared after a fork would mix up two readers."""
@@ -347,6 +390,9 @@ class _RangeReader:
         if len(data) < size:
             raise Unreadable(f"truncated: its archive ends {size - len(data)} bytes too early")
         return data
+
+    def size(self, index: int) -> int:
+        return self._ranges[index][2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_keep": None}

@@ -8,13 +8,14 @@ from underpaint.evaluate.linear import linear
 from underpaint.evaluate.probe import probe_features
 from underpaint.evaluate.rank import effective_rank
 from underpaint.evaluate.result import Probe, gain
-from underpaint.evaluate.splits import shots, stratified
+from underpaint.evaluate.splits import evenly, shots, stratified
 
 __all__ = [
     "Features",
     "Probe",
     "attentive",
     "effective_rank",
+    "evenly",
     "extract",
     "gain",
     "hog",

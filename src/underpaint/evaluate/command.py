@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from underpaint.backbones.norms import batch_norms
+from underpaint.backbones.norms import batch_norms, settled
 from underpaint.data import (
     ImageSet,
     Source,
@@ -21,6 +21,8 @@ from underpaint.data import (
     labelled_indices,
     load_images,
     open_source,
+    pretraining_indices,
+    same_place,
     settle_scaling,
     split_indices,
 )
@@ -42,7 +44,8 @@ from underpaint.fit import changed
 from underpaint.judge import SETTLING, Judge
 from underpaint.looks import write_looks
 from underpaint.progress import say
-from underpaint.runs import environment, finite, write_atomically
+from underpaint.recipes.recipe import Recipe
+from underpaint.runs import Run, environment, finite, write_atomically
 
 TASKS = (*FROZEN, "finetune", "segment", "detect", "outliers")
 FORMAT = 1
@@ -80,7 +83,8 @@ def evaluate(
         minutes: of training, for each network that a task trains; the task's own number of steps where None.
         ignore_index: of masks; that of classes.json, or 255, where None.
         against: other images, for outliers.
-        groups: a regular expression; images of one group stay on one side of a hold-out.
+        groups: a regular expression; images of one group stay on one side of a hold-out. That of the run where None;
+            "" for none.
         recipe: of fine-tuning; the one that suits encoder and image size where None.
         settings: of what the one trained task trains, by name.
 
@@ -93,13 +97,24 @@ def evaluate(
     """
     _checked(tasks, label_fraction, against, out)
     folder = Path(out)
-    source = open_source(data, groups=groups, seed=seed)
+    run = run_of(encoder)
+    groups = _groups(run, data, groups)
+    source = open_source(data, groups=groups)
     for note in source.notes:
         say(note)
+    if groups and not source.matched:
+        raise InputError(
+            f"--groups {groups!r}: no name in {data} matches, the first is {source.entries[0].name}; give a regular "
+            "expression that does, or '' for none"
+        )
     subject = open_subject(encoder, image_size=image_size, untrained=untrained, seed=seed)
-    subject = _scaled(subject, source, seed)
-    if batch_norms(subject.encoder) and subject.trained:
+    subject = _scaled(subject, source)
+    for note in subject.notes:
+        say(f"note: {note}")
+    if batch_norms(subject.encoder):
         subject = replace(subject, clean=partial(_clean, source, subject, seed))
+        if untrained and subject.clean is not None:
+            subject = replace(subject, encoder=settled(subject.encoder, subject.clean))
     results = _earlier(
         folder,
         {
@@ -110,8 +125,10 @@ def evaluate(
             "image_size": list(subject.size),
             "seed": seed,
             "label_fraction": label_fraction,
+            "groups": groups,
         },
     )
+    results["notes"] = [*subject.notes, *_seen(run, data, source)] if subject.trained else []
     folder.mkdir(parents=True, exist_ok=True)
     given = dict(settings or {})
     found: dict[str, Any] = {}
@@ -150,9 +167,9 @@ def evaluate(
     return results
 
 
-def _scaled(subject: Subject, source: Source, seed: int) -> Subject:
+def _scaled(subject: Subject, source: Source) -> Subject:
     """With a scaling for all images of the evaluation: its own, else that of those it trains on."""
-    train, _ = labelled_indices(source, seed) or split_indices(source, list(range(len(source.entries))), seed)
+    train, _ = labelled_indices(source) or split_indices(source, list(range(len(source.entries))))
     channels = subject.encoder.channels
     found = settle_scaling(subject.scaling, source, train, size=subject.size, channels=channels, tell=say)
     return replace(subject, scaling=found)
@@ -164,9 +181,49 @@ def _load(source: Source, indices: Sequence[int], subject: Subject) -> ImageSet:
     )
 
 
+def run_of(encoder: str) -> Recipe | None:
+    """The recipe of the run that an encoder is from; None for public weights and for files without one."""
+    folder = Path(encoder) if Path(encoder).is_dir() else Path(encoder).parent
+    if encoder.startswith("timm:") or not (folder / "recipe.yaml").is_file():
+        return None
+    return Run(folder).recipe()
+
+
+def _groups(run: Recipe | None, data: str | Path, given: str | None) -> str | None:
+    """The pattern by which images are grouped: the one given, else that of the run.
+
+    Raises:
+        InputError: on the run's own images another one than the run's, which would part its groups.
+    """
+    if run is None or not run.data.groups:
+        return given
+    if given is None:
+        say(f"groups are those of the run: {run.data.groups!r}")
+        return run.data.groups
+    own = any(place is not None and same_place(place, data) for place in (run.data.path, run.data.labels))
+    if own and given != run.data.groups:
+        raise InputError(
+            f"--groups {given!r}: the run kept groups by {run.data.groups!r} on one side of {data}; leave --groups away"
+        )
+    return given
+
+
+def _seen(run: Recipe | None, data: str | Path, source: Source) -> list[str]:
+    """A sentence where a run was pretrained on images that judge here."""
+    if run is None or run.data.path is None or not same_place(run.data.path, data):
+        return []
+    apart = run.data.labels is not None and not same_place(run.data.labels, run.data.path)
+    trained = pretraining_indices(open_source(data, groups=run.data.groups), all_images=run.data.all_images or apart)
+    sides = labelled_indices(source) or split_indices(source, list(range(len(source.entries))))
+    shared = len(set(trained) & set(sides[1]))
+    if not shared:
+        return []
+    return [f"{shared:,} of the {len(sides[1]):,} images held out to test on were pretrained on, without their labels."]
+
+
 def _clean(source: Source, subject: Subject, seed: int) -> Iterator[Tensor]:
     """Training images for the batch norms of an untrained twin."""
-    train, _ = split_indices(source, list(range(len(source.entries))), seed)
+    train, _ = split_indices(source, list(range(len(source.entries))))
     images = _load(source, train, subject)
     device = subject.standardize.mean.device
     for batch in fair_batches(images, size=subject.size, count=SETTLING, seed=seed, device=device):
@@ -197,7 +254,7 @@ def labelled_parts(source: Source, subject: Subject, seed: int, fraction: float)
     Raises:
         InputError: there are no labels; a class in test that train lacks; fewer images than classes.
     """
-    found = labelled_indices(source, seed)
+    found = labelled_indices(source)
     if found is None:
         raise InputError(f"{source.location} has no class labels; expected a folder a class, or a label column")
     loaded = [_load(source, indices, subject) for indices in found]
@@ -233,7 +290,7 @@ def masked_parts(
     lacking = len(source.entries) - len(masks.names)
     if lacking:
         say(f"{lacking} of {len(source.entries)} images have no mask and are left out")
-    train, test = split_indices(source, sorted(masks.names), seed)
+    train, test = split_indices(source, sorted(masks.names))
     if not train or not test:
         raise InputError(
             f"{data}: masks are needed for train and for test images; there are {len(train)} and {len(test)}"
@@ -273,7 +330,7 @@ def boxed_parts(
         parts = [(by_split[split], sorted(by_split[split].images)) for split in ("train", judge)]
     else:
         judge, only = next(iter(by_split.items()))
-        parts = [(only, indices) for indices in split_indices(source, sorted(only.images), seed)]
+        parts = [(only, indices) for indices in split_indices(source, sorted(only.images))]
     parts[0] = (parts[0][0], _fewer(parts[0][1], fraction, seed))
     scenes = Scenes(source, [*parts[0][1], *parts[1][1]], subject.encoder.channels, subject.scaling)
     train, test = ((found, [k for k in indices if k in scenes]) for found, indices in parts)
@@ -290,7 +347,7 @@ def boxed_parts(
 
 def judge_outliers(subject: Subject, source: Source, against: str | Path, seed: int, folder: Path) -> dict[str, Any]:
     """Test images of `source` against all of `against`, by every score there is."""
-    train, test = split_indices(source, list(range(len(source.entries))), seed)
+    train, test = split_indices(source, list(range(len(source.entries))))
     other = open_source(against)
     strange_indices = list(range(len(other.entries)))
     sets = {
@@ -422,4 +479,5 @@ def table(results: dict[str, Any], markdown: bool = False) -> list[str]:
                 for row in cells
             ]
             lines += [*notes, ""]
-    return lines
+    said = results.get("notes", [])
+    return lines + ([*(f"- {note}" for note in said), ""] if markdown and said else said)

@@ -73,6 +73,11 @@ def stratified(labels: Labels, count: int, seed: int) -> Int[np.ndarray, "k"]:
     return np.sort(order[:count])
 
 
+def evenly(images: int, count: int) -> Int[np.ndarray, "k"]:
+    """Numbers of at most `count` of so many images, from the first to the last at equal distances."""
+    return np.linspace(0, images - 1, min(count, images)).round().astype(int)
+
+
 def shots(labels: Labels, count: int, seed: int) -> Int[np.ndarray, "k"]:
     """Sorted indices of `count` random images of each class, or of all where a class has fewer."""
     found = as_labels(labels)

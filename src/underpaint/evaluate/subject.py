@@ -33,6 +33,7 @@ class Subject:
         size: of its images, height and width in pixels.
         clean: standardised images from which an untrained twin's batch norms take their statistics.
         scaling: how images come to lie in [0, 1]; None where the encoder does not say.
+        notes: what must be known of its weights, in sentences.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Subject:
     trained: bool
     clean: Callable[[], Iterable[Tensor]] | None = None
     scaling: Scaling | None = None
+    notes: tuple[str, ...] = ()
 
     def untrained(self, seed: int) -> Backbone:
         """The same choices with weights as they are before training."""
@@ -133,12 +135,14 @@ def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, chan
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = from_arguments(copy.deepcopy(arguments))
+    notes: tuple[str, ...] = ()
     if not untrained:
-        _, found = init_from(encoder, text)
+        matched, found = init_from(encoder, text)
         statistics = found or statistics
-    return Subject(
-        text, encoder.eval(), arguments, Standardize(statistics["mean"], statistics["std"]), size, not untrained
-    )
+        if matched.untouched or matched.left_out:
+            notes = (f"{text} does not fit in full: {matched}; what is not in the file is as before training",)
+    standardize = Standardize(statistics["mean"], statistics["std"])
+    return Subject(text, encoder.eval(), arguments, standardize, size, not untrained, notes=notes)
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

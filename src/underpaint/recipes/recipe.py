@@ -23,6 +23,7 @@ class Data:
     path: str | None = None
     labels: str | None = None  # labelled images for the probes, where they lie apart
     groups: str | None = None  # pattern: images of one group (patient, slide) stay on one side of a hold-out
+    all_images: bool = False  # also train on the images that are held out to judge by, without their labels
     image_size: tuple[int, int] = (224, 224)  # pixels, height and width
     channels: int = 3
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a random crop covers
@@ -165,6 +166,11 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
     recipe.data.image_size = tuple(recipe.data.image_size)  # pyright: ignore[reportAttributeAccessIssue]
     _in_range(recipe)
     return recipe
+
+
+def as_written(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run or a comparison that was begun: before there was a choice, it trained on every image."""
+    return checked({**settings, "data": {"all_images": True, **(settings.get("data") or {})}})
 
 
 def _in_range(recipe: Recipe) -> None:

@@ -193,11 +193,15 @@ def caption(result: Mapping[str, Any], probes: Sequence[str]) -> str:
         return text
     seeds = len(result.get("seeds") or [])
     start = escape(str(result.get("start", "untrained encoder")))
-    few = f"few labels are {count_text(number(result, 'shots'))} a class, drawn {count_text(number(result, 'draws'))} times; "
+    if "notes" not in result and "shots" in result:  # of an earlier version
+        few = f"few labels are {count_text(number(result, 'shots'))} a class, drawn {count_text(number(result, 'draws'))} times; "
+    else:
+        few = ""
+    notes = "".join(f" {sentence_html(str(note))}" for note in result.get("notes") or [])
     return (
         f"Accuracy in percent ± one standard error over test images{', seeds' if seeds > 1 else ''} and drawn labels: "
         f"{count_text(number(result, 'train'))} images to fit, {count_text(number(result, 'test'))} to test, "
-        f"{count_text(number(result, 'classes'))} classes; {few}the gain is that of the linear probe over the {start}. {text}"
+        f"{count_text(number(result, 'classes'))} classes; {few}the gain is that of the linear probe over the {start}.{notes} {text}"
     )
 
 

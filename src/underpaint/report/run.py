@@ -207,8 +207,10 @@ def probe_table(probes: dict) -> str:
     ]
     caption = "Accuracy in percent ± one standard error; the gain, in points, is over the untrained encoder. "
     caption += f"{', '.join(counts)}." if counts else ""
-    if number(probes, "attentive_train") < number(probes, "train"):
+    notes = probes.get("notes")
+    if notes is None and number(probes, "attentive_train") < number(probes, "train"):  # of an earlier version
         caption += f" The attentive probe was fitted on {count_text(number(probes, 'attentive_train'))} images."
+    caption += "".join(f" {sentence_html(str(note))}" for note in notes) if isinstance(notes, list) else ""
     return (
         f'<p class="note" id="final-probes">{caption}</p>'
         f'<div class="scroll" tabindex="0" role="region" aria-labelledby="final-probes">'
