@@ -335,7 +335,7 @@ def _missing_channels(pixels: _Pixels, channels: int | None) -> np.ndarray | Non
         return missing
     if pixels.raw_alpha is not None and channels == missing.shape[2] + 1 and channels != 3:  # alpha is a channel
         return np.concatenate([missing, np.zeros((*missing.shape[:2], 1), dtype=bool)], axis=2)
-    return missing.any(axis=2, keepdims=True) if channels == 1 else np.repeat(missing, channels, axis=2)
+    return np.asarray(missing.any(axis=2, keepdims=True)) if channels == 1 else np.repeat(missing, channels, axis=2)
 
 
 def _to_channels(pixels: _Pixels, channels: int | None, background: float | Sequence[float]) -> np.ndarray:
