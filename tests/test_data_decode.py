@@ -7,9 +7,10 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from underpaint.data import Unreadable, decode, read_header
+from underpaint.data.decode import alpha_weighted_sum
 
 pytestmark = pytest.mark.quick
 NOISE = np.random.default_rng(0)
@@ -150,6 +151,86 @@ def test_tiff_kinds():
         decode(tiff(np.ones((4, 4), np.complex64)))
     four = pixels(6, 7, 4)
     np.testing.assert_array_equal(decode(tiff(four, photometric="rgb", extrasamples=["unassalpha"]), channels=4), four)
+
+
+def test_premultiplied_alpha_of_a_tiff_is_not_multiplied_again():
+    colour, alpha = pixels(8, 8, 3), pixels(8, 8)
+    share = alpha[..., None] / 255
+    multiplied = np.rint(colour * share).astype(np.uint8)
+    data = tiff(np.dstack([multiplied, alpha]), photometric="rgb", extrasamples=["assocalpha"])
+    straight = tiff(np.dstack([colour, alpha]), photometric="rgb", extrasamples=["unassalpha"])
+    expected = colour * share + np.array([0.2, 0.4, 0.6]) * 255 * (1 - share)
+    for each in (data, straight):
+        np.testing.assert_allclose(decode(each, background=(0.2, 0.4, 0.6)), expected, atol=1.01)
+    sums = [alpha_weighted_sum(each, channels=3) for each in (data, straight)]
+    np.testing.assert_allclose(sums[0][0], sums[1][0], atol=64 * 0.5 / 255)
+    assert sums[0][1] == pytest.approx(alpha.sum() / 255)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate"])
+def test_ycbcr_tiff_without_jpeg_becomes_rgb(compression):
+    image = Image.fromarray(pixels(16, 16, 3)).convert("YCbCr")
+    data = tiff(np.asarray(image), photometric="ycbcr", compression=compression)
+    np.testing.assert_allclose(agrees(data), np.asarray(image.convert("RGB")), atol=1)
+    if compression is None:
+        written = encoded(image, "TIFF")
+        np.testing.assert_allclose(agrees(written), np.asarray(Image.open(io.BytesIO(written)).convert("RGB")), atol=1)
+
+
+def test_lab_tiff_becomes_rgb():
+    """Written by PIL and Little CMS."""
+    axis = np.linspace(0, 255, 8)
+    colours = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(16, 32, 3).astype(np.uint8)
+    lab = ImageCms.profileToProfile(
+        Image.fromarray(colours), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    assert lab is not None
+    error = np.abs(agrees(encoded(lab, "TIFF")).astype(int) - colours)
+    assert error.mean() < 1  # 8 bits of L*a*b* are coarser than those of RGB
+    assert np.quantile(error, 0.99) <= 8
+    signed = tifffile.imread(io.BytesIO(encoded(lab, "TIFF")))
+    icc = tiff(signed ^ np.array([0, 128, 128], np.uint8), photometric="icclab")
+    np.testing.assert_array_equal(agrees(icc), agrees(encoded(lab, "TIFF")))
+    with pytest.raises(Unreadable, match="CIELAB TIFF of type uint16"):
+        decode(tiff(pixels(4, 4, 3, dtype="uint16"), photometric="cielab"))
+
+
+def test_few_bits_of_a_tiff_span_all_of_8_bit():
+    index = (pixels(6, 8) % 16).astype(np.uint8)
+    for kind in ("minisblack", "miniswhite"):
+        data = tiff(index, bitspersample=4, photometric=kind)
+        np.testing.assert_array_equal(agrees(data)[..., 0], np.asarray(Image.open(io.BytesIO(data)).convert("L")))
+    packed = pixels(6, 8, dtype="uint16") % 4096
+    np.testing.assert_array_equal(agrees(tiff(packed, bitspersample=12, photometric="minisblack"))[..., 0], packed)
+    inverted = tiff(packed, bitspersample=12, photometric="miniswhite")
+    np.testing.assert_array_equal(agrees(inverted)[..., 0], 4095 - packed)
+
+
+@pytest.mark.parametrize("bands", [4, 10])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int16"])
+def test_bands_of_every_layout_and_type_are_kept(bands, dtype):
+    array = (NOISE.random((8, 9, bands)) * 200).astype(dtype)
+    planar = np.ascontiguousarray(array.transpose(2, 0, 1))
+    for data in (
+        tiff(array, photometric="minisblack", planarconfig="contig"),
+        tiff(planar, photometric="minisblack", planarconfig="separate"),
+        tiff(planar, photometric="minisblack"),
+        tiff(array, photometric="rgb", planarconfig="contig", extrasamples=["unspecified"] * (bands - 3)),
+    ):
+        np.testing.assert_array_equal(agrees(data), array)
+
+
+def test_a_stack_gives_its_first_page():
+    stack = pixels(5, 6, 7)
+    frames = [Image.fromarray(frame) for frame in stack]
+    pages = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        for frame in stack:
+            writer.write(frame, contiguous=False, photometric="minisblack")
+    depth = tiff(stack, ome=True, metadata={"axes": "ZYX"}, photometric="minisblack")
+    for data in (pages, buffer.getvalue(), depth):
+        np.testing.assert_array_equal(agrees(data)[..., 0], stack[0])
 
 
 def test_animation_gives_its_first_frame():
