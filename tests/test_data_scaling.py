@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
+import yaml
 from PIL import Image
 
 from underpaint.backbones import describe_encoder
@@ -29,7 +31,8 @@ from underpaint.data.scaling import weighted_quantiles
 from underpaint.errors import InputError
 from underpaint.recipes.recipe import checked, override, plain
 from underpaint.runs import Run
-from underpaint.train import open_data, pretrain
+from underpaint.tokenizers import tokenizer_scaling
+from underpaint.train import build, open_data, pretrain
 
 NUCLEI = Path(__file__).parents[2] / "shared" / "data" / "demo-nuclei-128" / "nuclei128.zip"
 TINY: dict[str, Any] = {"encoder": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4, "batch_size": 16}
@@ -169,6 +172,46 @@ def test_what_an_encoder_without_a_range_gets_is_said(run: Path, deep: Path, tmp
         kept = stored_scaling(json.loads((out / "linear" / "model.json").read_text())["scaling"])
         assert kept is not None
         assert kept.types == ("uint16",)
+
+
+def test_a_tokenizer_takes_its_range_to_the_runs_that_it_is_given_to(deep: Path, tmp_path: Path) -> None:
+    file = tmp_path / "words.safetensors"
+    small = ["--kind", "kmeans", "--image-size", "16", "--stride", "4", "--vocabulary", "16"]
+    assert main(["tokenizer", str(deep), *small, "--out", str(file)]) == 0
+    scaling = tokenizer_scaling(file)
+    assert scaling is not None
+    other = tmp_path / "other"
+    for number, path in enumerate(sorted(deep.rglob("*.tif"))):
+        tiff(other / f"{number}.tif", (tifffile.imread(path).astype(int) // 2).astype(np.uint16))
+    settings = plain(checked({"method": {"name": "beit", "tokenizer": str(file)}}))
+    for path, value in {"data.path": str(other), "data.image_size": [16, 16]}.items():
+        override(settings, path, value)
+    assert open_data(checked(settings), lambda _: None)[0].scaling == scaling
+    assert load(other, channels=3).scaling != scaling
+
+
+def test_weights_to_start_from_bring_their_deviation_only_with_their_range(
+    run: Path, deep: Path, pictures: Path
+) -> None:
+    settings = plain(Run(run).recipe()) | {"init": str(run)}
+    described = describe_encoder(run)
+    same = load(deep, scaling=stored_scaling(described["scaling"]))
+    _, standardize, _, _ = build(checked(settings), same)
+    np.testing.assert_allclose(standardize.std.flatten(), described["std"], rtol=1e-6)
+    other = load(pictures)
+    _, standardize, _, matched = build(checked(settings), other)
+    np.testing.assert_allclose(standardize.std.flatten(), other.std, rtol=1e-6)
+    assert "its images had another range" in matched
+
+
+def test_a_run_of_before_the_range_was_kept_is_not_resumed_on_16_bit(run: Path, deep: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(run, older)
+    kept = yaml.safe_load((older / "recipe.yaml").read_text())
+    del kept["measured"]["scaling"]
+    (older / "recipe.yaml").write_text(yaml.safe_dump(kept))
+    with pytest.raises(InputError, match="did not record the range of its images; start another"):
+        pretrain(deep, older, recipe=str(older / "recipe.yaml"), steps=5)
 
 
 @pytest.mark.quick

@@ -269,7 +269,6 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
             f"--groups {settings.groups!r}: no name in {labelled.location} matches, the first is "
             f"{labelled.entries[0].name}; give a regular expression that does"
         )
-
     scaling = stored_scaling(recipe.measured.get("scaling"))
     if scaling is None and recipe.method.get("tokenizer"):
         scaling = tokenizer_scaling(recipe.method["tokenizer"])
@@ -306,6 +305,10 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
             )
     judge = Judge.of(labelled, load, images, indices, settings.image_size, recipe.run.seed)
     judge.seen = seen
+    for part in judge.parts or ():
+        if part.images is not images and part.images.skipped:
+            first = f"{part.images.skipped[0]['path']}: {part.images.skipped[0]['reason']}"
+            shout(f"{len(part.images.skipped)} images to judge by are left out, the first: {first}")
     return images, judge
 
 

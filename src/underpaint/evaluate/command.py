@@ -176,9 +176,13 @@ def _scaled(subject: Subject, source: Source) -> Subject:
 
 
 def _load(source: Source, indices: Sequence[int], subject: Subject) -> ImageSet:
-    return load_images(
+    images = load_images(
         source, list(indices), size=subject.size, channels=subject.encoder.channels, scaling=subject.scaling
     )
+    if images.skipped:
+        first = f"{images.skipped[0]['path']}: {images.skipped[0]['reason']}"
+        say(f"{len(images.skipped)} images of {source.location} are left out, the first: {first}")
+    return images
 
 
 def run_of(encoder: str) -> Recipe | None:
