@@ -357,8 +357,8 @@ def test_coco_images_are_found_by_their_whole_path(
 def test_listed_images_that_are_not_there_are_counted_and_named(tmp_path: Path) -> None:
     """A name that two files have, or that is listed twice, or in another folder, is no image's."""
     listed = ("f.png", "x/g.png", "y/g.png", "c/h.png", "gone.png", "there.png")
-    files = dict.fromkeys(("images/a/f.png", "images/b/f.png", "images/g.png", "images/d/h.png", "images/there.png"), 1)
-    root = write_coco(tmp_path, "train.json", *listed, files=files)
+    there = ("images/a/f.png", "images/b/f.png", "images/g.png", "images/d/h.png", "images/there.png")
+    root = write_coco(tmp_path, "train.json", *listed, files=dict[str, int].fromkeys(there, 1))
     assert lefts(root) == {"images/there.png": [5]}
     (note,) = (note for note in open_source(root).notes if "lists" in note)
     assert "annotations/train.json lists 5 images" in note
@@ -372,7 +372,22 @@ def test_a_box_without_area_is_left_out_and_counted(tmp_path: Path) -> None:
     assert found.notes == [
         "annotations/train.json: 1 boxes without area are left out, the first: annotation 0 (a.png) of 0 x 3 px"
     ]
-    assert [annotation["id"] for annotation in found.coco["annotations"]] == [1]
+    assert [annotation["bbox"] for annotation in found.coco["annotations"]] == [[1, 0, 2, 2]]
+
+
+def test_annotations_of_id_0_or_of_equal_ids_count_in_the_measure(tmp_path: Path) -> None:
+    from underpaint.evaluate.detect import average_precision
+
+    for number, ids in enumerate([(0, 1), (5, 5)]):
+        root = write_coco(tmp_path / str(number), "train.json", "a.png", "b.png")
+        file = root / "annotations/train.json"
+        coco = json.loads(file.read_text())
+        for annotation, own in zip(coco["annotations"], ids, strict=True):
+            annotation |= {"id": own, "area": 4, "iscrowd": 0}
+        file.write_text(json.dumps(coco))
+        found = detections_of(root, open_source(root))["train"]
+        perfect = [{**annotation, "score": 0.9} for annotation in coco["annotations"]]
+        assert average_precision(found.coco, perfect, "bbox", 100, [0, 1]).numbers()["box_ap"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_other_words_for_splits_are_splits_and_not_classes(tmp_path, folders, sp
     ]
     if None not in splits:
         assert source.classes == ["cat", "dog"]
-        assert sorted(entry.label for entry in source.entries) == [0] * 4 + [1] * 4
+        assert sorted(str(entry.label) for entry in source.entries) == ["0"] * 4 + ["1"] * 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Segmentation and detection: crops, windows, measures against references."""
 
 import copy
+import io
 import itertools
 import json
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scenes import box_of, counts_of, made_scene, write_scenes
 from torch import Tensor, nn
 
@@ -181,6 +183,56 @@ def test_iou_is_that_of_a_naive_count() -> None:
     right = sum(int(((t == f) & (t != VOID)).sum()) for t, f in pairs)
     assert measured["pixel_accuracy"] == pytest.approx(right / sum(int((t != VOID).sum()) for t, f in pairs))
     assert 0 < measured["miou_error"] < 0.1
+
+
+@pytest.mark.quick
+def test_images_without_a_known_pixel_or_an_object_change_no_measure() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(0, 3, (8, 8)), rng.integers(0, 3, (8, 8))) for _ in range(3)]
+    with_void, without = Confusion(3), Confusion(3)
+    for truth, found in pairs:
+        with_void.add(np.full_like(truth, VOID), found, VOID)
+        for confusion in (with_void, without):
+            confusion.add(truth, found, VOID)
+    assert with_void.measures().numbers() == without.measures().numbers()
+    images = [{"id": k, "height": 10, "width": 10, "file_name": str(k)} for k in (1, 2)]
+    truth = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0}]
+    coco = {"images": images, "annotations": truth, "categories": [{"id": 1, "name": "a"}]}
+    perfect = [{**truth[0], "score": 0.9}]
+    found = average_precision(coco, perfect, "bbox", 100, [1, 2]).numbers()  # in a quarter of the redraws is no object
+    assert (found["box_ap"], found["box_ap_error"]) == (pytest.approx(1), 0)
+    assert average_precision(coco, [], "bbox", 100, [1, 2]).numbers()["box_ap"] == 0
+    assert np.isnan(average_precision(coco, [], "bbox", 100, [2]).numbers()["box_ap"])
+
+
+@pytest.mark.quick
+def test_a_test_part_without_answers_is_refused(scenes: Path) -> None:
+    from underpaint.data.answers import Detections, Masks
+    from underpaint.evaluate.detect import detect
+    from underpaint.evaluate.scenes import Scenes
+    from underpaint.evaluate.segment import Answered, _present
+    from underpaint.evaluate.subject import Subject
+
+    source = open_source(scenes)
+    boxes = detections_of(scenes, source)
+    empty = Detections({**boxes["val"].coco, "annotations": []}, boxes["val"].images, boxes["val"].categories)
+    parts = [(found, sorted(found.images)) for found in (boxes["train"], empty)]
+    whole = Scenes(source, list(range(len(source.entries))), 3)
+    nothing = Subject.__new__(Subject)  # not looked at before the answers are
+    with pytest.raises(InputError, match="no image of test has an object"):
+        detect(nothing, whole, parts[0], parts[1], Detecting(), minutes=None, seed=0, folder=scenes)
+    masks = masks_of(scenes, source)
+    train = Answered(whole, masks, parts[0][1], 3, VOID)
+    names = {index: masks.names[index] for index in parts[1][1]}
+    white = Masks(names, [], None, lambda name: _white(masks.read(name)))
+    with pytest.raises(InputError, match="no pixel of the test masks has a class"):
+        _present(train, Answered(whole, white, parts[1][1], 3, VOID), ["ground", "disc", "square"])
+
+
+def _white(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", Image.open(io.BytesIO(data)).size, VOID).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _perturbed(coco: dict[str, Any], kind: str, seed: int = 0) -> list[dict[str, Any]]:

@@ -260,7 +260,7 @@ class Detections:
     """COCO annotations of a split.
 
     Attributes:
-        coco: the file, in the orientation of the decoded images, for the COCO measure.
+        coco: the file, in the orientation of the decoded images and with new ids of annotations, for the COCO measure.
         images: COCO image id of each entry of the source that it lists.
         categories: names by category id.
         notes: what a person should know of how they were read.
@@ -389,6 +389,8 @@ def _as_decoded(
         for annotation in coco["annotations"]:
             if (name, annotation["image_id"]) in turned:
                 _turn(annotation, *seen[name, annotation["image_id"]])
+        for number, annotation in enumerate(coco["annotations"], start=1):
+            annotation["id"] = number  # COCO's measure takes an id of 0, or one that occurs twice, for no match
         for number, image in known.items():
             if (name, number) in turned and seen[name, number][0] >= 5:
                 image["height"], image["width"] = image["width"], image["height"]

@@ -625,8 +625,8 @@ def _split_folders(names: Sequence[str]) -> dict[str, str]:
     image lies in that folder and there are no splits below it.
     """
     beside: dict[str, set[str]] = {}
-    for name in names:
-        parts = name.split("/")[:-1]
+    for folder in {name.rpartition("/")[0] for name in names} - {""}:
+        parts = folder.split("/")
         for depth, part in enumerate(parts):
             beside.setdefault("/".join(parts[:depth]), set()).add(part)
     found: dict[str, str] = {}

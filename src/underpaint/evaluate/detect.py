@@ -341,7 +341,11 @@ def _precision(
     from faster_coco_eval import COCO, COCOeval_faster
 
     if not results:
-        return 0.0, 0.0, 0.0
+        wanted = any(
+            not one.get("iscrowd") and (images is None or one["image_id"] in images) for one in coco["annotations"]
+        )
+        nothing = 0.0 if wanted else float("nan")
+        return nothing, nothing, nothing
     truth = COCO(copy.deepcopy(coco))
     measure: Any = COCOeval_faster
     run = measure(truth, truth.loadRes(copy.deepcopy(results)), kind, print_function=lambda *_: None)
@@ -376,10 +380,12 @@ def detect(
         What results.json holds.
 
     Raises:
-        InputError: no object in train.
+        InputError: no object in train, or in test.
     """
     annotated, indices = train
     judged, test_indices = test
+    if all(judged.objects(index).crowd.all() for index in test_indices):
+        raise InputError("no image of test has an object; detection needs some to judge by")
     used = {int(label) for index in indices for label in annotated.objects(index).labels}
     wanted = {int(label) for index in test_indices for label in judged.objects(index).labels}
     lacking = [judged.categories[k] for k in sorted(wanted - used)]

@@ -169,6 +169,8 @@ class Confusion:
 
     def add(self, truth: Int[np.ndarray, "h w"], found: Int[np.ndarray, "h w"], ignore: int) -> None:
         known = truth != ignore
+        if not known.any():  # it says nothing, and a redraw of such images alone would have no value
+            return
         numbers = truth[known] * self.classes + found[known]
         self.counts.append(np.bincount(numbers, minlength=self.classes**2).reshape(self.classes, self.classes))
 
@@ -383,6 +385,8 @@ def _present(train: Answered, test: Answered, names: list[str]) -> np.ndarray:
         counts.append(total)
     if (counts[0] > 0).sum() < 2:
         raise InputError(f"segmentation needs at least 2 classes in train; the masks hold {int((counts[0] > 0).sum())}")
+    if not counts[1].any():
+        raise InputError("no pixel of the test masks has a class; all are ignored")
     lacking = [names[k] for k in np.flatnonzero((counts[1] > 0) & (counts[0] == 0))]
     if lacking:
         say(f"note: train lacks {len(lacking)} of the classes in test ({', '.join(lacking[:3])}): counted as 0")
