@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,49 @@ def test_more_steps_extend_a_run_and_other_settings_are_refused(pictures: Path, 
         pretrain(pictures, out, batch_size=8, method="mae")
     assert main(["pretrain", str(pictures), "--out", str(out), "--seed", "5"]) == 2
     assert "run.seed: 0 in the run, 5 now" in capsys.readouterr().err
+
+
+def test_a_run_made_longer_says_so_and_warms_up_again(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    """From the rate that it had to that of the longer schedule, without a jump; a kill on the way changes nothing."""
+
+    def cosine(step: int, steps: int) -> float:  # of the recipe below: peak 1.6e-3 * 16 / 256, a fifth to warm up
+        return (
+            1e-4
+            * np.interp(step, [0, steps / 5], [0, 1])
+            * (1.0 if step < steps / 5 else 0.5 + 0.5 * np.cos(np.pi * (step / steps - 0.2) / 0.8))
+        )
+
+    def rates(run: Path) -> dict[int, float]:
+        return {line["step"]: line["learning_rate"] for line in metrics(run)}
+
+    out, settings = tmp_path / "run", {**SMALL, "optimiser.rate": 1.6e-3, "optimiser.warmup": 0.2, "run.log_every": 1}
+    pretrain(pictures, out, steps=5, checkpoint_every=1, settings=settings, **TINY)
+    shutil.copytree(out, tmp_path / "early")
+    assert "in place of" not in capsys.readouterr().out
+    pretrain(pictures, out, steps=25)
+    assert "25 steps in place of 5: the learning rate was 0 at step 5" in capsys.readouterr().out
+    found = rates(out)
+    assert found[5] == pytest.approx(0, abs=1e-12)
+    for step in (6, 7, 8):  # a fifth of the 20 steps that were added
+        assert found[step] == pytest.approx((step - 5) / 4 * cosine(step, 25))
+    for step in range(9, 26):
+        assert found[step] == pytest.approx(cosine(step, 25), abs=1e-12)
+
+    # made longer before it ended; and the same, ended and taken up within the second warm-up
+    early, broken = tmp_path / "early", tmp_path / "broken"
+    shutil.rmtree(Run(early).checkpoints()[-1])
+    shutil.copytree(early, broken)
+    pretrain(pictures, early, steps=12)
+    assert "12 steps in place of 5: the learning rate was 1.46e-05 at step 4" in capsys.readouterr().out
+    had, found = cosine(4, 5), rates(early)
+    assert found[5] == pytest.approx(had + (cosine(5, 12) - had) / (0.2 * 8))
+    assert found[6] == pytest.approx(cosine(6, 12))
+    pretrain(pictures, broken, steps=12, pause=0.0)
+    assert max(rates(broken)) == 5
+    pretrain(pictures, broken, steps=12)
+    assert rates(broken) == found
+    ours, theirs = last_state(broken), last_state(early)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_bad_batches_are_left_out_named_and_rolled_back(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,40 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
     if progress < warmup:
         return peak * progress / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))))
+
+
+def rate_at(step: int, recipe: Recipe) -> float:
+    """The learning rate of a step: the schedule's, reached by a second warm-up where the run was made longer."""
+    optimiser, steps = recipe.optimiser, recipe.measured["steps"]
+    peak = optimiser.rate * optimiser.batch_size / 256
+    rate = learning_rate(step / steps, peak, optimiser.warmup)
+    again = recipe.measured.get("warm_again")
+    if again is None or step < again["step"]:
+        return rate
+    done = (step - again["step"]) / max(1e-12, optimiser.warmup * (steps - again["step"]))
+    return rate if done >= 1 else again["rate"] + done * (rate - again["rate"])
+
+
+def warm_again(step: int, steps_before: int, recipe: Recipe) -> str | None:
+    """Note in the recipe that its run, which was to end after `steps_before`, has another length from this step on.
+
+    Where the new schedule has a higher rate here than the old one, it warms up again, from the rate that it had.
+
+    Returns:
+        What to say of it; None where the rate does not rise.
+    """
+    old = replace(recipe, measured={**recipe.measured, "steps": steps_before})
+    had = rate_at(step, old)
+    recipe.measured.pop("warm_again", None)
+    rate = rate_at(step, recipe)
+    if rate <= had:
+        return None
+    steps = recipe.measured["steps"]
+    recipe.measured["warm_again"] = {"step": step, "rate": had}
+    return (
+        f"note: {steps} steps in place of {steps_before}: the learning rate was {had:.3g} at step {step}, where the new "
+        f"schedule has {rate:.3g}; it warms up again, over {math.ceil(recipe.optimiser.warmup * (steps - step))} steps"
+    )
 
 
 def make_optimiser(method: Method, recipe: Recipe) -> torch.optim.AdamW:

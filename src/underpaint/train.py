@@ -48,7 +48,7 @@ from underpaint.recipes.recipe import Recipe, checked, differences, method_optio
 from underpaint.report import write_report
 from underpaint.runs import Run, environment, finite, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
-from underpaint.step import Session, Window, learning_rate, session, update
+from underpaint.step import Session, Window, rate_at, session, update, warm_again
 from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import make_ready
 from underpaint.tokenizers import Tokenizer, save_tokenizer, tokenizer_scaling
@@ -112,8 +112,9 @@ def resolve(
             f"--out {run.path}: holds a run with other settings ({'; '.join(changed)}); "
             "give its own settings to go on, or another path"
         )
-    if any(getattr(stored.run, name) != getattr(result.run, name) for name in ("epochs", "steps", "minutes")):
-        result.measured.pop("steps", None)
+    lengths = [[getattr(each.run, name) for name in ("epochs", "steps", "minutes")] for each in (stored, result)]
+    if lengths[0] != lengths[1] and "steps" in result.measured:
+        result.measured.setdefault("steps_before", result.measured.pop("steps"))
     return result, True
 
 
@@ -185,7 +186,8 @@ def pretrain(
     run = Run(out)
     chosen, resumed = resolve(data, run, recipe, flags, settings or {})
     if not resumed:
-        chosen.measured.pop("tokenizer", None)  # of the run that this recipe is from
+        for name in ("tokenizer", "steps_before", "warm_again"):  # of the run that this recipe is from
+            chosen.measured.pop(name, None)
     fabric = make_fabric(chosen)
     world = fabric.world_size * chosen.optimiser.accumulation
     if chosen.optimiser.batch_size % world:
@@ -505,6 +507,11 @@ def _train(
         run.drop_after("metrics.jsonl", -1)
     if going_on:
         shout(f"going on from step {state['step']} of {total}")
+    if (before := measured.pop("steps_before", None)) is not None:
+        if going_on and (note := warm_again(state["step"], before, recipe)):
+            shout(note)
+        if main:
+            run.write_recipe(recipe)
     board = Boards(run, recipe, state["step"] if going_on else None) if main else None
     reported = {line["path"] for line in run.lines("skipped.jsonl")} if main else set()
 
@@ -538,7 +545,7 @@ def _train(
             "loss": means.pop("loss", None),
             "gradient_norm": means.pop("gradient_norm", None),
             "terms": means,
-            "learning_rate": learning_rate(step / total, peak, recipe.optimiser.warmup),
+            "learning_rate": rate_at(step, recipe),
             "images_per_second": round(steps * batch_size / spent, 1),
             "data_wait": round(waited / spent, 4),
         }
@@ -552,7 +559,6 @@ def _train(
         board.write(finite(line))
         bar.line(line)
 
-    peak = recipe.optimiser.rate * batch_size / 256
     bar = Bar(total, state["step"], enabled=main)
     try:
         if not going_on:
@@ -569,8 +575,7 @@ def _train(
                     batch = next(batches)
                     waited += time.perf_counter() - began
                     step = state["step"]
-                    rate = learning_rate(step / total, peak, recipe.optimiser.warmup)
-                    numbers, bad = update(current, batch, step, rate)
+                    numbers, bad = update(current, batch, step, rate_at(step, recipe))
                     window.add(numbers, bad)
                     state["step"] = step = step + 1
                     pending.append((step, bad, batch.samples))
