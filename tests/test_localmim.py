@@ -1,6 +1,8 @@
 """What LocalMIM and SimMIM owe (section 9 of the specification)."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ from torch import nn
 from torch.nn import functional
 
 import underpaint
+from underpaint.data import load_images, open_source, pretraining_indices
 from underpaint.masking import Mask, random_mask
 from underpaint.methods.localmim import LocalMIM, Tap
 from underpaint.methods.simmim import SimMIM
 from underpaint.patches import take, unpatchify
+from underpaint.train import build, pretrain
+from underpaint.use import load_method
 
 
 def local(depth: int = 8, size: tuple[int, int] = (32, 32), patch: int = 8, **settings: Any) -> LocalMIM:
@@ -282,3 +287,30 @@ def test_mae_with_hog_is_a_method_like_others() -> None:
     objective.loss.backward()
     assert 0 < objective.terms["baseline"] < 1 / 9
     assert len({frame.shape for frame in method.restore(images).values()}) == 1
+
+
+def test_a_swins_masks_follow_the_seed_of_its_run(pictures: Path, tmp_path: Path) -> None:
+    """Another seed has other masks; whoever takes up the run, to go on or to score with it, has the same ones."""
+    settings = {"encoder.embed_dim": 16, "encoder.depths": [2, 2], "encoder.num_heads": [1, 2], "run.log_every": 2}
+    encoder: dict[str, Any] = {
+        "encoder": "swin_tiny_patch4_window7_224",
+        "image_size": 16,
+        "patch_size": 2,
+        "batch_size": 16,
+    }
+    run = pretrain(pictures, tmp_path / "run", method="localmim", steps=2, seed=5, settings=settings, **encoder)
+    loaded: Any = load_method(run.path)[0]
+    source = open_source(pictures)
+    images = load_images(source, pretraining_indices(source), size=(16, 16))
+    resumed: Any = build(run.recipe(), images, run)[0]
+    other: Any = build(replace(run.recipe(), run=replace(run.recipe().run, seed=6)), images)[0]
+    assert torch.equal(loaded.pool.visible1, resumed.pool.visible1)
+    assert not torch.equal(loaded.pool.visible1, other.pool.visible1)
+    # against what random_mask draws from the run's seed
+    drawn = random_mask(256, 16, loaded.pool.hidden1.shape[1], torch.Generator().manual_seed(5))
+    assert torch.equal(loaded.pool.hidden1, drawn.hidden)
+    batch = torch.randn(2, 3, 16, 16)
+    other.load_state_dict(loaded.state_dict())
+    resumed.load_state_dict(loaded.state_dict())
+    assert torch.equal(loaded.score(batch), resumed.eval().score(batch))
+    assert not torch.equal(loaded.score(batch), other.eval().score(batch))  # the masks are in it

@@ -8,9 +8,10 @@ import torch
 import yaml
 from conftest import made_picture
 
+from underpaint.cli import parser
 from underpaint.errors import InputError
 from underpaint.recipes import RECIPES
-from underpaint.recipes.recipe import checked, method_settings, override, plain
+from underpaint.recipes.recipe import checked, method_settings, override, plain, read_recipe
 
 # Mean loss of steps 16 to 20 on made stripes. Tolerance 1 %: kernels of other machines sum in another order, which
 # twenty steps hardly amplify; a changed default or formula moves the loss by far more.
@@ -50,6 +51,40 @@ def test_shipped_recipes_are_valid_and_survive_yaml(name: str) -> None:
 def test_bad_recipes_are_named(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         checked(settings)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("run.compile=off", "off"),
+        ("run.compile=on", "on"),
+        ("run.compile=false", "off"),
+        ("run.compile=true", "on"),
+        ("run.compile=auto", "auto"),
+        ("run.precision=32", "32"),
+        ("run.precision=bf16", "bf16"),
+        ("method.readout=class", "class"),
+        ("data.flip=off", False),  # what is a boolean stays one
+        ("run.seed=1", 1),
+    ],
+)
+def test_words_are_taken_as_they_are_written_on_the_command_line(written: str, meant: Any, tmp_path: Path) -> None:
+    path, value = parser().parse_args(["pretrain", "x", "--out", "y", "--set", written]).set[0]
+    settings = plain(checked({}))
+    override(settings, path, value)
+    section, name = path.split(".")
+    assert plain(checked(settings))[section][name] == meant
+    file = tmp_path / "recipe.yaml"
+    other = "name: energy, " if section == "method" else ""
+    file.write_text(f"{section}: {{{other}{name}: {written.partition('=')[2]}}}")
+    assert read_recipe(str(file))[section][name] == meant
+
+
+@pytest.mark.quick
+def test_a_word_that_a_setting_does_not_know_is_refused() -> None:
+    with pytest.raises(InputError, match="precision"):
+        checked({"run": {"precision": False}})
 
 
 @pytest.mark.quick

@@ -130,6 +130,7 @@ class LocalMIM(Method):
         pixel_head: a linear map from the decoder of the tap at the patch's scale to pixels, for pictures; it trains
             nothing below it.
         images_per_mask: how many consecutive images share a mask (Swin).
+        pool_seed: of the masks that these are drawn from (Swin); a run's own seed, else 0, where None.
 
     Raises:
         TypeError: an encoder of another kind.
@@ -152,6 +153,7 @@ class LocalMIM(Method):
         stop_gradient: bool = False,
         pixel_head: bool = False,
         images_per_mask: int = 64,
+        pool_seed: int | None = None,
     ):
         super().__init__()
         if not isinstance(encoder, (ViT, Swin)):
@@ -173,7 +175,7 @@ class LocalMIM(Method):
         else:
             if taps is not None or scales is not None:
                 raise ValueError("taps and scales of a Swin follow its stages; leave them away")
-            self.pool = encoder.mask_pool(hidden_ratio)
+            self.pool = encoder.mask_pool(hidden_ratio, seed=pool_seed or 0)
             last = len(encoder.stages) - 1
             self.taps = list(range(last + 1))
             strides = [patch * 2 ** min(stage + 1, last) for stage in self.taps]

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -142,8 +142,10 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
     parser.add_class_arguments(_method(method["name"]), "method", skip={"encoder"})
-    given = {section: dict(settings.get(section) or {}) for section in SECTIONS}
-    given["method"] = {key: value for key, value in method.items() if key != "name"}
+    given = {section: _worded(settings.get(section) or {}, kind) for section, kind in SECTIONS.items()}
+    given["method"] = _worded(
+        {key: value for key, value in method.items() if key != "name"}, _method(method["name"]).__init__
+    )
     try:
         parsed = parser.parse_object(given, defaults=True).as_dict()
     except Exception as error:
@@ -171,6 +173,27 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
 def as_written(settings: Mapping[str, Any]) -> Recipe:
     """The recipe of a run or a comparison that was begun: before there was a choice, it trained on every image."""
     return checked({**settings, "data": {"all_images": True, **(settings.get("data") or {})}})
+
+
+def _worded(given: Mapping[str, Any], annotated: Any) -> dict[str, Any]:
+    """Settings as they were written, where one of a few words is asked for: YAML reads `off` as a boolean, `32` as a
+    number, and so does whoever writes `--set run.compile=off`."""
+    kinds = get_type_hints(annotated)
+    return {name: _word(value, _words(kinds.get(name))) for name, value in given.items()}
+
+
+def _words(kind: Any) -> list[str]:
+    """The words that an annotation of literals lists; none for any other."""
+    if get_origin(kind) is Literal:
+        return [word for word in get_args(kind) if isinstance(word, str)]
+    return [word for part in get_args(kind) for word in _words(part)]
+
+
+def _word(value: Any, words: list[str]) -> Any:
+    written = (str(value),)
+    if isinstance(value, bool):
+        written = ("on", "true", "yes") if value else ("off", "false", "no")
+    return next((word for word in words if word in written), value)
 
 
 def _in_range(recipe: Recipe) -> None:
@@ -222,11 +245,14 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 def method_options(recipe: Recipe, tokenizer: Path | None = None) -> dict[str, Any]:
     """What the method's class is called with: the recipe's settings, what was calibrated, the image size where the method
-    asks for it (an encoder without positions does not know it), and a run's own `tokenizer` once it is there."""
+    asks for it (an encoder without positions does not know it), the run's seed where it draws more than weights, and a
+    run's own `tokenizer` once it is there."""
     options = {key: value for key, value in recipe.method.items() if key != "name"}
     options |= {key: recipe.measured[key] for key in ("step_size", "position_step") if key in recipe.measured}
     if "image_size" in options and options["image_size"] is None:
         options["image_size"] = recipe.data.image_size
+    if "pool_seed" in options and options["pool_seed"] is None:
+        options["pool_seed"] = recipe.run.seed
     if tokenizer is not None and tokenizer.is_file():
         options["tokenizer"] = str(tokenizer)
     return options
