@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from underpaint import judge as judge_module
 from underpaint import train as train_module
-from underpaint.backbones import create_arguments, from_arguments
+from underpaint.backbones import Backbone, create_arguments, from_arguments
 from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features
 from underpaint.cli import main
 from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
 from underpaint.evaluate import command, raw_pixels
 from underpaint.judge import Judge
+from underpaint.methods import Method
 from underpaint.patches import Standardize
 
 ENCODER = ["--encoder", "vit_tiny_patch16_224", "--image-size", "16", "--patch-size", "4", "--method", "mae"]
@@ -148,13 +149,12 @@ def test_a_tokenizer_leaves_the_hold_out_away(pictures: Path, tmp_path: Path, mo
 # -- what is read of many images ---------------------------------------------------------------------------------------
 
 
-class Recorder(nn.Module):
+class Recorder(Backbone):
     """An encoder whose pooled features are the raw pixels, and which remembers how bright its images were."""
-
-    dim, channels = 16, 3
 
     def __init__(self) -> None:
         super().__init__()
+        self.dim, self.channels = 16, 3
         self.bright: list[float] = []
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -167,7 +167,7 @@ class Recorder(nn.Module):
         return Features(pooled=raw_pixels(images).float(), patches=patches)
 
 
-class RecordingMethod(nn.Module):
+class RecordingMethod(Method):
     def __init__(self) -> None:
         super().__init__()
         self.bright: list[float] = []
@@ -195,8 +195,8 @@ def test_rank_and_restoration_read_images_from_the_first_to_the_last(
     monkeypatch.setattr(judge_module, "QUICK_TEST", 20)
     monkeypatch.setattr(judge_module, "RESTORED", 20)
     judge, encoder, method = judge_of(tmp_path), Recorder(), RecordingMethod()
-    judge.quick(encoder, IDENTITY)  # pyright: ignore[reportArgumentType]
-    judge.restoration(method, IDENTITY)  # pyright: ignore[reportArgumentType]
+    judge.quick(encoder, IDENTITY)
+    judge.restoration(method, IDENTITY)
     for bright in (encoder.bright, method.bright):
         places = np.array(bright) * 255 / 4
         assert len(places) == 20
@@ -216,7 +216,7 @@ def test_few_labels_are_drawn_from_all_images_alike_for_networks_and_floors(
     assert len(train.indices) == 144
     # as for a ViT-B/16 with 1,000 classes: memory holds two or three images a class, and one draw in half precision
     monkeypatch.setattr(judge_module, "TOKEN_MEMORY", 4.0 * 16 * 16 * 16)
-    worth, floors = judge.worth(Recorder(), IDENTITY, 4), judge.floors(4)  # pyright: ignore[reportArgumentType]
+    worth, floors = judge.worth(Recorder(), IDENTITY, 4), judge.floors(4)
     for ours, theirs in zip(worth.probes["few_linear"], floors["raw_pixels"].probes["few_linear"], strict=True):
         assert np.array_equal(ours.correct, theirs.correct)
     assert len({probe.correct.tobytes() for probe in worth.probes["few_linear"]}) > 1
@@ -227,7 +227,7 @@ def test_few_labels_are_drawn_from_all_images_alike_for_networks_and_floors(
     assert worth.counts == {"attentive_train": 16, "attentive_test": 16, "shots": 10, "few_attentive_test": 16}
     assert "tested on 16" in judge.notes(worth.counts, 4)[0]
     monkeypatch.setattr(judge_module, "TOKEN_MEMORY", 4.0 * 14 * 16 * 16)
-    assert "few_attentive" not in judge.worth(Recorder(), IDENTITY, 2).probes  # pyright: ignore[reportArgumentType]
+    assert "few_attentive" not in judge.worth(Recorder(), IDENTITY, 2).probes
 
 
 @pytest.mark.quick
@@ -236,7 +236,7 @@ def test_there_is_no_row_of_few_labels_where_a_class_has_too_few(tmp_path: Path)
     for file in sorted((folder / "class1").iterdir())[12:]:
         file.unlink()
     judge = judge_of(folder)
-    worth, floors = judge.worth(Recorder(), IDENTITY, 2), judge.floors(2)  # pyright: ignore[reportArgumentType]
+    worth, floors = judge.worth(Recorder(), IDENTITY, 2), judge.floors(2)
     for found in (worth, *floors.values()):
         assert not any(name.startswith("few") for name in found.probes)
     assert "class class1 has 10 images to train on" in judge.notes(worth.counts, 2)[-1]
@@ -266,9 +266,10 @@ def test_public_weights_that_do_not_fit_in_full_are_named(
 ) -> None:
     create_model = timm.create_model
 
-    def local(name: str, pretrained: bool = False, **given: Any) -> nn.Module:
+    def local(model_name: str, pretrained: bool = False, **given: Any) -> nn.Module:
         # as published models with average pooling are: their last norm has another name
-        return create_model(name, **(given | {"global_pool": "avg"} if pretrained else given))
+        changed: dict[str, Any] = {"global_pool": "avg"} if pretrained else {}
+        return create_model(model_name, **(given | changed))
 
     monkeypatch.setattr(timm, "create_model", local)
     given = ["evaluate", "timm:vit_tiny_patch16_224", "--data", str(pictures), "--task", "knn", "--image-size", "32"]
