@@ -36,7 +36,7 @@ from underpaint.methods import METHODS
 from underpaint.pictures import sheet
 from underpaint.progress import say
 from underpaint.recipes import RECIPES
-from underpaint.recipes.recipe import Recipe, as_written, checked, differences, override, plain, read_recipe
+from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
 from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
 from underpaint.runs import Run, environment, finite, write_atomically
@@ -47,7 +47,7 @@ from underpaint.use import load_method
 ROUNDS = (2, 6)  # least and most turns a method has: a point of its curve after each, a minute apart or more
 DRAWS = 5  # of the labelled images, where few are used
 TINY = 64  # pixels: up to here the shipped small recipe of a method serves
-FORMAT = 1
+FORMAT = 2  # 1 held out other images, and drew other few labels
 
 
 @dataclass
@@ -212,10 +212,12 @@ def _store(folder: Path, plan: Plan) -> None:
     if file.is_file():
         stored = yaml.safe_load(file.read_text())
         changed = [] if stored["minutes"] == plan.minutes else [f"minutes: {stored['minutes']:g} there"]
+        if stored["format"] != FORMAT:
+            changed.insert(0, f"format: {stored['format']} there, {FORMAT} here, which is judged by other images")
         if set(stored["methods"]) != set(plan.recipes):
             changed.append(f"methods: {', '.join(stored['methods'])} there")
         for name in set(stored["methods"]) & set(plan.recipes):
-            lines = differences(as_written(stored["methods"][name]), plan.recipes[name])
+            lines = differences(checked(stored["methods"][name]), plan.recipes[name])
             changed += [f"{name}: {line}" for line in lines]
         if len(stored["seeds"]) > len(plan.seeds):
             changed.append(f"seeds: {len(stored['seeds'])} there, and they cannot become fewer")
