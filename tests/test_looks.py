@@ -57,7 +57,7 @@ def judge_of(folder: Path, size: tuple[int, int] = (32, 32), labels: bool = True
         return load_images(source, indices, size=size, channels=channels)
 
     source = open_source(folder)
-    indices = pretraining_indices(source)
+    indices = pretraining_indices(source, all_images=not labels)
     pool = load(source, indices)
     return Judge.of(source, load, pool, indices, size, seed=0) if labels else Judge(pool, None, size, 0)
 

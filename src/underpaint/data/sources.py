@@ -287,8 +287,8 @@ def _describe(source: Source) -> None:
         if held := _held_out(source):
             how = f"whole groups by {source._groups.pattern!r}" if source._groups else "stratified"
             notes.append(
-                f"no labelled test or val split beside a train split: a hold-out of {len(held):,} images ({how}) judges, "
-                "which pretraining leaves out"
+                f"no labelled train and test splits: a hold-out of {len(held):,} images ({how}) judges, which pretraining "
+                "leaves out unless --all-images"
             )
     if source._groups is not None:
         unmatched = len(entries) - source.matched
