@@ -109,6 +109,12 @@ class Judge:
             parts.append(Part(images, list(range(len(images)))))
         return cls(pool, (parts[0], parts[1]), size, seed)
 
+    @property
+    def skipped(self) -> list[dict[str, str]]:
+        """{"path", "reason"} of the labelled images that could not be read and are not in the pool."""
+        sets = {id(part.images): part.images for part in self.parts or () if part.images is not self.pool}
+        return [line for images in sets.values() for line in images.skipped]
+
     def shown(self, device: torch.device | str) -> Tensor:
         """The same few images for every picture, in [0, 1]."""
         few = list(range(min(6, len(self.pool))))

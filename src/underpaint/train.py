@@ -208,7 +208,8 @@ def pretrain(
     if main:
         run.create(chosen)
         known = {line["path"] for line in run.lines("skipped.jsonl")}
-        run.append("skipped.jsonl", [line for line in images.skipped if line["path"] not in known])
+        skipped = {line["path"]: line for line in images.skipped + judge.skipped}  # of what is held out too
+        run.append("skipped.jsonl", [line for path, line in skipped.items() if path not in known])
         run.write_json("environment.json", environment())
     fabric.barrier()
     try:
