@@ -100,6 +100,7 @@ def fit(
     clip: float | None,
     batch_size: int,
     settings: Mapping[str, Any],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Train `model` in place, or go on where `folder` holds a checkpoint; it is in eval mode at the end.
 
@@ -109,6 +110,7 @@ def fit(
         loss_of: of a batch at a step.
         clip: largest norm of the gradient; none where None.
         settings: plain data; what differs from those in `folder` is refused.
+        clock: seconds, by which training is timed.
 
     Returns:
         steps, minutes, and the mean loss of the last steps.
@@ -146,9 +148,9 @@ def fit(
     try:
         with watched_signals() as received, closing(batches(state["step"])) as source:
             while (progress := length.progress(state["step"], state["seconds"])) < 1:
-                began = time.perf_counter()
+                began = clock()
                 batch = next(source)
-                waited += time.perf_counter() - began
+                waited += clock() - began
                 step = state["step"]
                 _seed_everything(seed, step)
                 for group, peak in zip(optimiser.param_groups, peaks, strict=True):
@@ -162,7 +164,7 @@ def fit(
                 optimiser.step()
                 pending.append(loss.detach())
                 state["step"] = step + 1
-                state["seconds"] += time.perf_counter() - began
+                state["seconds"] += clock() - began
                 steps_since += 1
                 done = length.progress(state["step"], state["seconds"])
                 bar.expect(round(state["step"] / done))

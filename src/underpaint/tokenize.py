@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from itertools import islice
@@ -49,6 +50,7 @@ def make_ready(
     folder: Path,
     length: Length,
     shout: Callable[[str], None] = say,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Fit or train `tokenizer` in place where that is still to be done, on crops of `images`, judge it, and count the
     words of such crops.
@@ -57,14 +59,16 @@ def make_ready(
         settings: how crops are cut.
         folder: of a training's checkpoints, from which the same call goes on; who saved the tokenizer may remove it.
         length: of a training; k-means is fitted once.
+        clock: seconds, by which it is timed.
 
     Returns:
-        kind, made (whether it was not ready before), and quality on each 20th image, which is not trained on.
+        kind, made (whether it was not ready before), seconds (that making it took; None where it was ready), and quality
+        on each 20th image, which is not trained on.
 
     Raises:
         InputError: too few images; held-out images use hardly any of the words.
     """
-    made = not tokenizer.ready
+    made, seconds, began = not tokenizer.ready, None, clock()
 
     def crops(first: int) -> Generator[Tensor, None, None]:
         return _crops(images, settings, batch_size, seed, device, first)
@@ -75,9 +79,10 @@ def make_ready(
         with closing(crops(0)) as batches:
             wanted = PATCHES_A_WORD * tokenizer.vocabulary
             tokenizer.fit(sample_patches(batches, tokenizer.stride, wanted, seed), seed)
+        seconds = clock() - began
     elif made and isinstance(tokenizer, ConvTokenizer):
         tokenizer.requires_grad_(True)
-        fit(
+        trained = fit(
             tokenizer,
             torch.optim.AdamW(tokenizer.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01),
             crops,
@@ -97,7 +102,9 @@ def make_ready(
                 "batch_size": batch_size,
                 "seed": seed,
             },
+            clock=clock,
         )
+        seconds = 60 * trained["minutes"]  # that before an interruption, too
     tokenizer.ready = True
     tokenizer.requires_grad_(False).eval()
     tokenizer.zero_grad(set_to_none=True)
@@ -110,7 +117,8 @@ def make_ready(
         tokenizer.count(
             islice(batches, math.ceil(COUNTED_A_WORD * tokenizer.vocabulary / (batch_size * rows * columns)))
         )
-    return {"kind": tokenizer.kind, "made": made, "quality": quality}
+    seconds = None if seconds is None else round(seconds, 1)
+    return {"kind": tokenizer.kind, "made": made, "seconds": seconds, "quality": quality}
 
 
 def _crops(
@@ -210,7 +218,7 @@ def make_tokenizer(
         folder=path.with_suffix(".training"),
         length=Length(STEPS, minutes),
     )
-    save_tokenizer(tokenizer, path, made["quality"], images.scaling)
+    save_tokenizer(tokenizer, path, made["quality"], images.scaling, made["seconds"])
     if kind != "kmeans":
         shutil.rmtree(path.with_suffix(".training"))
     few = next(held_out_crops(images, image_size, device))[:SHOWN]

@@ -460,16 +460,21 @@ class DallE(Tokenizer):
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, path: Path, quality: dict[str, float] | None = None, scaling: Scaling | None = None
+    tokenizer: Tokenizer,
+    path: Path,
+    quality: dict[str, float] | None = None,
+    scaling: Scaling | None = None,
+    seconds: float | None = None,
 ) -> None:
     """Write `path` (safetensors, with what its constructor needs among its metadata, and how its images came to lie in
-    [0, 1]) in one piece; beside it a .json that says the same to people, and how good it is."""
+    [0, 1]) in one piece; beside it a .json that says the same to people, how good it is, and the seconds that making it
+    took."""
     path.parent.mkdir(parents=True, exist_ok=True)
     description = {"format": FORMAT, "kind": tokenizer.kind, "arguments": tokenizer.arguments()}
     if scaling is not None:
         description["scaling"] = scaling.stored()
     temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps({**description, "quality": quality}, indent=2) + "\n")
+    temporary.write_text(json.dumps({**description, "quality": quality, "seconds": seconds}, indent=2) + "\n")
     temporary.replace(path.with_suffix(".json"))
     temporary = path.with_name(path.name + ".part")
     weights = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
@@ -491,6 +496,15 @@ def tokenizer_scaling(path: str | Path) -> Scaling | None:
     except (OSError, ValueError, SafetensorError):
         return None
     return None if scaling is None or scaling.plain else scaling
+
+
+def making_seconds(path: str | Path) -> float | None:
+    """How long making the tokenizer `path` took, where the .json beside it tells."""
+    try:
+        found = json.loads(Path(path).with_suffix(".json").read_text())["seconds"]
+    except (OSError, ValueError, KeyError, TypeError):  # not there, from before it told, or not ours
+        return None
+    return float(found) if isinstance(found, int | float) else None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
