@@ -1,10 +1,13 @@
 """The loop: what a run leaves, and that nothing which ends it early changes what it would have become."""
 
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import word_file, write_pictures
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from underpaint import load_encoder, train
 from underpaint.cli import main
 from underpaint.errors import InputError, NotFinite
 from underpaint.methods import METHODS, Objective
-from underpaint.runs import Run
+from underpaint.runs import Run, training_state
 from underpaint.step import learning_rate
 from underpaint.train import pretrain
 
@@ -281,6 +287,160 @@ def test_bad_batches_are_left_out_named_and_rolled_back(
     assert all(line["loss"] is not None for line in metrics(run.path)[1:])
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 pictures without labels, so that a probe on the way costs next to nothing."""
+    return write_pictures(tmp_path_factory.mktemp("plain"), 48, classes=1)
+
+
+def ticking() -> Callable[[], float]:
+    """A clock that moves on by a tenth of a second whenever it is read: the loop reads it four times a step."""
+    readings = itertools.count()
+    return lambda: 0.1 * next(readings)
+
+
+class Failing:
+    """In place of `train.update`: no finite loss at some (roll-back, step), steps counted from 0. Keeps what it saw."""
+
+    def __init__(self, bad: set[tuple[int, int]], dies_at: int | None = None):
+        self.real, self.bad, self.dies_at = train.update, bad, dies_at
+        self.seen: list[tuple[int, int, dict[str, torch.Tensor], list[int], float]] = []
+
+    def __call__(self, current: Any, batch: Any, step: int, rate: float) -> Any:
+        if step == self.dies_at:
+            self.dies_at = None
+            raise OSError("pulled out")
+        rollback = (current.seed - current.recipe.run.seed) // 1_000_003
+        state = {key: value.clone() for key, value in training_state(current.method, current.optimiser).items()}
+        if (rollback, step) in self.bad:
+            batch = batch._replace(images=batch.images * float("nan"))
+        numbers, bad = self.real(current, batch, step, rate)
+        assert bool(bad) == ((rollback, step) in self.bad)
+        self.seen.append((rollback, step, state, list(batch.samples), float(numbers["loss"])))
+        return numbers, bad
+
+
+def test_a_roll_back_is_the_checkpoint_bit_for_bit_with_other_data(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing({(0, 5), (0, 6), (0, 7), (1, 7), (1, 8), (1, 9)})
+    monkeypatch.setattr(train, "update", failing)
+    settings = SMALL | {"run.log_every": 1, "run.checkpoint_every": 4, "run.probe_every": 1000}
+    run = pretrain(
+        plain, tmp_path / "run", method="mae", steps=10, settings=settings, pause=1e9, clock=ticking(), **TINY
+    )
+    # checkpoints at 4 and, within the second streak, at 8
+    steps = [(rollback, step) for rollback, step, *_ in failing.seen]
+    assert steps == [*((0, k) for k in range(8)), *((1, k) for k in range(4, 10)), (2, 8), (2, 9)]
+    by = {(rollback, step): (state, samples, loss) for rollback, step, state, samples, loss in failing.seen}
+    for one, other in (((0, 4), (1, 4)), ((1, 8), (2, 8))):
+        assert set(by[one][0]) == set(by[other][0])
+        assert all(torch.equal(value, by[other][0][key]) for key, value in by[one][0].items())
+        assert by[one][1] != by[other][1]
+    kept = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (1, 6), (1, 7), (2, 8), (2, 9)]
+    lines = run.lines("metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(11))
+    for line, key in zip(lines[1:], kept, strict=True):
+        loss = by[key][2]
+        assert line["loss"] is None if math.isnan(loss) else line["loss"] == pytest.approx(loss, rel=1e-6)
+    assert [line["step"] for line in run.lines("not-finite.jsonl")] == [6, 7, 8, 8, 9, 10]
+    # the time of the steps that failed is spent: 0.3 s each of 16, and so it is said
+    assert lines[-1]["seconds"] == pytest.approx(0.3 * (8 + 6 + 2))
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+    board = EventAccumulator(str(run.path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("learning_rate")] == list(range(11))
+    numbers = [json.loads((one / "state.json").read_text()) for one in run.checkpoints()]
+    assert [(one["step"], one["rollbacks"], one["bad"]) for one in numbers][-2:] == [(8, 2, 6), (10, 2, 6)]
+
+
+@pytest.mark.parametrize("checkpoint_every", [4, 5])
+def test_a_run_cut_off_among_bad_steps_is_as_if_it_was_not(
+    checkpoint_every: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With checkpoints every 4 steps there is one within the streak of three, at which the run is paused; with one every
+    5 it dies after two of them were named, and makes them again."""
+    bad = {(0, 6), (0, 7), (0, 8)}
+    settings = SMALL | {"run.checkpoint_every": checkpoint_every, "run.probe_every": 1000}
+    given: dict[str, Any] = {"method": "mae", "steps": 12, "settings": settings, **TINY}
+    monkeypatch.setattr(train, "update", Failing(bad))
+    whole = pretrain(plain, tmp_path / "whole", pause=1e9, clock=ticking(), **given)
+    if checkpoint_every == 4:
+        pretrain(plain, tmp_path / "cut", pause=0.3 * 7 + 0.15, clock=ticking(), **given)
+        assert Run(tmp_path / "cut").lines("metrics.jsonl")[-1]["step"] == 8
+    else:
+        monkeypatch.setattr(train, "update", Failing(bad, dies_at=8))
+        with pytest.raises(OSError, match="pulled out"):
+            pretrain(plain, tmp_path / "cut", pause=1e9, clock=ticking(), **given)
+    cut = pretrain(plain, tmp_path / "cut", pause=1e9, clock=ticking(), **given)
+    assert cut.lines("not-finite.jsonl") == whole.lines("not-finite.jsonl")
+    assert [line["loss"] for line in metrics(cut.path)] == [line["loss"] for line in metrics(whole.path)]
+    ours, theirs = last_state(cut.path), last_state(whole.path)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_compiling_is_no_part_of_the_time_of_any_turn(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn is a process that compiles again; what stands for the compiler here takes 100 seconds at the first call."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.1
+        return now
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, method: torch.nn.Module):
+            super().__init__()
+            self.method, self.ready = method, False
+
+        def forward(self, *given: Any) -> Any:
+            nonlocal now
+            now, self.ready = now + 100.0 * (not self.ready), True
+            return self.method(*given)
+
+    given: dict[str, Any] = {"method": "mae", "minutes": 0.1, "probe_every": 1000, **TINY}
+    pretrain(plain, tmp_path / "as-it-is", settings=SMALL, pause=1e9, clock=clock, **given)
+    monkeypatch.setattr(torch, "compile", Compiled)
+    monkeypatch.setenv("CXX", "sh")  # some compiler is there
+    for pause in (3.0, 1e9):
+        pretrain(plain, tmp_path / "run", settings=SMALL | {"run.compile": "on"}, pause=pause, clock=clock, **given)
+    run = Run(tmp_path / "run")
+    assert run.recipe().measured["compile"]
+    last, other = (Run(tmp_path / name).lines("metrics.jsonl")[-1] for name in ("run", "as-it-is"))
+    assert last["seconds"] == pytest.approx(6.0, abs=0.35)
+    assert abs(last["step"] - other["step"]) <= 1
+    assert last["step"] >= 19
+
+
+def half(*_: Any) -> Fabric:
+    """float16 with its scaler, on a CPU."""
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu")])
+    fabric.launch()
+    return fabric
+
+
+def test_float16_trains_leaves_out_what_is_not_finite_and_keeps_its_scale(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "make_fabric", half)
+    failing = Failing({(0, 2)})
+    monkeypatch.setattr(train, "update", failing)
+    given: dict[str, Any] = {"method": "mae", "steps": 6, "settings": SMALL, "probe_every": 1000, **TINY}
+    for pause in (0.3 * 3 + 0.15, 1e9):
+        run = pretrain(plain, tmp_path / "run", pause=pause, clock=ticking(), **given)
+    by = {step: state for _, step, state, *_ in failing.seen}
+    weights = [key for key in by[2] if key.startswith("method.")]
+    assert all(torch.equal(by[2][key], by[3][key]) for key in weights)  # step 2 changed nothing
+    assert not all(torch.equal(by[3][key], by[4][key]) for key in weights)
+    found = run.load()
+    assert found is not None
+    assert found[1]["scaler"]["scale"] == 2.0**15  # torch begins with 2 ** 16, and halves it where a step failed
+    assert found[1]["scaler"]["_growth_tracker"] == 3  # good steps since, those before the pause included
+    assert all(torch.isfinite(value).all() for value in found[0].values())
+
+
 def test_a_loss_that_stays_not_finite_ends_with_status_3(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -299,21 +459,24 @@ def test_a_loss_that_stays_not_finite_ends_with_status_3(
     assert all(torch.isfinite(value).all() for value in found[0].values())
 
 
+@pytest.mark.parametrize(("most", "batch", "parts", "fits"), [(5, 16, 1, 4), (2, 24, 8, 8)])
 def test_out_of_memory_names_a_batch_that_fits(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    most: int, batch: int, parts: int, fits: int, pictures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     real = METHODS["energy"].forward
 
     def greedy(self: Any, images: torch.Tensor, mask: Any = None) -> Objective:
-        if len(images) > 5:
+        if len(images) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, images, mask)
 
     monkeypatch.setattr(METHODS["energy"], "forward", greedy)
-    status = main(["pretrain", str(pictures), "--out", str(tmp_path / "run"), *COMMAND, "--steps", "4"])
+    command = ["pretrain", str(pictures), "--out", str(tmp_path / "run"), *COMMAND, "--steps", "4"]
+    status = main([*command, "--batch-size", str(batch), "--set", f"optimiser.accumulation={parts}"])
     error = capsys.readouterr().err
     assert status == 2
-    assert "out of memory with a batch of 16; 4 fits: --batch-size 4" in error
+    assert f"out of memory with a batch of {batch}; {fits} fits: --batch-size {fits}" in error
+    assert fits % parts == 0
     assert error.count("\n") == 1
 
 

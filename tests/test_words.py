@@ -1,5 +1,6 @@
 """Visual words: tokenizers, BEiT and CAE."""
 
+import json
 import math
 from contextlib import closing
 from pathlib import Path
@@ -34,6 +35,7 @@ from underpaint.tokenizers import (
     KMeansPatches,
     Tokenizer,
     load_tokenizer,
+    making_seconds,
     refuse_collapsed,
     save_tokenizer,
 )
@@ -540,6 +542,11 @@ def test_a_run_makes_and_keeps_its_tokenizer(tmp_path: Path, capsys: Any) -> Non
     other = Run(tmp_path / "other").recipe().measured["tokenizer"]
     assert not other["made"]
     assert other["quality"]["psnr"] == pytest.approx(made["quality"]["psnr"])
+    assert made["made"]
+    assert made["seconds"] > 0
+    assert other["seconds"] == made["seconds"]  # that making them took, not that of judging them again
+    run.tokenizer.with_suffix(".json").write_text('{"quality": null}')  # from before it told the time
+    assert making_seconds(run.tokenizer) is None
 
 
 @pytest.mark.parametrize("kind", ["fsq", "vq"])
@@ -606,6 +613,8 @@ def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
     assert main([*fsq, "--minutes", "0.04"]) == 0
     assert "going on from step" in capsys.readouterr().out
     assert load_tokenizer(out).kind == "fsq"
+    # all 0.04 minutes of training, of which the call that was refused had 0.02
+    assert json.loads(out.with_suffix(".json").read_text())["seconds"] >= 2.4
     for wrong, said in (
         (["--kind", "none"], "there are kmeans, fsq, vq"),
         (["--stride", "5"], "does not divide images of 32x32"),

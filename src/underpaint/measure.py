@@ -9,7 +9,6 @@ import resource
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from underpaint.data import Batch
 from underpaint.errors import InputError
-from underpaint.step import Session, session, update
+from underpaint.step import Session, scaler_of, session, update
 
 COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
 
@@ -56,11 +55,11 @@ def measure(
         elif compiled:
             pays = True
         else:
-            began = time.perf_counter()
-            other = session(current.fabric, current.recipe, current.method, current.standardize, compiled=True)
+            began = current.clock()
+            other = session(current.fabric, current.recipe, current.method, current.standardize, True, current.clock)
             try:
                 faster = _seconds(other, batches)
-                cost = time.perf_counter() - began
+                cost = current.clock() - began
                 steps = steps_for(seconds)
                 pays = faster * steps + cost < 0.98 * seconds * steps
                 shout(
@@ -82,18 +81,24 @@ def _seconds(current: Session, batches: Sequence[Batch], limit: float = 6.0) -> 
         for batch in batches[:2]:
             _timed(current, batch)
         times: list[float] = []
-        began = time.perf_counter()
-        while len(times) < 12 and (len(times) < 3 or time.perf_counter() - began < limit):
+        began = current.clock()
+        while len(times) < 12 and (len(times) < 3 or current.clock() - began < limit):
             times.append(_timed(current, batches[len(times) % len(batches)]))
     return statistics.median(times)
 
 
 def _timed(current: Session, batch: Batch) -> float:
-    began = time.perf_counter()
+    began = current.clock()
     update(current, batch, 0, 1e-6)
     if current.fabric.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return current.clock() - began
+
+
+def warm(current: Session, batch: Batch) -> None:
+    """A step that leaves no trace, for what the first one alone costs: compiling is no part of any run's time."""
+    with _throwaway(current):
+        update(current, batch, 0, 1e-6)
 
 
 class _throwaway:
@@ -104,11 +109,18 @@ class _throwaway:
 
     def __enter__(self) -> None:
         self.weights = copy.deepcopy(self.current.method.state_dict())
+        self.scaler = scaler_of(self.current.fabric)
+        if self.scaler:
+            self.scaler.scale(torch.zeros(1, device=self.current.fabric.device))  # it makes its scale when first used
+            self.scale = self.scaler.state_dict()
 
     def __exit__(self, *_: Any) -> None:
         self.current.method.load_state_dict(self.weights)
         self.current.optimiser.state.clear()
         self.current.optimiser.zero_grad(set_to_none=True)
+        if self.scaler:
+            self.scaler.update(self.scale["scale"])  # forgets a step that memory cut short, too
+            self.scaler.load_state_dict(self.scale)
 
 
 def _check_fit(current: Session, batch: Batch) -> None:
@@ -126,10 +138,10 @@ def _check_fit(current: Session, batch: Batch) -> None:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
         if grown > 0.9 * free:
             fits = max(1, int(full * 0.8 * free / grown))
-            raise _too_large(current, 2 ** (fits.bit_length() - 1))
+            raise _too_large(current, max(parts, 2 ** (fits.bit_length() - 1) // parts * parts))
     size = full
     while not _runs(current, _rows(current, batch, size)):
-        size //= 2
+        size = size // 2 // parts * parts  # a batch that its parts divide, or the advice would be refused
         if size < parts:
             raise InputError("out of memory with a batch of 1: a smaller encoder or image size is needed")
     if size < full:

@@ -1,7 +1,8 @@
 """One optimiser step, as the loop, the measurement at the start and the benchmarks make it."""
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,11 +31,14 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))))
 
 
-def rate_at(step: int, recipe: Recipe) -> float:
-    """The learning rate of a step: the schedule's, reached by a second warm-up where the run was made longer."""
+def rate_at(step: int, recipe: Recipe, progress: float | None = None) -> float:
+    """The learning rate of a step: the schedule's, reached by a second warm-up where the run was made longer.
+
+    `progress` is the share of the run that is done by the clock; the share of its steps where None.
+    """
     optimiser, steps = recipe.optimiser, recipe.measured["steps"]
     peak = optimiser.rate * optimiser.batch_size / 256
-    rate = learning_rate(step / steps, peak, optimiser.warmup)
+    rate = learning_rate(step / steps if progress is None else progress, peak, optimiser.warmup)
     again = recipe.measured.get("warm_again")
     if again is None or step < again["step"]:
         return rate
@@ -94,6 +98,7 @@ class Session:
     standardize: Standardize
     compiled: bool
     seed: int  # of the run, moved on by every roll-back
+    clock: Callable[[], float] = time.perf_counter  # seconds; whatever is timed in a run is timed by it
 
     @property
     def local_batch(self) -> int:
@@ -109,13 +114,25 @@ class Session:
         return drawn.rows(slice(first, first + self.local_batch)).to(self.fabric.device)
 
 
-def session(fabric: Fabric, recipe: Recipe, method: Method, standardize: Standardize, compiled: bool) -> Session:
+def session(
+    fabric: Fabric,
+    recipe: Recipe,
+    method: Method,
+    standardize: Standardize,
+    compiled: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Session:
     standardize = standardize.to(fabric.device)
     method = method.to(fabric.device)
     optimiser = make_optimiser(method, recipe)
     wrapped = torch.compile(method) if compiled else method
     model, stepper = fabric.setup(wrapped, optimiser)  # pyright: ignore[reportArgumentType]
-    return Session(fabric, recipe, method, model, optimiser, stepper, standardize, compiled, recipe.run.seed)
+    return Session(fabric, recipe, method, model, optimiser, stepper, standardize, compiled, recipe.run.seed, clock)
+
+
+def scaler_of(fabric: Fabric) -> torch.amp.GradScaler | None:
+    """What scales the loss under float16."""
+    return getattr(fabric.strategy.precision, "scaler", None)
 
 
 def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict[str, Tensor], Tensor]:
@@ -153,15 +170,21 @@ def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict
                 numbers[name] = numbers.get(name, 0.0) + value.double() * weight
     apart = session.method.clipped_apart()
     most = float("inf") if apart else optimiser.clip  # then this only unscales and measures
-    norm = fabric.clip_gradients(session.model, session.stepper, max_norm=most, error_if_nonfinite=False)
-    assert norm is not None
+    scaler = scaler_of(fabric)
+    if scaler is None:
+        norm = fabric.clip_gradients(session.model, session.stepper, max_norm=most, error_if_nonfinite=False)
+        assert norm is not None
+    else:  # Fabric refuses to clip for a fused optimiser, which may well step on gradients that are unscaled already
+        scaler.unscale_(session.optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(session.method.parameters(), most)
     for group in apart:
         torch.nn.utils.clip_grad_norm_(group, optimiser.clip)
     # float16's scaler meets overflows by itself and lowers its scale; only a loss that is not finite counts there
-    watched = numbers["loss"] if session.recipe.measured.get("precision") == "16" else norm
-    bad = (~torch.isfinite(watched)).float()
-    if session.recipe.measured.get("precision") != "16":
+    bad = (~torch.isfinite(norm if scaler is None else numbers["loss"])).float()
+    if scaler is None:
         session.optimiser.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+    elif fabric.world_size > 1:  # each process has a loss of its own, and all must roll back or none
+        bad = torch.as_tensor(fabric.all_reduce(bad, reduce_op="sum")).clamp(max=1.0)
     session.stepper.step()
     session.stepper.zero_grad(set_to_none=True)
     numbers["gradient_norm"] = norm.double()

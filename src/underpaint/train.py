@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from underpaint.errors import InputError, NotFinite
 from underpaint.fit import Length
 from underpaint.judge import Judge
 from underpaint.looks import write_looks
-from underpaint.measure import measure, out_of_memory, restart_peak
+from underpaint.measure import measure, out_of_memory, restart_peak, warm
 from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
@@ -48,10 +48,10 @@ from underpaint.recipes.recipe import Recipe, checked, differences, method_optio
 from underpaint.report import write_report
 from underpaint.runs import Run, environment, finite, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
-from underpaint.step import Session, Window, rate_at, session, update, warm_again
+from underpaint.step import Session, Window, rate_at, scaler_of, session, update, warm_again
 from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import make_ready
-from underpaint.tokenizers import Tokenizer, save_tokenizer, tokenizer_scaling
+from underpaint.tokenizers import Tokenizer, making_seconds, save_tokenizer, tokenizer_scaling
 
 # flag of the command line and keyword of `pretrain` -> place in the recipe
 FLAGS = {
@@ -159,6 +159,7 @@ def pretrain(
     recipe: str | None = None,
     settings: Mapping[str, Any] | None = None,
     pause: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     **flags: Any,
 ) -> Run:
     """Pretrain an encoder on the images in `data`; where `out` holds a run, go on with it.
@@ -169,7 +170,9 @@ def pretrain(
         recipe: a shipped name or a YAML file.
         settings: any values of the recipe by path, `{"method.hidden_ratio": 0.6}`.
         pause: seconds of training in all after which this call ends, with a probe and a checkpoint; the next call
-            goes on. A comparison trains its methods in turn so, and judges them itself.
+            goes on. A comparison trains its methods in turn so, and judges them itself. `minutes` are then minutes on
+            the clock, which the schedule follows, and no number of steps.
+        clock: seconds, by which a run is timed; another one makes what a clock decides repeatable.
         flags: the common ones by short name: method, encoder, patch_size, image_size, labels, groups,
             all_images, workers, batch_size, init, epochs, steps, minutes, seed, precision, devices, nodes, probe_every,
             checkpoint_every.
@@ -214,7 +217,7 @@ def pretrain(
     fabric.barrier()
     try:
         with watched_signals() as received:
-            _train(fabric, run, chosen, resumed, images, judge, method, standardize, arguments, received, pause)
+            _train(fabric, run, chosen, resumed, images, judge, method, standardize, arguments, received, pause, clock)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -365,11 +368,18 @@ def tokenizer_length(recipe: Recipe, images: int) -> Length:
 
 
 def _words(
-    fabric: Fabric, run: Run, recipe: Recipe, images: ImageSet, tokenizer: Tokenizer, shout: Any
+    fabric: Fabric,
+    run: Run,
+    recipe: Recipe,
+    images: ImageSet,
+    tokenizer: Tokenizer,
+    clock: Callable[[], float],
+    shout: Any,
 ) -> dict[str, Any]:
     """Make a run's tokenizer, or judge the one it was given: the first process does, and keeps it, the others take it
     over."""
-    began, scratch = time.perf_counter(), run.path / "tokenizer.training"
+    given, scratch = recipe.method.get("tokenizer"), run.path / "tokenizer.training"
+    taken = run.tokenizer if run.tokenizer.is_file() else given  # what `build` read, where it read one
     found: Any = None
     if fabric.is_global_zero:
         try:
@@ -383,11 +393,14 @@ def _words(
                 folder=scratch,
                 length=tokenizer_length(recipe, len(images)),
                 shout=shout,
+                clock=clock,
             )
-            save_tokenizer(tokenizer, run.tokenizer, found["quality"], images.scaling)
+            if not found["made"] and taken is not None:
+                # by an earlier call that was killed, or elsewhere
+                found |= {"made": given is None, "seconds": making_seconds(taken)}
+            save_tokenizer(tokenizer, run.tokenizer, found["quality"], images.scaling, found["seconds"])
             if scratch.is_dir():
                 shutil.rmtree(scratch)
-            found["seconds"] = round(time.perf_counter() - began, 1)
         except (InputError, NotFinite) as error:
             found = error
     found = fabric.broadcast(found)
@@ -405,7 +418,7 @@ def _decide(fabric: Fabric, run: Run, recipe: Recipe, images: ImageSet, current:
     measured, length = recipe.measured, recipe.run
     words = current.method.prepare(current.standardize)
     if words is not None and ("tokenizer" not in measured or not words.ready):
-        measured["tokenizer"] = _words(fabric, run, recipe, images, words, shout)
+        measured["tokenizer"] = _words(fabric, run, recipe, images, words, current.clock, shout)
         restart_peak()  # what it took is not the run's
     if "seconds_per_step" not in measured:
         batches = _batches(current, images, 0, None)
@@ -435,7 +448,7 @@ def _decide(fabric: Fabric, run: Run, recipe: Recipe, images: ImageSet, current:
         f"probes not counted; it would end about {end}"
     )
     if measured["compile"] and not current.compiled:
-        return session(fabric, recipe, current.method, current.standardize, compiled=True)
+        return session(fabric, recipe, current.method, current.standardize, True, current.clock)
     return current
 
 
@@ -468,20 +481,29 @@ def _train(
     standardize: Standardize,
     arguments: dict[str, Any],
     received: list[int],
-    pause: float | None = None,
+    pause: float | None,
+    clock: Callable[[], float],
 ) -> None:
     """The loop, from the start or the last checkpoint to the end of the run or to `pause` seconds of training."""
     main = fabric.is_global_zero
     shout = say if main and pause is None else _silent
     untrained = copy.deepcopy(method.encoder)
-    current = session(fabric, recipe, method, standardize, bool(recipe.measured.get("compile")))
+    current = session(fabric, recipe, method, standardize, bool(recipe.measured.get("compile")), clock)
     current = _decide(fabric, run, recipe, images, current, shout)
-    measured, window = recipe.measured, Window()
+    if current.compiled:
+        batches = _batches(current, images, 0, None)
+        warm(current, next(batches))
+        batches.close()
+    measured, window, scaler = recipe.measured, Window(), scaler_of(fabric)
     total, batch_size = measured["steps"], recipe.optimiser.batch_size
+    # in turns by the clock: a plan in steps is as good as the moment in which a step was timed
+    length = Length(total, None if pause is None else recipe.run.minutes)
     state: dict[str, Any] = {
         "step": 0,
         "seconds": 0.0,
+        "passed": 0.0,  # of them when last looked at: on the first process, whose clock is that of all
         "bad": 0,
+        "in_a_row": 0,
         "rollbacks": 0,
         "best": None,
         "best_step": None,
@@ -497,7 +519,11 @@ def _train(
         tensors, numbers = found
         restore_state(method, current.optimiser, tensors)
         window.load(tensors, numbers, fabric.device)
-        state.update({key: numbers[key] for key in state})
+        # an earlier version's checkpoints do not have all of it
+        state.update(passed=numbers["seconds"], in_a_row=0)
+        state.update({key: numbers[key] for key in state if key in numbers})
+        if scaler is not None and numbers.get("scaler"):
+            scaler.load_state_dict(numbers["scaler"])
         if main:
             run.drop_after("metrics.jsonl", state["step"])
         return True
@@ -526,11 +552,15 @@ def _train(
         if main:
             tensors = training_state(method, current.optimiser) | window.state()
             keep = [k for k in (state["best_step"],) if k is not None]
-            run.save(state["step"], tensors, {**state, "window": window.names}, keep)
+            scale = None if scaler is None else scaler.state_dict()
+            run.save(state["step"], tensors, {**state, "window": window.names, "scaler": scale}, keep)
             save_encoder(
                 run.path, judge.settled(method.encoder, current.standardize), arguments, standardize, images.scaling
             )
         fabric.barrier()
+
+    def rate(step: int) -> float:
+        return rate_at(step, recipe, None if length.minutes is None else length.progress(step, state["passed"]))
 
     def log(step: int, waited: float, since: float, steps: int, probe: dict[str, float] | None) -> None:
         """One line of metrics; the window's means, or nothing but the probe at step 0."""
@@ -546,7 +576,7 @@ def _train(
             "loss": means.pop("loss", None),
             "gradient_norm": means.pop("gradient_norm", None),
             "terms": means,
-            "learning_rate": rate_at(step, recipe),
+            "learning_rate": rate(step),
             "images_per_second": round(steps * batch_size / spent, 1),
             "data_wait": round(waited / spent, 4),
         }
@@ -565,35 +595,41 @@ def _train(
         if not going_on:
             log(0, 0.0, 0.0, 0, _look(run, judge, current, 0, main))
             save()
-        while state["step"] < total:  # once, and again after every roll-back
+        ended = length.progress(state["step"], state["passed"]) >= 1
+        while not ended:  # once, and again after every roll-back
             current.seed = recipe.run.seed + 1_000_003 * state["rollbacks"]  # other batches than those that failed
-            in_a_row, pending, waited, since, steps = 0, [], 0.0, 0.0, 0
+            pending, waited, since, steps = [], 0.0, 0.0, 0
             batches = _batches(current, images, state["step"], note_skip)
             rolled = False
             try:
-                while state["step"] < total and not rolled:
-                    began = time.perf_counter()
+                while not (ended or rolled):
+                    began = clock()
                     batch = next(batches)
-                    waited += time.perf_counter() - began
+                    waited += clock() - began
                     step = state["step"]
-                    numbers, bad = update(current, batch, step, rate_at(step, recipe))
+                    numbers, bad = update(current, batch, step, rate(step))
                     window.add(numbers, bad)
                     state["step"] = step = step + 1
                     pending.append((step, bad, batch.samples))
-                    due = step < total and (fabric.world_size == 1 or step % measured["log_every"] == 0)
-                    late = pause is not None and state["seconds"] + time.perf_counter() - began >= pause
-                    pausing = due and _agreed(fabric, late)
-                    probing = step % measured["probe_every"] == 0 or step == total or pausing
+                    due = fabric.world_size == 1 or step % measured["log_every"] == 0
+                    if due:  # several processes ask each other now and then
+                        state["passed"] = fabric.broadcast(state["seconds"] + clock() - began)
+                    progress = length.progress(step, state["passed"])
+                    ended = progress >= 1
+                    pausing = due and not ended and pause is not None and state["passed"] >= pause
+                    probing = step % measured["probe_every"] == 0 or ended or pausing
                     logging = step % measured["log_every"] == 0 or probing
-                    stopping = due and _agreed(fabric, bool(received))
+                    stopping = due and not ended and _agreed(fabric, bool(received))
                     saving = step % measured["checkpoint_every"] == 0 or probing or stopping
                     # flags are read a step late, so that a GPU never waits for Python, unless the step ends here
                     while len(pending) > (0 if logging or saving else 1):
-                        in_a_row = _count_bad(run, images, pending.pop(0), in_a_row, state, bar)
-                        rolled = rolled or in_a_row >= ROLL_BACK_AFTER
-                    spent = time.perf_counter() - began
+                        _count_bad(run, images, pending.pop(0), state, bar)
+                        rolled = rolled or state["in_a_row"] >= ROLL_BACK_AFTER
+                    spent = clock() - began
                     state["seconds"] += spent
                     since, steps = since + spent, steps + 1
+                    if length.minutes and due:
+                        bar.expect(max(step, round(step / progress)))
                     bar.step(step)
                     if rolled:
                         break
@@ -610,23 +646,27 @@ def _train(
                         save()
                     if stopping:
                         raise Interrupted(received[0] if received else signal.SIGTERM)
+                    if length.minutes and (ended or pausing):
+                        # as many as there were, or will be where the machine stays as it is
+                        measured["steps"] = step if ended else max(step + 1, round(step / progress))
+                        if main:
+                            run.write_recipe(recipe)
                     if pausing:
-                        # by now it is known how long a step takes here, so the run can end when it should
-                        left = 60 * (recipe.run.minutes or 0) - state["seconds"]
-                        if left > 0:
-                            measured["steps"] = step + max(1, round(left * step / state["seconds"]))
-                            if main:
-                                run.write_recipe(recipe)
                         return
             finally:
                 batches.close()
             if rolled:
-                failed = {"bad": state["bad"], "rollbacks": state["rollbacks"] + 1}
-                step = state["step"]
+                # the time is spent, whatever became of it
+                failed = {key: state[key] for key in ("seconds", "passed", "bad")}
+                failed["rollbacks"] = state["rollbacks"] + 1
+                step, ended = state["step"], False
                 if not load():
                     raise NotFinite("the loss is not finite from the first step on; try a lower --set optimiser.rate")
-                state.update(failed)
+                state.update(failed, in_a_row=0)
+                if board is not None:
+                    board.back_to(state["step"])
                 bar.above(f"step {step}: {ROLL_BACK_AFTER} steps in a row not finite; back to step {state['step']}")
+                fabric.barrier()  # the others read the checkpoint that is written anew now
                 save()  # so that a kill from here on does not forget that the data moved on
     finally:
         bar.close()
@@ -652,21 +692,24 @@ def _agreed(fabric: Fabric, wanted: bool) -> bool:
     return bool(torch.as_tensor(flag) > 0)
 
 
-def _count_bad(run: Run, images: ImageSet, seen: Any, in_a_row: int, state: dict[str, Any], bar: Bar) -> int:
-    """How many steps in a row had no finite gradient, this one included; names the images of such a step."""
+def _count_bad(run: Run, images: ImageSet, seen: Any, state: dict[str, Any], bar: Bar) -> None:
+    """Count the steps, and those in a row, without a finite gradient; names the images of such a step."""
     step, bad, samples = seen
     if not bad.item():
-        return 0
+        state["in_a_row"] = 0
+        return
     state["bad"] += 1
+    state["in_a_row"] += 1
     names = [images.names[k] for k in samples]
-    run.append("not-finite.jsonl", [{"step": step, "paths": names}])
+    line = {"step": step, "paths": names}
+    if line not in run.lines("not-finite.jsonl"):  # a step that is made again after a kill
+        run.append("not-finite.jsonl", [line])
     bar.above(f"step {step}: not finite, batch left out ({', '.join(names[:3])}, ...; all in not-finite.jsonl)")
     if state["bad"] >= STOP_AFTER:
         raise NotFinite(
             f"the loss stayed not finite ({state['bad']} batches, the last at step {step}); the last good checkpoint is "
             f"kept in {run.path / 'checkpoints'}; try a lower --set optimiser.rate"
         )
-    return in_a_row + 1
 
 
 def _look(run: Run, judge: Judge, current: Session, step: int, main: bool) -> dict[str, float] | None:
@@ -712,6 +755,11 @@ class Boards:
             self.writer.add_scalar(key, value, line["step"])
         for other in self.others:
             other.log_metrics(numbers, step=line["step"])
+
+    def back_to(self, step: int) -> None:
+        """Forget what TensorBoard was told of later steps, which are made again."""
+        self.writer.close()
+        self.writer = SummaryWriter(self.writer.log_dir, purge_step=step + 1)
 
     def close(self) -> None:
         self.writer.close()

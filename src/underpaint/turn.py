@@ -9,19 +9,21 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from underpaint.errors import InputError, NotFinite
 
 
-def turn(plan: dict[str, Any]) -> int:
-    """Train until `pause` seconds of training are done, or to the end."""
+def turn(plan: dict[str, Any], clock: Callable[[], float] = time.perf_counter) -> int:
+    """Train until `pause` seconds of training by `clock` are done, or to the end."""
     from underpaint.signals import Interrupted
     from underpaint.train import pretrain
 
     try:
-        pretrain(plan["data"], plan["out"], recipe=plan["recipe"], pause=float(plan["pause"]))
+        pretrain(plan["data"], plan["out"], recipe=plan["recipe"], pause=float(plan["pause"]), clock=clock)
         return 0
     except (InputError, NotFinite) as error:
         Path(plan["reason"]).write_text(" ".join(str(error).split()))
