@@ -1,21 +1,34 @@
 """The verdict of a comparison in plain words. No sentence says more than `Difference.beyond` allows."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from underpaint.compare.stand import Arm, Difference, Spread, difference, spread, standing
+from underpaint.report.words import span_text, time_text
+
+EQUAL = 1.05  # most that one method's minutes may be over another's where they are called the same
 
 
 def verdict(
-    arms: Sequence[Arm], *, minutes: float, shots: int, troubled: Mapping[str, str], left_out: Mapping[str, str]
+    arms: Sequence[Arm],
+    *,
+    minutes: float,
+    shots: int,
+    troubled: Mapping[str, str],
+    left_out: Mapping[str, str],
+    spent: Mapping[str, Sequence[float]] | None = None,
+    tokenizers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> list[str]:
     """Sentences, the advice first.
 
     Args:
         arms: every row that was judged.
-        minutes: of training each method had.
+        minutes: of training each method was to have.
         shots: labelled images a class where few were used.
         troubled: methods whose own run is not learning, with its verdict in a word.
         left_out: methods that could not take part, with the reason.
+        spent: minutes of training that each method really had, by seed.
+        tokenizers: of each method that predicts words, by seed: `made` by the run, and `seconds` that it took or None.
     """
     methods = [arm for arm in arms if arm.kind == "method"]
     said: list[str] = []
@@ -26,7 +39,7 @@ def verdict(
                 "Each method was trained once: another seed may move it by more than the errors here, which only "
                 "count the test images. `--seeds 3` would tell."
             )
-        said.append(f"All this is for {minutes:g} minutes of training each on this machine; more can change the order.")
+        said += _budget(minutes, spent or {}, tokenizers or {})
     elif methods:
         ranks = ", ".join(f"{arm.name} {sum(arm.rank) / len(arm.rank):.1f}" for arm in arms if arm.rank)
         said.append(
@@ -35,6 +48,25 @@ def verdict(
         )
     said += [f"The run of {name} is {word}: its own page says why." for name, word in troubled.items()]
     said += [f"{name} was left out: {reason}" for name, reason in left_out.items()]
+    return said
+
+
+def _budget(
+    minutes: float, spent: Mapping[str, Sequence[float]], tokenizers: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[str]:
+    """What time the methods had, and what came on top of it."""
+    had = [minutes, *(one for those in spent.values() for one in those)]
+    if max(had) > EQUAL * min(had):
+        real = [f"{name} had {span_text(those, lambda one: f'{one:.1f}')} minutes" for name, those in spent.items()]
+        each = f"for unequal times on this machine ({minutes:g} minutes of training were to be had): {', '.join(real)}"
+    else:
+        each = f"for {minutes:g} minutes of training each on this machine"
+    said = [f"All this is {each}; more can change the order."]
+    for name, those in tokenizers.items():
+        times = [one["seconds"] for one in those if one["seconds"] is not None]
+        told = f"in {span_text(times, time_text)}" if times else "in a time that its file does not tell"
+        made = "made its tokenizer" if all(one["made"] for one in those) else "was given a tokenizer, made elsewhere"
+        said.append(f"{name} {made} {told}, which comes on top of its minutes.")
     return said
 
 

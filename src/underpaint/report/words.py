@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -70,3 +71,9 @@ def time_text(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def span_text(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """Several numbers as one, or from the smallest to the largest where their texts differ."""
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
