@@ -42,6 +42,7 @@ from underpaint.report import verdict as verdict_of_run
 from underpaint.runs import Run, environment, finite, write_atomically
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.train import FLAGS, build, open_data
+from underpaint.turn import turn
 from underpaint.use import load_method
 
 ROUNDS = (2, 6)  # least and most turns a method has: a point of its curve after each, a minute apart or more
@@ -82,6 +83,7 @@ def compare(
     seeds: int = 2,
     recipe: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    clock: Callable[[], float] | None = None,
     **flags: Any,
 ) -> dict[str, Any]:
     """Compare methods on the images in `data`; where `out` holds this comparison, go on with it.
@@ -95,6 +97,8 @@ def compare(
         seeds: how often each method is trained.
         recipe: where encoder and data settings come from: a shipped name or a YAML file.
         settings: any values of the recipe by path, for all methods alike.
+        clock: seconds, to time training by in place of the machine's clock, which makes a comparison repeatable; turns
+            are then taken in this process, where alone it can be read.
         flags: those of `pretrain` by short name, for all methods alike: encoder, patch_size, image_size, labels,
             groups, all_images, workers, batch_size, init, precision, devices, nodes.
 
@@ -131,7 +135,7 @@ def compare(
                 for k in range(len(names)):
                     name = names[(k + round_) % len(names)]
                     if name not in plan.left_out:
-                        _turn(folder, plan, name, seed, round_, received)
+                        _turn(folder, plan, name, seed, round_, received, clock)
                 if all(name in plan.left_out for name in names):
                     raise InputError(f"no method got through: {'; '.join(plan.left_out.values())}")
         found = _judge_all(folder, plan, images, judge, received)
@@ -237,13 +241,21 @@ def _store(folder: Path, plan: Plan) -> None:
 # --- training in turns ----------------------------------------------------------------------------------------------
 
 
-def _turn(folder: Path, plan: Plan, name: str, seed: int, round_: int, received: Sequence[int]) -> None:
+def _turn(
+    folder: Path,
+    plan: Plan,
+    name: str,
+    seed: int,
+    round_: int,
+    received: Sequence[int],
+    clock: Callable[[], float] | None,
+) -> None:
     """One turn of a method, where it has not had it; a method that fails is left out from then on."""
     run = Run(folder / "runs" / f"{name}-{seed}")
     last = round_ == plan.rounds - 1
     pause = math.inf if last else 60 * plan.minutes * (round_ + 1) / plan.rounds
-    seconds, ended = _reached(run)
-    if ended or seconds >= pause:
+    seconds = _reached(run)
+    if seconds >= min(pause, 60 * plan.minutes):
         return
     say(
         f"round {round_ + 1} of {plan.rounds}: {name}, seed {seed}, {seconds / 60:.1f} of {plan.minutes:g} minutes done"
@@ -255,8 +267,24 @@ def _turn(folder: Path, plan: Plan, name: str, seed: int, round_: int, received:
     reason = folder / "reason.txt"
     reason.unlink(missing_ok=True)
     told = {"out": str(run.path), "recipe": str(recipe), "pause": str(pause), "reason": str(reason)}
-    write_atomically(folder / "turn.json", json.dumps({"data": chosen["data"]["path"], **told}) + "\n")
-    command = [sys.executable, "-m", "underpaint.turn", str(folder / "turn.json")]
+    told = {"data": chosen["data"]["path"], **told}
+    write_atomically(folder / "turn.json", json.dumps(told) + "\n")
+    status = _process(folder / "turn.json", received) if clock is None else turn(told, clock)
+    if received:
+        raise Interrupted(received[0])
+    if clock is not None and status > 128:  # the turn, in this process, met the signal
+        raise Interrupted(status - 128)
+    if status:
+        why = reason.read_text() if reason.is_file() else f"its process ended with status {status}"
+        if status == -signal.SIGKILL:
+            why = "its process was killed, most likely because memory ran out"
+        plan.left_out[name] = why
+        say(f"{name} is left out: {why}")
+
+
+def _process(told: Path, received: Sequence[int]) -> int:
+    """A turn in a process of its own; returns its exit status."""
+    command = [sys.executable, "-m", "underpaint.turn", str(told)]
     status, passed = None, False
     # it ends when the pipe does; the terminal's Ctrl-C comes here only, and is passed on once
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
@@ -267,23 +295,14 @@ def _turn(folder: Path, plan: Plan, name: str, seed: int, round_: int, received:
                 if received and not passed:
                     process.send_signal(signal.SIGTERM)
                     passed = True
-    if received:
-        raise Interrupted(received[0])
-    if status:
-        why = reason.read_text() if reason.is_file() else f"its process ended with status {status}"
-        if status == -signal.SIGKILL:
-            why = "its process was killed, most likely because memory ran out"
-        plan.left_out[name] = why
-        say(f"{name} is left out: {why}")
+    return status
 
 
-def _reached(run: Run) -> tuple[float, bool]:
-    """Seconds of training that a run has behind it, and whether it is at its end."""
+def _reached(run: Run) -> float:
+    """Seconds of training that a run has behind it."""
     found = run.checkpoints() if run.exists else []
-    if not found:
-        return 0.0, False
-    numbers = json.loads((found[-1] / "state.json").read_text())
-    return float(numbers["seconds"]), numbers["step"] >= run.recipe().measured["steps"]
+    numbers = json.loads((found[-1] / "state.json").read_text()) if found else {"seconds": 0.0}
+    return float(numbers.get("passed", numbers["seconds"]))
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -440,7 +459,15 @@ def _result(plan: Plan, judge: Judge, folder: Path, found: Found) -> dict[str, A
         if few := judge.few(DRAWS).draws:
             result |= {"draws": DRAWS, "few_train": len(few[0].indices), "shots_overlap": judge.few(DRAWS).overlap}
         result |= {**counts, "seen_in_pretraining": judge.seen, "notes": judge.notes(counts, DRAWS)}
-    result["verdict"] = verdict(arms, minutes=plan.minutes, shots=SHOTS, troubled=troubled, left_out=plan.left_out)
+    result["verdict"] = verdict(
+        arms,
+        minutes=plan.minutes,
+        shots=SHOTS,
+        troubled=troubled,
+        left_out=plan.left_out,
+        spent={name: [run.lines("metrics.jsonl")[-1]["seconds"] / 60 for run in those] for name, those in runs.items()},
+        tokenizers={name: made for name, those in runs.items() if (made := _tokenizers(those))},
+    )
     result["rows"] = [_row(arm, arms, start, runs.get(arm.name), words.get(arm.name)) for arm in arms]
     result["left_out"] = plan.left_out
     result["curves"] = {name: _curve(those) for name, those in runs.items()}
@@ -486,12 +513,19 @@ def _row(arm: Arm, arms: Sequence[Arm], start: str, runs: Sequence[Run] | None, 
             "images": float(np.mean([end["images"] for end in ends])),
             "images_per_second": float(np.mean([end["images"] / max(end["seconds"], 1e-9) for end in ends])),
             "memory_gib": max(recipe.measured["memory_gib"] for recipe in recipes),
-            "tokenizer_seconds": recipes[0].measured.get("tokenizer", {}).get("seconds"),
+            "tokenizers": _tokenizers(runs),
             "loss_over_baseline": float(np.mean([_share(line) for line in lines])),
             "restoration": _restoration(runs),
             "recipe": plain(recipes[0]),
         }
     return row
+
+
+def _tokenizers(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of each seed whose method predicts words: whether the run made its tokenizer, and the seconds that making it took,
+    then or elsewhere, None where its file does not tell."""
+    found = [run.recipe().measured.get("tokenizer") for run in runs]
+    return [{"made": one["made"], "seconds": one["seconds"]} for one in found if one]
 
 
 def _restoration(runs: Sequence[Run]) -> dict[str, Any]:
