@@ -4,6 +4,8 @@ A server imports everything once and forks a child a command, before it has comp
 thread pools have run would hang. It reads a request a line from stdin, and answers each with the child's exit status.
 """
 
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +14,21 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# what commands import when they need it
+IMPORTED = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.pyplot",
+    "sklearn.manifold",
+    "underpaint.compare",
+    "underpaint.evaluate.command",
+    "underpaint.predict",
+    "underpaint.report",
+    "underpaint.tokenize",
+    "underpaint.train",
+    "underpaint.use",
+)
 
 
 @dataclass
@@ -61,18 +78,17 @@ class CommandLine:
 
 def serve() -> None:
     import killed
+    import numpy as np
+    import pyarrow as pa
     import torch
 
     import underpaint.cli
-    import underpaint.compare
-    import underpaint.evaluate.command
-    import underpaint.predict
-    import underpaint.report
-    import underpaint.tokenize
-    import underpaint.train
-    import underpaint.use
 
+    for name in IMPORTED:
+        importlib.import_module(name)
+    pa.array(np.zeros(1))  # imports what it finds
     torch.set_num_threads(1)
+    gc.freeze()  # a collection in a child would copy every page of what was imported
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

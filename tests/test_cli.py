@@ -47,6 +47,10 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Any) -> No
         (["pretrain", "DATA", "--out", "OUT", "--steps", "-2"], "must be above 0"),
         (["pretrain", "DATA", "--out", "OUT", "--batch-size", "0"], "must be at least 1"),
         (["pretrain", "DATA", "--out", "OUT", "--encoder", "resnet18"], "without batch norm"),
+        (
+            ["pretrain", "DATA", "--out", "OUT", "--set", "encoder.fc_norm=true"],
+            "cannot be used: this vision transformer",
+        ),
         (["pretrain", "DATA", "--out", "OUT", "--init", "absent.pth"], "no such file"),
         (["report", "DATA"], "no recipe.yaml"),
         (["score", "DATA", "DATA", "--out", "x.csv"], "no recipe.yaml"),

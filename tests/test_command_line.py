@@ -180,7 +180,7 @@ def told(case: Case, labelled: Path, unlabelled: Path) -> list[Any]:
         "--workers",
         0,
     ]
-    arguments += ["--checkpoint-every", 1]
+    arguments += ["--checkpoint-every", 1, "--probe-every", STEPS]
     for setting in (*case.settings, "optimiser.rate=0.02", "run.log_every=1"):
         arguments += ["--set", setting]
     return arguments

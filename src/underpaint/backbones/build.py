@@ -139,13 +139,16 @@ def from_arguments(arguments: dict[str, Any]) -> Backbone:
         model = timm.create_model(**arguments)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise InputError(f"encoder: timm cannot build '{arguments['model_name']}': {error}") from error
-    if isinstance(model, VisionTransformer):
-        return ViT(model)
-    if isinstance(model, TimmBeit):
-        return Beit(model)
-    if isinstance(model, SwinTransformer):
-        return Swin(model, arguments["in_chans"])
-    return MapBackbone(model, arguments["in_chans"])
+    try:
+        if isinstance(model, VisionTransformer):
+            return ViT(model)
+        if isinstance(model, TimmBeit):
+            return Beit(model)
+        if isinstance(model, SwinTransformer):
+            return Swin(model, arguments["in_chans"])
+        return MapBackbone(model, arguments["in_chans"])
+    except ValueError as error:
+        raise InputError(f"encoder: '{arguments['model_name']}' cannot be used: {error}") from error
 
 
 def _own_patch_size(name: str) -> int | None:
