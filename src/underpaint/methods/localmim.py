@@ -332,10 +332,13 @@ class LocalMIM(Method):
         mask = self.mask(draws, number)
         wanted = tap.target(target, mask)
         squares = (tap(tokens, mask).float() - wanted).square().mean(-1)
-        constant = wanted.flatten(0, -2).mean(0)
+        weights = tap.weights(mask)
+        if weights is None:
+            constant = wanted.flatten(0, -2).mean(0)
+        else:
+            constant = (wanted * weights.unsqueeze(-1)).sum((0, 1)) / weights.sum()
         # |wanted - constant|^2, without another tensor as large
         flat = (wanted.square().sum(-1) - 2 * wanted @ constant + constant @ constant) / wanted.shape[-1]
-        weights = tap.weights(mask)
         if weights is None:
             return squares.flatten(1).mean(1), flat.flatten(1).mean(1)
         # every image has as many hidden patches, so the mean over images is that over all cells
@@ -370,8 +373,12 @@ class LocalMIM(Method):
     def held_out(
         self, images: Float[Tensor, "b c height width"], generator: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each scale, against the best constant prediction."""
-        draws = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        """Each scale, against the best constant prediction for these images together."""
+        draws = self.draw(len(images), images.shape[2], images.shape[3], generator)
+        if self.pool is not None:  # images share a mask for speed alone
+            choice = torch.randint(self.pool.count, (len(images),), generator=generator)
+            draws = PooledMask(choice, len(images))
+        draws = draws.to(images.device)
         targets = self.targets(images)
         return {
             self._name(number): self.errors(number, tokens, targets[number], draws)
