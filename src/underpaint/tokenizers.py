@@ -201,18 +201,20 @@ def _nearest(
 def _plus_plus(patches: Float[Tensor, "n d"], count: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
     """Starts far from each other: each next one drawn by its squared distance to those before."""
     draws = torch.rand(count, generator=generator).tolist()
-    squares = patches.square().sum(1)
-    centres = [patches[int(draws[0] * len(patches))]]
+    centred = patches - patches.mean(0)
+    squares = centred.square().sum(1)
+    chosen = [int(draws[0] * len(patches))]
     nearest = torch.full_like(squares, torch.inf)
     for draw in draws[1:]:
-        last = centres[-1]
-        nearest = torch.minimum(nearest, (squares - 2 * patches @ last + last.square().sum()).clamp_min(0))
+        both = squares + squares[chosen[-1]]
+        distance = both - 2 * centred @ centred[chosen[-1]]
+        # equal patches would be apart by what rounding leaves
+        nearest = torch.minimum(nearest, torch.where(distance > 1e-5 * both, distance, 0.0))
         total = nearest.double().cumsum(0)
         if float(total[-1]) <= 0:
-            raise InputError(f"k-means of {count} words: there are only {len(centres)} different patches")
-        place = int(torch.searchsorted(total, draw * total[-1]))
-        centres.append(patches[min(place, len(patches) - 1)])
-    return torch.stack(centres)
+            raise InputError(f"k-means of {count} words: there are only {len(chosen)} different patches")
+        chosen.append(min(int(torch.searchsorted(total, draw * total[-1])), len(patches) - 1))
+    return patches[chosen]
 
 
 def width_for(image_size: tuple[int, int]) -> int:
