@@ -189,8 +189,13 @@ def finetune(
         What results.json holds: sizes, rows, gain over from scratch, steps.
 
     Raises:
-        InputError: fewer than two classes in train.
+        InputError: fewer than two classes in train; a batch that is empty, or odd where images are mixed.
     """
+    if recipe.batch_size < 1 or ((recipe.mixup or recipe.cutmix) and recipe.batch_size % 2):
+        raise InputError(
+            f"--set batch_size={recipe.batch_size}: 1 or more are needed, and an even number where mixup and cutmix pair "
+            "images (mixup=0 and cutmix=0 switch them off)"
+        )
     subjects = {"encoder": subject} | ({"untrained": subject.twin(seed)} if subject.trained else {})
     rows: dict[str, Probe] = {}
     trained: dict[str, Any] = {}
