@@ -121,10 +121,10 @@ def test_a_crop_keeps_image_and_mask_together() -> None:
     mask = rng.integers(0, 3, (10, 14)).repeat(4, 0).repeat(4, 1).astype(np.int64)
     image = torch.from_numpy(mask).float()[None].expand(3, -1, -1) / 4
     for _ in range(20):
-        piece, labels = crop_of((image, mask), (32, 32), (1.0, 1.0), rng)
+        piece, labels = crop_of((image, mask), (32, 32), (1.0, 1.0), rng, torch.zeros(3))
         assert piece.shape == (3, 32, 32)
         assert torch.equal((piece[0] * 4).round().long(), labels)
-    piece, labels = crop_of((image, mask), (64, 64), (0.5, 0.5), rng)
+    piece, labels = crop_of((image, mask), (64, 64), (0.5, 0.5), rng, torch.zeros(3))
     assert bool((labels[20:] == VOID).all())
     assert bool((labels[:20, :28] != VOID).all())
 

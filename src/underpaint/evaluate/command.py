@@ -36,7 +36,7 @@ from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separa
 from underpaint.evaluate.parts import Part
 from underpaint.evaluate.plots import histogram_picture
 from underpaint.evaluate.scenes import Scenes
-from underpaint.evaluate.segment import Answered, Segmenting, segment
+from underpaint.evaluate.segment import VOID, Answered, Segmenting, segment
 from underpaint.evaluate.splits import stratified
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import Subject, open_subject
@@ -286,7 +286,7 @@ def masked_parts(
     """Images with masks, to train on and to test on, and the classes by name.
 
     Raises:
-        InputError: there are no masks; all of one part's images lack theirs.
+        InputError: there are no masks; all of one part's images lack theirs; more classes than 255.
     """
     masks = masks_of(data, source)
     for note in masks.notes:
@@ -310,6 +310,8 @@ def masked_parts(
         names = [str(k) for k in range(highest + 1)]
     elif ignore == len(names) - 1 and masks.ignore is None:
         names = names[:-1]  # the ignored class may be named too
+    if len(names) > VOID:
+        raise InputError(f"{data}: masks of {len(names)} classes; segmentation takes up to {VOID}")
     scenes = Scenes(source, [*train, *test], subject.encoder.channels, subject.scaling)
     made = [
         Answered(scenes, masks, [k for k in indices if k in scenes], len(names), ignore) for indices in (train, test)

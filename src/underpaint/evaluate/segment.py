@@ -120,9 +120,16 @@ Pair = tuple[Float[Tensor, "c h w"], Int[np.ndarray, "h w"]]
 
 
 def crop_of(
-    pair: Pair, size: tuple[int, int], scale: tuple[float, float], generator: np.random.Generator
+    pair: Pair,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    generator: np.random.Generator,
+    fill: Float[Tensor, "c"],
 ) -> tuple[Float[Tensor, "c th tw"], Int[Tensor, "th tw"]]:
-    """A randomly scaled, cut and mirrored piece of an image in [0, 1] and its mask, padded to `size` with void."""
+    """A randomly scaled, cut and mirrored piece of an image in [0, 1] and its mask, padded to `size` with void.
+
+    `fill` is the colour of what is padded: the data's mean, which is 0 once standardised, as in windows at test.
+    """
     image, mask = pair
     factor = float(np.exp(generator.uniform(*np.log(scale))))
     height, width = image.shape[-2:]
@@ -135,8 +142,9 @@ def crop_of(
     labels = F.interpolate(labels[None, None].float(), target, mode="nearest-exact")[0, 0].long()
     if generator.random() < 0.5:
         image, labels = image.flip(-1), labels.flip(-1)
-    down, right = size[0] - target[0], size[1] - target[1]
-    return F.pad(image, (0, right, 0, down)), F.pad(labels, (0, right, 0, down), value=VOID)
+    whole = fill.view(-1, 1, 1).repeat(1, *size)
+    whole[:, : target[0], : target[1]] = image
+    return whole, F.pad(labels, (0, size[1] - target[1], 0, size[0] - target[0]), value=VOID)
 
 
 @torch.no_grad()
@@ -241,7 +249,14 @@ def segment(
 
     Returns:
         What results.json holds.
+
+    Raises:
+        InputError: windows that leave gaps or never move on, or no scale; fewer than two classes in train; wrong masks.
     """
+    if not 0 <= settings.overlap < 1:
+        raise InputError(f"--set overlap={settings.overlap:g}: a share of a window, from 0 to below 1")
+    if not 0 < settings.scale[0] <= settings.scale[1]:
+        raise InputError(f"--set scale={list(settings.scale)}: from a scale above 0 to one that is no smaller")
     present = _present(train, test, names)
     rows: dict[str, Any] = {"most frequent class": _majority(test, int(present.argmax()), len(names)).numbers()}
     found_of: dict[str, Measured] = {}
@@ -325,12 +340,14 @@ def _train(
         groups.append({"params": list(encoder.parameters()), "lr": settings.encoder_rate})
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
+    mean = subject.standardize.mean.flatten().cpu()
+
     def batches(first: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         step = first
         while True:
             generator = np.random.default_rng([seed, step])
             numbers = generator.integers(0, len(train), settings.batch_size)
-            pieces = [crop_of(train.read(int(k)), subject.size, settings.scale, generator) for k in numbers]
+            pieces = [crop_of(train.read(int(k)), subject.size, settings.scale, generator, mean) for k in numbers]
             yield torch.stack([piece[0] for piece in pieces]), torch.stack([piece[1] for piece in pieces])
             step += 1
 
