@@ -271,7 +271,10 @@ def detected(
     results = []
     tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
     for k in range(len(found["scores"])):
-        left, top, right, bottom = (found["boxes"][k].cpu() / torch.tensor([wide / width, tall / height] * 2)).tolist()
+        box = found["boxes"][k].cpu() / torch.tensor([wide / width, tall / height] * 2)
+        left, top, right, bottom = torch.minimum(box, torch.tensor([width, height] * 2)).tolist()
+        if right <= left or bottom <= top:  # found in what was padded
+            continue
         one: dict[str, Any] = {
             "image_id": image_id,
             "category_id": categories[int(found["labels"][k])],
@@ -374,7 +377,7 @@ def detect(
     seed: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """Faster R-CNN, or Mask R-CNN where the annotations have masks, on the encoder and on the same one untrained.
+    """Faster R-CNN, or Mask R-CNN where all annotated objects have masks, on the encoder and on the same one untrained.
 
     Returns:
         What results.json holds.
@@ -393,7 +396,12 @@ def detect(
         say(f"note: train lacks {len(lacking)} of the classes in test ({', '.join(lacking[:3])}): counted as 0")
     categories = sorted(used)
     names = [annotated.categories[k] for k in categories]
-    masks = any(s is not None for index in indices for s in annotated.objects(index).segments)
+    segments = [s for index in indices for s in annotated.objects(index).segments]
+    segments += [s for index in test_indices for s in judged.objects(index).segments]
+    without = sum(s is None for s in segments)
+    masks = without == 0 and len(segments) > 0
+    if 0 < without < len(segments):  # COCO's measure needs all, and an empty mask would be learned as one
+        say(f"note: {without} of {len(segments)} objects have no mask: boxes alone")
     shapes: dict[int, Any] = {index: tuple(scenes[index].shape[-2:]) for index in indices}
     sizes = sizes_of(annotated, indices, subject.size, shapes)
     say(
