@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,15 @@ def test_sparse_spots_on_nothing_keep_their_range(tmp_path: Path) -> None:
         tiff(tmp_path / f"{k:02}.tif", image)
     images = load(tmp_path, channels=1, size=(64, 64))
     assert (images.scaling.low, images.scaling.high) == ((50,), (1950,))
+
+
+@pytest.mark.quick
+def test_scalings_that_differ_little_share_no_cache(deep: Path) -> None:
+    measured = load(deep).scaling
+    near = replace(measured, high=(measured.high[0], measured.high[1], measured.high[2] + 2**-10))
+    assert str(near) == str(measured)
+    assert load(deep, scaling=near).scaling == near
+    assert load(deep, scaling=measured).scaling == measured
 
 
 @pytest.mark.quick

@@ -41,6 +41,7 @@ from underpaint.report import PROBES, markdown_table, write_comparison, write_re
 from underpaint.report import verdict as verdict_of_run
 from underpaint.runs import Run, environment, finite, write_atomically
 from underpaint.signals import Interrupted, watched_signals
+from underpaint.tokenizers import tokenizer_scaling
 from underpaint.train import FLAGS, build, open_data
 from underpaint.turn import turn
 from underpaint.use import load_method
@@ -112,7 +113,14 @@ def compare(
     folder = Path(out)
     plan = _plan(str(data), methods, float(minutes), seeds, recipe, settings or {}, flags)
     first = next(iter(plan.recipes.values()))
+    for each in plan.recipes.values():  # all are to see what a tokenizer that one is given sees
+        found = tokenizer_scaling(each.method["tokenizer"]) if each.method.get("tokenizer") else None
+        if found is not None:
+            first.measured["scaling"] = found.stored()
     images, judge = open_data(first, say)
+    if not images.scaling.plain:
+        for each in plan.recipes.values():
+            each.measured["scaling"] = images.scaling.stored()
     for name in list(plan.recipes):
         try:
             build(plan.recipes[name], images)

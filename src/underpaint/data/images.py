@@ -324,7 +324,7 @@ def resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _key(source: Source, indices: list[int], channels: int, limit: int, max_pixels: int, scaling: Any) -> str:
     """`scaling` is the one given, or the `nodata` with which it is measured on these images."""
-    settings = f"{CACHE_VERSION} {source.fingerprint()} {channels} {limit} {max_pixels} {scaling} "
+    settings = f"{CACHE_VERSION} {source.fingerprint()} {channels} {limit} {max_pixels} {scaling!r} "
     return hashlib.sha256(settings.encode() + np.asarray(indices, dtype="<i8").tobytes()).hexdigest()[:32]
 
 
