@@ -10,6 +10,7 @@ import hashlib
 import json
 import lzma
 import os
+import posixpath
 import re
 import shutil
 import tarfile
@@ -737,12 +738,12 @@ def coco_places(listed: dict[str, list[str]], names: Sequence[str]) -> dict[str,
         below = ["images", *(f"images/{word}" for word in words), *(f"{word}/images" for word in words), "", *words]
         places = [(path.parent.parent / place).as_posix() for place in below]
         starts = ["" if place == "." else f"{place}/" for place in places]
-        plain = [PurePosixPath(name.replace("\\", "/")).as_posix() for name in wanted]
+        plain = [posixpath.normpath(name.replace("\\", "/")) for name in wanted]
         found[file] = [next((s + name for s in starts if s + name in known), None) for name in plain]
     taken = {place for places in found.values() for place in places if place is not None}
     by_name: dict[str, list[str]] = {}
     for name in sorted(known - taken):
-        by_name.setdefault(PurePosixPath(name).name, []).append(name)
+        by_name.setdefault(name.rpartition("/")[2], []).append(name)
     open_ones = [
         (file, number, PurePosixPath(listed[file][number].replace("\\", "/")).name)
         for file, places in found.items()
