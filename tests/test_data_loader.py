@@ -380,6 +380,24 @@ def test_streamed_large_jpegs_are_reduced_to_the_same_picture(tmp_path):
     assert (batch.images - expected).abs().max() < 0.05
 
 
+def test_another_sample_stands_in_for_a_broken_one_in_each_epoch(tmp_path):
+    data = write_images(tmp_path, 24)
+    (data / "000.png").write_bytes(b"broken")
+    images = load(data, cache_limit=0.0)
+    batches = first(images, 24, indices=range(24), batch_size=12)  # 12 epochs
+
+    def stand_ins(found: list[Batch]) -> list[int]:
+        """Who is there twice."""
+        epochs = [[s for batch in found[k : k + 2] for s in batch.samples] for k in range(0, len(found), 2)]
+        return [next(s for s in epoch if epoch.count(s) == 2) for epoch in epochs]
+
+    who = stand_ins(batches)
+    assert len(set(who)) > 6
+    assert who == stand_ins(first(images, 24, indices=range(24), batch_size=12, workers=2))
+    assert who != stand_ins(first(images, 24, indices=range(24), batch_size=12, seed=2))
+    assert_same(batches[7:9], first(images, 2, indices=range(24), batch_size=12, first_batch=7))
+
+
 def test_what_cannot_be_streamed_raises_in_raw(tmp_path):
     data = write_images(tmp_path / "data")
     (data / "text.png").write_bytes(b"text")

@@ -73,7 +73,7 @@ def train_batches(
         crop_scale: range of a crop's share of the image's area.
         rank, world: this process gets rows rank * batch_size / world and on of each batch.
         on_skip: told {"path", "reason"} once for each file of a streamed set that cannot be decoded; another sample,
-            always the same, stands in for it.
+            drawn by (seed, epoch, sample), stands in for it.
 
     Raises:
         ValueError: `batch_size` is not a multiple of `world`.
@@ -179,10 +179,14 @@ class _TrainRows:
                 self._seed, epochs[rows], chosen, sizes, scale=self._scale, flip=self._flip, target=self._size
             )
 
-        return _cut(self._images, samples, self._size, draw, self._stand_ins)
+        def stand_ins(row: int) -> Iterator[int]:
+            return self._stand_ins(int(epochs[row]), int(samples[row]))
 
-    def _stand_ins(self, sample: int) -> Iterator[int]:
-        generator = np.random.default_rng([self._seed % 2**64, sample])
+        return _cut(self._images, samples, self._size, draw, stand_ins)
+
+    def _stand_ins(self, epoch: int, sample: int) -> Iterator[int]:
+        """What is tried in place of a sample: others in each epoch, so that no image counts for two throughout."""
+        generator = np.random.default_rng([self._seed % 2**64, epoch, sample])
         for _ in range(REPLACEMENTS):
             yield int(self._indices[generator.integers(len(self._indices))])
         raise InputError(f"{self._images.names[sample]} and {REPLACEMENTS} images drawn in its place cannot be read")
@@ -221,7 +225,7 @@ class _EvalRows:
             return centre_boxes(sizes, self._size), np.zeros(len(sizes), dtype=bool)
 
         samples = np.asarray(self._indices[batch * self._batch_size : (batch + 1) * self._batch_size])
-        return _cut(self._images, samples, self._size, draw, lambda sample: iter(()))
+        return _cut(self._images, samples, self._size, draw, lambda row: iter(()))
 
 
 def _cut(
@@ -231,7 +235,8 @@ def _cut(
     draw: Callable[[slice, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
     stand_ins: Callable[[int], Iterator[int]],
 ) -> _Cutouts:
-    """The stretches of the images that their boxes need; `draw(rows, samples, sizes)` gives boxes and flips."""
+    """The stretches of the images that their boxes need; `draw(rows, samples, sizes)` gives boxes and flips, and
+    `stand_ins(row)` the samples to try where that of a row cannot be decoded."""
     pixels = images.pixels
     if pixels is not None:
         boxes, flips = draw(slice(None), samples, pixels.shapes[samples, :2])
@@ -242,7 +247,7 @@ def _cut(
         return _padded(pieces, flips, samples.tolist(), [])
     pieces, mirrored, used, skipped = [], [], [], []
     for row, wanted in enumerate(samples.tolist()):
-        for sample in itertools.chain([wanted], stand_ins(wanted)):
+        for sample in itertools.chain([wanted], stand_ins(row)):
             try:
                 pending = images.pending(sample)
                 rows = slice(row, row + 1)
