@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import tifffile
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 from torch.nn import functional
+from torchvision.transforms import RandomResizedCrop
 
 from underpaint.data import (
     Batch,
@@ -132,6 +135,31 @@ def test_crops_keep_to_their_ranges():
     long, _ = draw_crops(0, 0, range(200), [(10, 400)] * 200, scale=(0.9, 1.0), target=SIZE)
     assert (long[:, 2:] <= (10, 14)).all()
     assert len(np.unique(long[:, 1])) > 50  # a strip too long for the target is still cut at random places
+
+
+def test_crops_are_distributed_as_torchvisions_where_its_tries_find_one():
+    sizes, scale = [(100, 150)] * 2000, (0.2, 1.0)
+    ours, _ = draw_crops(0, 0, range(2000), sizes, scale=scale, target=SIZE)
+    torch.manual_seed(0)
+    image = torch.zeros(3, 100, 150)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(2000)])
+    for column in range(4):
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+    assert ks_2samp(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue > 1e-3
+
+
+def test_of_a_strip_every_place_is_cut_where_torchvision_cuts_its_centre():
+    """A documented difference: no share of the area of such an image has the aspect that is wanted."""
+    ours, _ = draw_crops(0, 0, range(400), [(20, 400)] * 400, scale=(0.3, 1.0), target=SIZE)
+    image = torch.zeros(3, 20, 400)
+    theirs = {tuple(RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3])) for _ in range(20)}
+    assert theirs == {(0, 186, 20, 27)}  # the widest box of an allowed aspect, always in the middle
+    tall = ours[:, 2:].max(axis=0)
+    assert tall.tolist() == [20, 27]  # no larger than that one,
+    aspect = ours[:, 3] / ours[:, 2]
+    assert 0.72 < aspect.min() < 0.8  # of any allowed aspect as large as fits,
+    assert (ours[:, 2] == 20).all()
+    assert ks_2samp(ours[:, 1] / (400 - ours[:, 3]), np.linspace(0, 1, 1000)).pvalue > 1e-3  # anywhere
 
 
 def test_whole_image_can_be_asked_for():
@@ -378,6 +406,48 @@ def test_streamed_large_jpegs_are_reduced_to_the_same_picture(tmp_path):
     cut = torch.from_numpy(smooth[:, 100:700]).permute(2, 0, 1)[None].float() / 255
     expected = functional.interpolate(cut, (32, 32), mode="bilinear", antialias=True)
     assert (batch.images - expected).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache_limit", "least"), [("png", 2.0, 0.94), ("png", 0.0, 0.94), ("jpeg", 2.0, 0.92), ("jpeg", 0.0, 0.94)]
+)
+def test_contrast_of_fine_detail_outlives_the_second_resize(kind, cache_limit, least, tmp_path):
+    """Squared differences of neighbours, over those of one resize from the file by Pillow."""
+    for name in ("astronaut", "coffee"):
+        Image.fromarray(getattr(skimage.data, name)()).save(tmp_path / f"{name}.{kind}", quality=95)
+    images = load(tmp_path, size=(64, 64), cache_limit=cache_limit)
+    found = wanted = squares = 0.0
+    batches = first(images, 8, size=(64, 64), batch_size=2, seed=0)
+    for epoch, batch in enumerate(batches):
+        for got, sample in zip(batch.images, batch.samples, strict=True):
+            whole = Image.open(tmp_path / images.names[sample])
+            shape = whole.size[::-1] if images.pixels is None else tuple(images.pixels.shapes[sample, :2].tolist())
+            boxes, flips = draw_crops(0, epoch, [sample], [shape], target=(64, 64))
+            top, left, height, width = (
+                boxes[0] * np.tile([whole.height / shape[0], whole.width / shape[1]], 2)
+            ).tolist()
+            once = whole.resize((64, 64), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+            expected = np.asarray(once)[:, ::-1] if flips[0] else np.asarray(once)
+            expected = torch.from_numpy(expected.copy()).permute(2, 0, 1) / 255
+            found, wanted = found + gradient_energy(got), wanted + gradient_energy(expected)
+            squares += float((got - expected).square().mean()) / 16
+    assert least < found / wanted < 1.02
+    assert squares**0.5 < (0.016 if kind == "jpeg" else 0.008)
+
+
+def gradient_energy(image: torch.Tensor) -> float:
+    return float(image.diff(dim=1).square().mean() + image.diff(dim=2).square().mean())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_reducing_stays_within_the_range_of_the_image(dtype, tmp_path):
+    """Bicubic overshoots at edges; what is below 0 would wrap around to white."""
+    edges = np.kron(np.random.default_rng(0).integers(0, 2, (20, 20)), np.ones((10, 10))).astype(dtype)
+    edges = edges * np.iinfo(dtype).max if dtype != np.float32 else edges
+    tifffile.imwrite(tmp_path / "0.tif", edges)
+    (batch,) = eval_batches(load(tmp_path, channels=1, size=(50, 50)), size=(50, 50))
+    expected = Image.fromarray((edges > 0).astype(np.float32)).resize((50, 50), Image.Resampling.BILINEAR)
+    assert np.abs(batch.images[0, 0].numpy() - np.asarray(expected)).max() < 0.15
 
 
 def test_another_sample_stands_in_for_a_broken_one_in_each_epoch(tmp_path):

@@ -131,7 +131,7 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Tells these images, as they are decoded, from all others."""
-        settings = f"{self._source.fingerprint()} {self._decoding} {self.cached} "
+        settings = f"{CACHE_VERSION} {self._source.fingerprint()} {self._decoding} {self.cached} "
         return hashlib.sha256(settings.encode() + np.asarray(self._indices, dtype="<i8").tobytes()).hexdigest()
 
     @property
@@ -312,11 +312,16 @@ def _reduced(array: np.ndarray, limit: int) -> np.ndarray:
 
 
 def resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[h, w, c] resized with antialiasing, in its own type."""
+    """[h, w, c] resized with antialiasing, in its own type and within its own range.
+
+    Bicubic: what is cut from the result is resized once more, by a triangle, and two triangles blur more than one.
+    """
     # copied: torch takes no read-only array, and the cache is mapped read-only
     values = np.array(array, dtype=np.uint8 if array.dtype == np.uint8 else np.float32)
     tensor = torch.from_numpy(values).permute(2, 0, 1)[None]
-    resized = functional.interpolate(tensor, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    resized = functional.interpolate(tensor, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    if array.dtype != np.uint8:  # there torch stays within the type's range; here it may overshoot
+        resized = resized.clip(*(edge.reduce(values, axis=(0, 1)) for edge in (np.fmin, np.fmax)))
     if array.dtype == np.uint16:
         resized = np.rint(resized)
     return np.ascontiguousarray(resized.astype(array.dtype))

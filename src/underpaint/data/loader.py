@@ -18,7 +18,9 @@ from underpaint.data.parallel import ordered_map
 from underpaint.errors import InputError
 
 REPLACEMENTS = 100  # other samples tried in place of one that cannot be decoded
-OVERSIZE = 2  # a cut-out of more than this times the target is reduced before it is padded into the batch
+# a cut-out of more than this times the target is reduced before it is padded into the batch; JPEGs are decoded at no
+# less, so that a box, which is rounded to what was decoded, is at most a quarter of a pixel of the target off
+OVERSIZE = 2
 
 
 class Batch(NamedTuple):
@@ -252,7 +254,7 @@ def _cut(
                 pending = images.pending(sample)
                 rows = slice(row, row + 1)
                 boxes, flips = draw(rows, np.asarray([sample]), np.asarray([pending.size]))
-                reduction = min(boxes[0, 2] / target[0], boxes[0, 3] / target[1])
+                reduction = min(boxes[0, 2] / target[0], boxes[0, 3] / target[1]) / OVERSIZE
                 reduce_to = math.ceil(min(pending.size) / reduction) if reduction > 1 else None
                 pieces.append(_piece(pending.pixels(reduce_to), boxes[0], pending.size, target))
             except Unreadable as error:
