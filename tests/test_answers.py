@@ -133,9 +133,14 @@ def test_wide_palette_one_bit_and_empty_masks_are_whole_numbers(tmp_path: Path) 
     palette.putdata(small.reshape(-1).tolist())
     kinds = {"wide.png": wide, "palette.png": small, "bit.png": small > 2, "empty.png": small * 0}
     kinds |= {"big.tif": wide, "little.tif": wide, "long.tif": wide.astype(np.int32)}
+    kinds |= {"white0.tif": small, "white0bit.tif": small > 2, "white0wide.tif": wide}
     for name, values in kinds.items():
         if name.endswith(".tif"):
-            tifffile.imwrite(tmp_path / "masks" / name, values, byteorder=">" if name == "big.tif" else "<")
+            byteorder, photometric = (
+                ">" if name == "big.tif" else "<",
+                "miniswhite" if "white" in name else "minisblack",
+            )
+            tifffile.imwrite(tmp_path / "masks" / name, values, byteorder=byteorder, photometric=photometric)
         else:
             (palette if name == "palette.png" else Image.fromarray(values)).save(tmp_path / "masks" / name)
         written(tmp_path, {f"images/{Path(name).stem}.png": 1})
@@ -303,6 +308,28 @@ def test_a_mask_with_an_orientation_of_its_own_follows_that(tmp_path: Path) -> N
             exif[274] = orientation
             Image.fromarray(stored).save(path, exif=exif)
     agrees(tmp_path, expected)
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused_by_name(tmp_path: Path) -> None:
+    from underpaint.evaluate.scenes import Scenes
+    from underpaint.evaluate.segment import VOID, Answered
+
+    expected = write_turned(tmp_path, size=(20, 28), drawn="stored")
+    Image.new("L", (20, 20)).save(tmp_path / "masks/o6.png")
+    source = open_source(tmp_path)
+    indices = list(range(len(source.entries)))
+    read = Answered(Scenes(source, indices, 3), masks_of(tmp_path, source), indices, 2, VOID).read
+    for index in indices:
+        stem = Path(source.entries[index].name).stem
+        if stem == "o6":
+            with pytest.raises(
+                InputError, match=r"masks/o6.png is 20x20 pixels and its image 28x20; they must be alike"
+            ):
+                read(index)
+            continue
+        image, mask = read(index)
+        assert np.array_equal(mask, expected[stem])
+        assert np.array_equal(image[0].numpy() > 0.4, mask > 0)
 
 
 # -- COCO files ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from underpaint.errors import InputError
 
 MASK_FOLDERS = ("masks", "semantic", "labels")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+PHOTOMETRIC_TAG = 262
 
 
 @dataclass
@@ -94,7 +95,10 @@ def _index_mask(name: str, read: Callable[[str], bytes]) -> tuple[np.ndarray, bo
             if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
                 raise InputError(f"{name} is {picture.mode}, not an index mask: one channel of class numbers (PNG)")
             own = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-            return np.array(ImageOps.exif_transpose(picture)).astype(np.int64), own
+            # PIL shows a TIFF whose white is 0 turned round, where it has up to 8 bits; a class is the number that is stored
+            inverted = getattr(picture, "tag_v2", {}).get(PHOTOMETRIC_TAG) == 0 and picture.mode in ("L", "1")
+            mask = np.array(ImageOps.exif_transpose(picture)).astype(np.int64)
+            return (255 if picture.mode == "L" else 1) - mask if inverted else mask, own
     except (OSError, SyntaxError, ValueError) as error:  # PIL's of damaged files
         raise InputError(f"{name} cannot be read ({error}); expected an index mask (PNG)") from error
 
