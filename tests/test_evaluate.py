@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from skimage.feature import hog as skimage_hog
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -33,6 +34,9 @@ from underpaint.evaluate import (
 from underpaint.evaluate import features as features_module
 from underpaint.evaluate.attentive import AttentiveProbe, heads_of, normalized
 from underpaint.evaluate.floors import luma
+from underpaint.evaluate.outliers import separation
+from underpaint.evaluate.result import redraw
+from underpaint.evaluate.segment import Confusion
 from underpaint.evaluate.splits import hold_out
 
 Made = tuple[Tensor, np.ndarray, Tensor, np.ndarray]
@@ -168,7 +172,7 @@ def test_gain_is_paired():
     after = Probe.of(np.array([True, True, True, False]), {})
     difference, error = gain(after, before)
     assert difference == 0.5
-    assert error == pytest.approx(0.5 / 2)  # differences 0 1 1 0: deviation 1/2, root of n 2
+    assert error == pytest.approx(stats.sem([0, 1, 1, 0]))
     with pytest.raises(InputError, match="after has 4, before 3"):
         gain(after, Probe.of(np.array([True, False, True]), {}))
 
@@ -402,3 +406,31 @@ def test_probe_features():
     np.testing.assert_array_equal(limited.correct, attentive(x[few], y[few], test_x, test_y).correct)
     with pytest.raises(InputError, match="no probe 'lineal'; there are: linear, attentive, knn"):
         probe_features(train, y, test, test_y, kinds=["lineal"])
+
+
+@pytest.mark.quick
+def test_a_bootstrap_redraws_whole_groups():
+    rng = np.random.default_rng(0)
+    scores = np.repeat(rng.normal(size=25), 16)  # 16 equal images of each of 25 patients
+    patients = [f"patient {k // 16}" for k in range(400)]
+    places = redraw(400, patients, np.random.default_rng(1))
+    assert set(np.unique(places // 16, return_counts=True)[1] % 16) == {0}
+    strange = rng.normal(1.0, size=800)
+    by_image, by_patient = (separation(scores, strange, 0, groups).numbers() for groups in (None, patients))
+    once = separation(scores[::16], strange).numbers()  # what 25 images give
+    assert by_patient["auroc"] == by_image["auroc"]
+    assert by_patient["auroc_error"] == pytest.approx(once["auroc_error"], rel=0.2)
+    assert by_patient["auroc_error"] > 2.5 * by_image["auroc_error"]
+
+
+@pytest.mark.quick
+def test_the_error_of_miou_is_that_of_the_groups():
+    rng = np.random.default_rng(0)
+    confusion = Confusion(2)
+    for hit in np.repeat(rng.random(25), 16):
+        truth = rng.integers(0, 2, (8, 8))
+        confusion.add(truth, np.where(rng.random((8, 8)) < hit, truth, 1 - truth), 255)
+    by_image, by_patient = (confusion.measures(groups=g).numbers() for g in (None, [str(k // 16) for k in range(400)]))
+    shares = np.array([np.trace(counts) / counts.sum() for counts in confusion.counts]).reshape(25, 16).mean(1)
+    assert by_patient["pixel_accuracy_error"] == pytest.approx(stats.sem(shares), rel=0.2)
+    assert by_patient["pixel_accuracy_error"] > 2.5 * by_image["pixel_accuracy_error"]

@@ -1,6 +1,7 @@
 """Probes that cannot flatter, as a run asks for them."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,22 @@ def test_probes_leave_training_as_it_was(pictures: Path, encoder: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert encoder.training
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_images_of_one_patient_are_judged_as_one(tmp_path: Path, encoder: Any) -> None:
+    folder = write_pictures(tmp_path / "pictures", 90)
+
+    def load(source: Source, indices: list[int]) -> ImageSet:
+        return load_images(source, indices, size=SIZE)
+
+    source = open_source(folder, groups=r"(\d)\.\w+$")
+    indices = pretraining_indices(source)
+    judge = Judge.of(source, load, load(source, indices), indices, SIZE, seed=0)
+    assert judge.parts is not None
+    names = [re.findall(r"(\d)\.\w+$", name)[0] for name in judge.parts[1].images.names]
+    assert judge.parts[1].images.groups == names
+    worths = {"encoder": judge.worth(encoder, STANDARDIZE, 1), **judge.floors(1)}
+    for worth in worths.values():
+        for probes in worth.probes.values():
+            assert (probes[0].groups == np.unique(names, return_inverse=True)[1]).all()
+    assert judge_of(folder).pool.groups is None

@@ -15,6 +15,7 @@ from underpaint.errors import InputError
 from underpaint.plots import Line, line_plot, number_text, thin
 from underpaint.report import Verdict, is_falling, verdict, write_report
 
+ONE_RUN = "error of the test images alone; one run"
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 RECIPE = """method:
   name: mae
@@ -223,8 +224,8 @@ def test_a_learning_run_makes_the_whole_page(tmp_path):
     text, page = checked(path)
     found = verdict(run)
     assert found.word == "learning"
-    assert "The linear probe rose by 6.1 points ± 0.9 over the untrained encoder." in found.sentence
-    assert "The linear probe rose by 6.1 points ± 0.9 over the untrained encoder." in text
+    assert f"The linear probe rose by 6.1 points ± 0.9 over the untrained encoder ({ONE_RUN})." in found.sentence
+    assert f"The linear probe rose by 6.1 points ± 0.9 over the untrained encoder ({ONE_RUN})." in text
     for heading in ("Training", "What the features are worth", "Restorations", "Skipped files", "Recipe"):
         assert f"<h2>{heading}</h2>" in text
     assert len(page.frames) == 5
@@ -388,10 +389,10 @@ def test_losses_below_zero_are_judged_too(tmp_path):
 @pytest.mark.parametrize(
     ("difference", "error", "said"),
     [
-        (0.061, 0.009, "The linear probe rose by 6.1 points ± 0.9 over the untrained encoder."),
+        (0.061, 0.009, f"The linear probe rose by 6.1 points ± 0.9 over the untrained encoder ({ONE_RUN})."),
         (0.015, 0.009, "Pretraining did not measurably help the linear probe (+1.5 points ± 0.9"),
         (-0.015, 0.009, "Pretraining did not measurably help the linear probe (−1.5 points ± 0.9"),
-        (-0.05, 0.009, "The linear probe fell by 5.0 points ± 0.9 below the untrained encoder."),
+        (-0.05, 0.009, f"The linear probe fell by 5.0 points ± 0.9 below the untrained encoder ({ONE_RUN})."),
         (0.0, 0.0, "so nothing can be said"),
     ],
 )

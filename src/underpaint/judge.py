@@ -154,13 +154,13 @@ class Judge:
             found[name] = {"error": ratio, "standard_error": float(spread) / len(left) ** 0.5}
         return found
 
-    def _floor(self, floor: Callable[[Tensor], Tensor], part: Part) -> tuple[Tensor, np.ndarray]:
-        """Features without a network [n, d], and the labels of the images that could be read."""
+    def _floor(self, floor: Callable[[Tensor], Tensor], part: Part) -> tuple[Tensor, np.ndarray, list[str] | None]:
+        """Features without a network [n, d], and the labels and groups of the images that could be read."""
         features, seen = [], []
         for batch in eval_batches(part.images, size=self.size, indices=part.indices):
             features.append(floor(batch.images).float())
             seen += batch.samples
-        return torch.cat(features), part.labels_of(seen)
+        return torch.cat(features), part.labels_of(seen), part.groups_of(seen)
 
     def quick(self, encoder: Backbone, standardize: Standardize) -> dict[str, float]:
         """Named numbers for a line of metrics."""
@@ -177,7 +177,7 @@ class Judge:
         probes = probe_features(x, x_labels, y, y_labels, seed=self.seed)
         numbers = {"rank": _rank(x.pooled)}
         for name, probe in probes.items():
-            numbers |= {name: probe.accuracy, f"{name}_error": probe.standard_error}
+            numbers |= {name: probe.accuracy, f"{name}_error": probe.grouped(y.groups).standard_error}
         return numbers
 
     def final(
@@ -328,6 +328,8 @@ class Judge:
         if fewest:
             images = len(probes["few_attentive"][0].correct) if "few_attentive" in probes else 0
             counts |= {"shots": min(fewest), "few_attentive_test": images}
+        of = {"attentive": test_tokens.groups, "few_attentive": test_tokens.groups}
+        probes = {name: [one.grouped(of.get(name, y.groups)) for one in those] for name, those in probes.items()}
         return Worth(probes, _rank(x.pooled), counts)
 
     def floors(self, draws: int = 0) -> dict[str, Worth]:
@@ -337,15 +339,16 @@ class Judge:
         train, test = self.full()
         found = {}
         for name, floor in (("raw_pixels", raw_pixels), ("hog", hog)):
-            x, labels = self._floor(floor, train)
-            y, test_labels = self._floor(floor, test)
+            x, labels, _ = self._floor(floor, train)
+            y, test_labels, groups = self._floor(floor, test)
             probes = {
                 "linear": [linear(x, labels, y, test_labels, seed=self.seed)],
                 "knn": [knn(x, labels, y, test_labels, seed=self.seed)],
             }
             for part in self.few(draws).draws if draws else []:
-                drawn, drawn_labels = self._floor(floor, part)
+                drawn, drawn_labels, _ = self._floor(floor, part)
                 probes.setdefault("few_linear", []).append(linear(drawn, drawn_labels, y, test_labels, seed=self.seed))
+            probes = {kind: [one.grouped(groups) for one in those] for kind, those in probes.items()}
             found[name] = Worth(probes, _rank(x))
         return found
 
@@ -361,7 +364,7 @@ class Judge:
                 yield batch
 
         features = extract(encoder, noted(), transform=standardize, with_patches=with_patches)
-        return features, part.labels_of(seen)
+        return features._replace(groups=part.groups_of(seen)), part.labels_of(seen)
 
     def _most(self, encoder: Backbone, count: int) -> int:
         """At most `count` images, fewer where their patch tokens would not fit."""
@@ -401,15 +404,12 @@ def _tell(found: dict[str, Worth], start: str, shout: Callable[[str], None]) -> 
         ]
         shout(f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells))
     difference, error = gain(probes["encoder"]["linear"], probes["untrained"]["linear"])
+    # one run and one start: how far their seeds spread is not known, so nothing is claimed
+    moved = f"{100 * difference:+.1f} +- {100 * error:.1f} points of linear probe over the {start}"
     if difference > 2 * error:
-        shout(
-            f"pretraining helped: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe over the {start}"
-        )
+        shout(f"{moved} (error of the test images alone: one run, and another seed may differ by more)")
     else:
-        shout(
-            f"pretraining did not measurably help: {100 * difference:+.1f} +- {100 * error:.1f} points of linear probe "
-            f"over the {start}"
-        )
+        shout(f"pretraining did not measurably help: {moved}")
     best_floor = max(("raw_pixels", "hog"), key=lambda who: probes[who]["linear"].accuracy)
     if probes["encoder"]["linear"].accuracy <= probes[best_floor]["linear"].accuracy:
         shout(f"note: {names[best_floor]} without any network do as well or better here")

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from timm.models import is_model_in_modules
 
 from underpaint.backbones import Backbone, load_encoder, standardize_for
-from underpaint.compare.stand import Arm, Kind, difference, spread, standing
+from underpaint.compare.stand import Arm, Kind, difference, standing
 from underpaint.compare.verdict import verdict
 from underpaint.data import ImageSet
 from underpaint.errors import InputError
@@ -391,10 +391,14 @@ def _seeded(recipe: Recipe, seed: int, init: str | None) -> Recipe:
     return checked(settings)
 
 
+GROUPS = "groups of "  # before the name of a probe
+
+
 def save_worth(worth: Worth, file: Path) -> None:
-    """The single hits of every probe, and what the probes chose."""
+    """The single hits of every probe, the groups of the test images, and what the probes chose."""
     hits = {name: np.stack([p.correct for p in probes]).astype(np.uint8) for name, probes in worth.probes.items()}
     chosen = {name: [probe.chosen for probe in probes] for name, probes in worth.probes.items()}
+    hits |= {f"{GROUPS}{name}": p[0].groups for name, p in worth.probes.items() if p[0].groups is not None}
     described = {"rank": json.dumps(worth.rank), "chosen": json.dumps(chosen), "counts": json.dumps(worth.counts)}
     temporary = file.with_name(file.name + ".part")
     save_file(hits, temporary, metadata=described)
@@ -405,9 +409,11 @@ def load_worth(file: Path) -> Worth:
     with safe_open(file, "numpy") as opened:
         described = opened.metadata()
         chosen = json.loads(described["chosen"])
+        # a file of an earlier version has no groups
+        groups = {k.removeprefix(GROUPS): opened.get_tensor(k) for k in opened.keys() if k.startswith(GROUPS)}  # noqa: SIM118
         probes = {
             name: [
-                Probe.of(hits.astype(bool), picked)
+                Probe.of(hits.astype(bool), picked, groups=groups.get(name))
                 for hits, picked in zip(opened.get_tensor(name), chosen[name], strict=True)
             ]
             for name in chosen
@@ -427,7 +433,8 @@ def arms_of(found: Found) -> list[Arm]:
             probe: np.stack([np.stack([p.correct for p in worth.probes[probe]]) for worth in worths]).astype(float)
             for probe in worths[0].probes
         }
-        arms.append(Arm(name, kind, hits, [worth.rank for worth in worths], seeded))
+        groups = {probe: ps[0].groups for probe, ps in worths[0].probes.items() if ps[0].groups is not None}
+        arms.append(Arm(name, kind, hits, [worth.rank for worth in worths], seeded, groups))
     places = ("method", "start", "floor")
     return sorted(arms, key=lambda arm: places.index(arm.kind))
 
@@ -494,13 +501,11 @@ def _fewest(found: Found) -> dict[str, int]:
 
 
 def _row(arm: Arm, arms: Sequence[Arm], start: str, runs: Sequence[Run] | None, words: Sequence[str] | None) -> Any:
-    spreads = {probe: spread(arms, probe) for probe in arm.hits}
     row: dict[str, Any] = {
         "name": arm.name,
         "kind": arm.kind,
         "probes": {
-            probe: dict(zip(("accuracy", "standard_error"), standing(arm, probe, spreads[probe]), strict=True))
-            for probe in arm.hits
+            probe: dict(zip(("accuracy", "standard_error"), standing(arm, probe), strict=True)) for probe in arm.hits
         },
         "seeds": {probe: hits.mean(axis=(1, 2)).tolist() for probe, hits in arm.hits.items()},
         "rank": None if arm.kind == "floor" else float(np.mean(arm.rank)),  # of pixels it says nothing
@@ -509,7 +514,7 @@ def _row(arm: Arm, arms: Sequence[Arm], start: str, runs: Sequence[Run] | None, 
     if arm.kind == "method":
         row["gain"] = {}
         for probe in arm.hits:
-            gap = difference(arm, before, probe, spreads[probe])
+            gap = difference(arm, before, probe)
             row["gain"][probe] = {"difference": gap.value, "standard_error": gap.error, "freedom": gap.freedom}
     if runs is not None:
         lines = [run.lines("metrics.jsonl") for run in runs]

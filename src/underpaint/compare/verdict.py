@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from underpaint.compare.stand import Arm, Difference, Spread, difference, spread, standing
+from underpaint.compare.stand import Arm, Difference, difference, standing
 from underpaint.report.words import span_text, time_text
 
 EQUAL = 1.05  # most that one method's minutes may be over another's where they are called the same
@@ -34,10 +34,10 @@ def verdict(
     said: list[str] = []
     if methods and "linear" in methods[0].hits:
         said += _with_labels(arms, methods, shots)
-        if all(len(arm.hits["linear"]) == 1 for arm in methods):
+        if len(methods[0].hits["linear"]) == 2:
             said.append(
-                "Each method was trained once: another seed may move it by more than the errors here, which only "
-                "count the test images. `--seeds 3` would tell."
+                "Two seeds of a method say little of how far its seeds lie apart, so only large differences can be "
+                "claimed: `--seeds 4` would tell more."
             )
         said += _budget(minutes, spent or {}, tokenizers or {})
     elif methods:
@@ -71,37 +71,69 @@ def _budget(
 
 
 def _with_labels(arms: Sequence[Arm], methods: Sequence[Arm], shots: int) -> list[str]:
-    seeds = spread(arms, "linear")
-    leader, level, behind = order(methods, "linear", seeds)
+    if any(len(arm.hits["linear"]) < 2 for arm in methods):
+        return _of_one_seed(arms, methods, shots)
+    leader, level, behind = order(methods, "linear")
     starts = [arm for arm in arms if arm.kind == "start"]
-    helped = {start.name: {arm.name: difference(arm, start, "linear", seeds) for arm in methods} for start in starts}
+    helped = {start.name: {arm.name: difference(arm, start, "linear") for arm in methods} for start in starts}
     top = [leader, *level]
     # what a user could have without any training: the best of the starts
     bar = max(starts, key=lambda arm: arm.accuracy("linear")) if starts else None
     proven = [arm.name for arm in top if bar is None or _above(helped[bar.name][arm.name], len(methods))]
+    if bar and not proven and any(_above(helped[bar.name][arm.name], len(methods)) for arm in behind):
+        proven = [leader.name]  # above one that is above the bar
     floors = [arm for arm in arms if arm.kind == "floor"]
-    ahead = [floor.name for floor in floors if _above(difference(floor, leader, "linear", seeds), len(floors))]
+    ahead = [floor.name for floor in floors if _above(difference(floor, leader, "linear"), len(methods))]
     said = [_advice(top, proven, bar, ahead)]
     if len(methods) > 1:
-        said.append(_places(leader, level, behind, "linear", "linear probe", seeds))
+        said.append(_places(leader, level, behind, "linear", "linear probe"))
     for start in starts:
         said.append(_gains(start, helped[start.name]))
     for floor in floors:
-        said.append(_floor(floor, methods, seeds))
+        said.append(_floor(floor, methods))
     if len(methods) > 1:
-        for probe, kind in (("few_linear", "linear"), ("few_attentive", "attentive")):
-            if all(probe in arm.hits for arm in methods):
-                few = spread(arms, probe)
-                name = f"{kind} probe with {shots} labels a class"
-                said.append(_places(*order(methods, probe, few), probe, name, few))
+        for probe, name in _few(methods, shots):
+            said.append(_places(*order(methods, probe), probe, name))
     return said
 
 
-def order(methods: Sequence[Arm], probe: str, seeds: Spread) -> tuple[Arm, list[Arm], list[Arm]]:
+def _few(methods: Sequence[Arm], shots: int) -> list[tuple[str, str]]:
+    """The probes with few labels that all methods have, and their names."""
+    kinds = (("few_linear", "linear"), ("few_attentive", "attentive"))
+    return [
+        (probe, f"{kind} probe with {shots} labels a class")
+        for probe, kind in kinds
+        if all(probe in arm.hits for arm in methods)
+    ]
+
+
+def _of_one_seed(arms: Sequence[Arm], methods: Sequence[Arm], shots: int) -> list[str]:
+    """The numbers as they are: how far seeds spread is not known, so none is called better."""
+    ranked = sorted(methods, key=lambda arm: -arm.accuracy("linear"))
+    if len(methods) > 1:
+        first = f"{ranked[0].name} has the highest number, but each method was trained once"
+    else:
+        first = f"{ranked[0].name} was trained once"
+    said = [f"{first}, and one seed cannot tell what is better: `--seeds 3` or more can."]
+    for probe, name in [("linear", "linear probe"), *_few(methods, shots)]:
+        if len(methods) > 1 or probe == "linear":
+            told = [(arm, standing(arm, probe)) for arm in sorted(methods, key=lambda arm: -arm.accuracy(probe))]
+            numbers = ", ".join(f"{arm.name} {100 * value:.1f} ± {100 * error:.1f} %" for arm, (value, error) in told)
+            said.append(f"{name[0].upper()}{name[1:]}: {numbers} (errors without what another seed would change).")
+    for other in [arm for arm in arms if arm.kind != "method"]:
+        gaps = ", ".join(f"{arm.name} {points(difference(arm, other, 'linear'))}" for arm in ranked)
+        against = f"{other.name}, without a network" if other.kind == "floor" else f"the {other.name}"
+        said.append(f"Against {against}: {gaps} of linear probe (error of the test images alone).")
+    return said
+
+
+def order(methods: Sequence[Arm], probe: str) -> tuple[Arm, list[Arm], list[Arm]]:
     """The method of the best accuracy, those that cannot be told from it, and those measurably behind."""
     ranked = sorted(methods, key=lambda arm: -arm.accuracy(probe))
     leader, others = ranked[0], ranked[1:]
-    behind = [arm for arm in others if _above(difference(leader, arm, probe, seeds), len(others))]
+    # the leader is named after looking at all: any two of the methods might have been compared here
+    claims = len(methods) * len(others) // 2
+    behind = [arm for arm in others if _above(difference(leader, arm, probe), claims)]
     return leader, [arm for arm in others if arm not in behind], behind
 
 
@@ -127,12 +159,12 @@ def _advice(top: Sequence[Arm], proven: Sequence[str], bar: Arm | None, ahead: S
     return f"{advice}."
 
 
-def _places(leader: Arm, level: Sequence[Arm], behind: Sequence[Arm], probe: str, name: str, seeds: Spread) -> str:
-    accuracy, error = standing(leader, probe, seeds)
+def _places(leader: Arm, level: Sequence[Arm], behind: Sequence[Arm], probe: str, name: str) -> str:
+    accuracy, error = standing(leader, probe)
     found = f"{100 * accuracy:.1f} ± {100 * error:.1f} %"
 
     def gaps(arms: Sequence[Arm]) -> str:
-        return _all([f"{arm.name} ({points(difference(leader, arm, probe, seeds))})" for arm in arms])
+        return _all([f"{arm.name} ({points(difference(leader, arm, probe))})" for arm in arms])
 
     if not level:
         return f"{leader.name} has the best {name} ({found}), measurably above {gaps(behind)}."
@@ -159,9 +191,9 @@ def _gains(start: Arm, found: Mapping[str, Difference]) -> str:
     return f"Against the {start.name}, {'; '.join(parts)}."
 
 
-def _floor(floor: Arm, methods: Sequence[Arm], seeds: Spread) -> str:
-    accuracy, error = standing(floor, "linear", seeds)
-    found = {arm.name: difference(arm, floor, "linear", seeds) for arm in methods}
+def _floor(floor: Arm, methods: Sequence[Arm]) -> str:
+    accuracy, error = standing(floor, "linear")
+    found = {arm.name: difference(arm, floor, "linear") for arm in methods}
     above = [name for name, gap in found.items() if _above(gap, len(methods))]
     below = [name for name, gap in found.items() if gap.value < 0 and gap.beyond(len(methods))]
     open_ = [name for name in found if name not in above and name not in below]

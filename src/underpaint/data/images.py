@@ -93,6 +93,7 @@ class ImageSet:
 
     Attributes:
         names, labels, classes: of the images, in order; images that could not be read are left out of a cached set.
+        groups: of each image (patient, slide, video), where the source was opened with `groups`, else None.
         channels: of every image.
         skipped: {"path", "reason"} of the images that could not be read.
         cached: whether images come from the cache; a streamed set finds unreadable images only as it meets them.
@@ -115,6 +116,7 @@ class ImageSet:
         self.names = [source.entries[i].name for i in indices]
         self.labels = [source.entries[i].label for i in indices]
         self.classes = source.classes
+        self.groups = [source.group_of(i) for i in indices] if source.grouped else None
         self.channels = decoding.channels
         self.skipped = skipped
         self.cached = pixels is not None

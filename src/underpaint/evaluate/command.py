@@ -362,11 +362,13 @@ def judge_outliers(subject: Subject, source: Source, against: str | Path, seed: 
         "strange": _load(other, strange_indices, subject),
     }
     scores: dict[str, dict[str, np.ndarray]] = {}
+    groups: list[str] | None = None
     for who, one in {"encoder": subject, **({"untrained": subject.twin(seed)} if subject.trained else {})}.items():
-        pooled = {
-            name: stored_features(one, images, list(range(len(images))), patches=False).pooled
-            for name, images in sets.items()
+        stored = {
+            name: stored_features(one, images, list(range(len(images))), patches=False) for name, images in sets.items()
         }
+        pooled = {name: features.pooled for name, features in stored.items()}
+        groups = Part(sets["usual"], []).groups_of(stored["usual"].samples.tolist())
         for how, score in (("kNN distance", neighbour_distance), ("Mahalanobis", mahalanobis)):
             scores[f"{who}, {how}"] = {name: score(pooled["train"], pooled[name]) for name in ("usual", "strange")}
     floor = {
@@ -379,7 +381,7 @@ def judge_outliers(subject: Subject, source: Source, against: str | Path, seed: 
     own = _own_score(subject, sets)
     if own is not None:
         scores = {"the method's own score": own, **scores}
-    found = {name: separation(pair["usual"], pair["strange"], seed) for name, pair in scores.items()}
+    found = {name: separation(pair["usual"], pair["strange"], seed, groups) for name, pair in scores.items()}
     for name, pair in scores.items():
         histogram_picture(
             {"usual": pair["usual"], "strange": pair["strange"]},

@@ -30,7 +30,7 @@ from underpaint.data.answers import Detections, Objects, mask_of
 from underpaint.errors import InputError
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.pyramid import Pyramid
-from underpaint.evaluate.result import Measured, measured
+from underpaint.evaluate.result import Measured, measured, redraw
 from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.subject import Subject
 from underpaint.fit import Length, Schedule, fit
@@ -295,19 +295,26 @@ def detected(
 
 
 def average_precision(
-    coco: dict[str, Any], results: list[dict[str, Any]], kind: str, limit: int, images: Sequence[int], seed: int = 0
+    coco: dict[str, Any],
+    results: list[dict[str, Any]],
+    kind: str,
+    limit: int,
+    images: Sequence[int],
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> Measured:
     """COCO's AP (mean over IoU 0.5 to 0.95), AP50 and AP75 with as many detections an image as were allowed, crowds as
-    COCO treats them, with a bootstrap over images.
+    COCO treats them, with a bootstrap over images, or over their groups.
 
     Args:
         kind: "bbox" or "segm".
         images: ids of the images that are judged.
+        groups: of each of them (patient, slide, video), where they have some.
     """
     found = _precision(coco, results, kind, limit, images)
     generator = np.random.default_rng(seed)
     draws = [
-        _precision(*_redrawn(coco, results, generator.choice(np.asarray(images), len(images))), kind, limit)
+        _precision(*_redrawn(coco, results, np.asarray(images)[redraw(len(images), groups, generator)]), kind, limit)
         for _ in range(DRAWS)
     ]
     place = {"bbox": "box", "segm": "mask"}[kind]
@@ -422,7 +429,8 @@ def detect(
             results += detected(model, one, scenes[index], judged.images[index], back, masks)
         ids = [judged.images[index] for index in test_indices]
         kinds = ("bbox", "segm") if masks else ("bbox",)
-        found[who] = [average_precision(judged.coco, results, kind, sizes.limit, ids, seed) for kind in kinds]
+        groups = scenes.groups_of(test_indices)
+        found[who] = [average_precision(judged.coco, results, kind, sizes.limit, ids, seed, groups) for kind in kinds]
         numbers = rows[who] = {key: value for part in found[who] for key, value in part.numbers().items()}
         told = ", ".join(
             f"{name} AP50 {numbers[f'{name}_ap50']:.3f} +- {numbers[f'{name}_ap50_error']:.3f}"

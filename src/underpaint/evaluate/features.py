@@ -18,6 +18,7 @@ class Features(NamedTuple):
 
     pooled: Float[Tensor, "n d"]  # float32
     patches: Float[Tensor, "n t d"]  # float32, or float16 beyond 1 GB; t is 0 where none were asked for
+    groups: list[str] | None = None  # of each image (patient, slide, video), where they have some
 
 
 def extract(

@@ -317,7 +317,7 @@ def _train_one(
             seen += batch.samples
     wanted = test.labels_of(seen)
     found = classes[np.concatenate(said)]
-    return Probe.of(found == wanted, {}, found), best, trained, wanted
+    return Probe.of(found == wanted, {}, found, test.groups_of(seen)), best, trained, wanted
 
 
 def _smooth(y: Tensor, classes: int, smoothing: float) -> Float[Tensor, "b k"]:

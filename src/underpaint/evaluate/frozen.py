@@ -72,6 +72,7 @@ def judge_frozen(
         x = stored_features(one, train.images, train.indices, patches="attentive" in tasks)
         y = stored_features(one, test.images, test.indices, patches="attentive" in tasks)
         labels, wanted = train.labels_of(x.samples.tolist()), test.labels_of(y.samples.tolist())
+        groups = test.groups_of(y.samples.tolist())
         sizes = {"train": len(labels), "test": len(wanted)}
         for task in tasks:
             head: nn.Module | None = None
@@ -83,7 +84,7 @@ def judge_frozen(
                 head.load_state_dict({"linear.weight": weight, "linear.bias": bias})
             else:
                 probe, head = attentive_head(x.patches, labels, y.patches, wanted, seed=seed)
-            found[task][who] = probe
+            probe = found[task][who] = probe.grouped(groups)
             if who == "encoder" and head is not None:
                 known = np.unique(labels)
                 names = [_name(train, label) for label in known.tolist()]
@@ -96,11 +97,11 @@ def judge_frozen(
     for name, floor in FLOORS.items():
         if set(tasks) <= {"attentive"}:
             break
-        x, labels = _floor(floor, train, subject)
-        y, floor_wanted = _floor(floor, test, subject)
+        x, labels, _ = _floor(floor, train, subject)
+        y, floor_wanted, groups = _floor(floor, test, subject)
         for task in [task for task in tasks if task != "attentive"]:
             probe = (knn if task == "knn" else linear)(x, labels, y, floor_wanted, seed=seed)
-            found[task][name] = probe
+            found[task][name] = probe.grouped(groups)
     every: dict[str, dict[str, Any]] = {}
     for task in tasks:
         found[task]["majority"] = majority(train.labels, wanted)
@@ -131,13 +132,15 @@ def classification(rows: dict[str, Probe], wanted: np.ndarray, sizes: dict[str, 
     return result
 
 
-def _floor(floor: Callable[[Tensor], Tensor], part: Part, subject: Subject) -> tuple[Tensor, np.ndarray]:
-    """Features without a network [n, d], and the labels of the images that could be read."""
+def _floor(
+    floor: Callable[[Tensor], Tensor], part: Part, subject: Subject
+) -> tuple[Tensor, np.ndarray, list[str] | None]:
+    """Features without a network [n, d], and the labels and groups of the images that could be read."""
     features, seen = [], []
     for batch in eval_batches(part.images, size=subject.size, indices=part.indices):
         features.append(floor(batch.images).float())
         seen += batch.samples
-    return torch.cat(features), part.labels_of(seen)
+    return torch.cat(features), part.labels_of(seen), part.groups_of(seen)
 
 
 def _name(part: Part, label: int) -> str:

@@ -4,13 +4,15 @@ Images of one set are to be told from those of another. Every score is higher fo
 to the strange ones.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from underpaint.evaluate.result import Measured, measured
+from underpaint.evaluate.result import Measured, measured, redraw
 
 NEIGHBOURS = 10
 DRAWS = 200
@@ -36,8 +38,13 @@ def mahalanobis(train: Float[Tensor, "n d"], x: Float[Tensor, "m d"]) -> Float[n
     return fitted.mahalanobis(x.double().numpy() / scale)
 
 
-def separation(usual: Float[np.ndarray, "n"], strange: Float[np.ndarray, "m"], seed: int = 0) -> Measured:
-    """How well a score tells strange images from usual ones.
+def separation(
+    usual: Float[np.ndarray, "n"],
+    strange: Float[np.ndarray, "m"],
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> Measured:
+    """How well a score tells strange images from usual ones. `groups` of the usual ones are redrawn whole.
 
     Returns:
         auroc; aupr (strange images are what is sought); fpr95: the share of strange images that still pass where 95 %
@@ -46,7 +53,8 @@ def separation(usual: Float[np.ndarray, "n"], strange: Float[np.ndarray, "m"], s
     found = _separation(usual, strange)
     generator = np.random.default_rng(seed)
     draws = [
-        _separation(generator.choice(usual, len(usual)), generator.choice(strange, len(strange))) for _ in range(DRAWS)
+        _separation(usual[redraw(len(usual), groups, generator)], generator.choice(strange, len(strange)))
+        for _ in range(DRAWS)
     ]
     return measured(("auroc", "aupr", "fpr95"), found, draws)
 

@@ -24,6 +24,11 @@ class Part:
         """A streamed set learns only on the way which images can be read."""
         return np.array([self.images.labels[k] for k in samples])
 
+    def groups_of(self, samples: Sequence[int]) -> list[str] | None:
+        """The group (patient, slide, video) of each; None where each image is by itself."""
+        groups = self.images.groups
+        return None if groups is None else [groups[k] for k in samples]
+
     def subset(self, count: int, seed: int) -> "Part":
         chosen = stratified(self.labels, count, seed)
         return Part(self.images, [self.indices[k] for k in chosen])

@@ -25,6 +25,11 @@ class Scenes:
         }
         self.skipped = self._images.skipped
 
+    def groups_of(self, indices: Sequence[int]) -> list[str] | None:
+        """The group (patient, slide, video) of each; None where each image is by itself."""
+        groups = self._images.groups
+        return None if groups is None else [groups[self._place[index]] for index in indices]
+
     def __contains__(self, index: int) -> bool:
         return index in self._place
 

@@ -1,7 +1,7 @@
 """Semantic segmentation: a linear head on the encoder's map, or UperNet, and mIoU by sliding windows."""
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from underpaint.errors import InputError
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.plots import matrix_picture
 from underpaint.evaluate.pyramid import Pyramid, padded, sliding, tokens_to_map
-from underpaint.evaluate.result import Measured, measured
+from underpaint.evaluate.result import Measured, measured, redraw
 from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.subject import Subject
 from underpaint.fit import Length, Schedule, fit
@@ -182,12 +182,12 @@ class Confusion:
         numbers = truth[known] * self.classes + found[known]
         self.counts.append(np.bincount(numbers, minlength=self.classes**2).reshape(self.classes, self.classes))
 
-    def measures(self, draws: int = 200, seed: int = 0) -> Measured:
-        """mIoU and pixel accuracy over all pixels, with a bootstrap over images. Classes that never occur are left out of
-        the mean."""
+    def measures(self, draws: int = 200, seed: int = 0, groups: Sequence[str] | None = None) -> Measured:
+        """mIoU and pixel accuracy over all pixels, with a bootstrap over images, or over their groups. Classes that never
+        occur are left out of the mean."""
         each = np.stack(self.counts)
         generator = np.random.default_rng(seed)
-        drawn = [_shares(each[generator.integers(0, len(each), len(each))].sum(0)) for _ in range(draws)]
+        drawn = [_shares(each[redraw(len(each), groups, generator)].sum(0)) for _ in range(draws)]
         return measured(("miou", "pixel_accuracy"), self.shares()[:2], [found[:2] for found in drawn])
 
     def shares(self) -> tuple[float, float, Float[np.ndarray, "k"]]:
@@ -287,7 +287,7 @@ def segment(
             confusion.add(mask, found, VOID)
             if number in drawn:
                 shown.append((image, mask, found))
-        found_of[name] = confusion.measures(seed=seed)
+        found_of[name] = confusion.measures(seed=seed, groups=test.scenes.groups_of(test.indices))
         numbers = rows[name] = {**found_of[name].numbers(), "iou": confusion.shares()[2].tolist()}
         say(f"{name}: mIoU {numbers['miou']:.3f} +- {numbers['miou_error']:.3f}")
         if who == "encoder":
@@ -415,7 +415,7 @@ def _majority(test: Answered, number: int, classes: int) -> Measured:
     for k in range(len(test)):
         mask = test.read(k)[1]
         confusion.add(mask, np.full_like(mask, number), VOID)
-    return confusion.measures()
+    return confusion.measures(groups=test.scenes.groups_of(test.indices))
 
 
 def picture(shown: list[tuple[Tensor, np.ndarray, np.ndarray]], names: list[str], path: Path) -> None:

@@ -20,7 +20,7 @@ from underpaint.report.reading import (
     read_recipe,
     require_run,
 )
-from underpaint.report.verdict import MEASURABLE, PROBES, Verdict, change_sentence, changes, judge, ranks
+from underpaint.report.verdict import MEASURABLE, ONE_RUN, PROBES, Verdict, change_sentence, changes, judge, ranks
 from underpaint.report.words import (
     count_text,
     cut,
@@ -163,7 +163,7 @@ def probe_sentences(metrics: list[dict], probes: dict) -> str:
             sentences.append(f"Under the linear probe the encoder is not measurably different from {name} ({moved}).")
         else:
             side = "better" if difference > 0 else "worse"
-            sentences.append(f"Under the linear probe the encoder is {points} {side} than {name}.")
+            sentences.append(f"Under the linear probe the encoder is {points} {side} than {name} ({ONE_RUN}).")
     rank, untrained, dimensions = ranks(metrics, probes)
     if math.isfinite(rank):
         of = f" of {dimensions:.0f}" if math.isfinite(dimensions) else ""

@@ -1,7 +1,7 @@
 """Whether a run is learning, stalled, collapsed or starved of data, by which signal, and what to change.
 
-Every sentence claims no more than its standard error allows: a difference below two standard errors is said not to
-be measurable.
+A difference below two standard errors is said not to be measurable. One above is told with its error, which is that of
+the test images alone, and is not called measurable: of one run it is not known what another seed would give.
 """
 
 import math
@@ -32,6 +32,7 @@ PROBES = {
 }  # the first one there heads the page
 
 # The verdict's thresholds.
+ONE_RUN = "error of the test images alone; one run"
 MEASURABLE = 2.0  # standard errors: about 1 in 20 differences of nothing look larger
 WAITING = 0.5  # share of time: above it, the data decide the speed, not the device
 NOT_BELOW = 0.97  # of the baseline: predicting the mean of the patch comes this near without having learned anything
@@ -180,16 +181,16 @@ def loss_sentence(last: float, baseline: float, falling: bool, lines: int, logge
 
 
 def change_sentence(gain: Change) -> str:
-    """What pretraining did to a probe, claimed only above two standard errors."""
+    """What pretraining did to a probe: a number of one run, said to have moved only above two standard errors."""
     points = f"{abs(100 * gain.difference):.1f} points"
     if gain.error is None:
         moved = f"{signed(100 * gain.difference)} points from the untrained encoder, of unknown standard error"
         return f"The {gain.name} moved by {moved}, so nothing can be said."
     error = f"± {100 * gain.error:.1f}"
     if gain.standard_errors >= MEASURABLE:
-        return f"The {gain.name} rose by {points} {error} over the untrained encoder."
+        return f"The {gain.name} rose by {points} {error} over the untrained encoder ({ONE_RUN})."
     if gain.standard_errors <= -MEASURABLE:
-        return f"The {gain.name} fell by {points} {error} below the untrained encoder."
+        return f"The {gain.name} fell by {points} {error} below the untrained encoder ({ONE_RUN})."
     moved = f"{signed(100 * gain.difference)} points {error} against the untrained encoder"
     return f"Pretraining did not measurably help the {gain.name} ({moved})."
 
