@@ -316,7 +316,9 @@ class Failing:
             batch = batch._replace(images=batch.images * float("nan"))
         numbers, bad = self.real(current, batch, step, rate)
         assert bool(bad) == ((rollback, step) in self.bad)
-        self.seen.append((rollback, step, state, list(batch.samples), float(numbers["loss"])))
+        self.seen.append(
+            (rollback, step, state, list(batch.samples), float(numbers["loss"][0]))
+        )  # a sum, and its weight
         return numbers, bad
 
 

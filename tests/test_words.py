@@ -557,7 +557,9 @@ def test_a_learned_tokenizer_stays_as_it_was_given(kind: Any, tmp_path: Path) ->
     tokenizer.loss(photographs(64)).backward()
     file = tmp_path / "words.safetensors"
     save_tokenizer(tokenizer.eval(), file)
-    pictures = write_pictures(tmp_path / "pictures", 90)
+    pictures = write_pictures(
+        tmp_path / "pictures", 150
+    )  # of which enough judge to be seen to use a tenth of the words
     pretrain(
         pictures,
         tmp_path / "run",
