@@ -10,10 +10,11 @@ from underpaint.patches import take
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n d"]:
-    """Fixed position embeddings of a grid (rows, columns): half the width codes the row, half the column.
+    """Fixed position embeddings of a grid (rows, columns): the first half of the width codes the row, the second the
+    column, each by sines and then cosines.
 
-    Frequencies fall geometrically from 1 to 1/10000 (Vaswani et al. 2017; two-dimensional as in MAE). Where `dim` is
-    not a multiple of 4 the rest stays 0.
+    Frequencies fall geometrically from 1 towards 1/10000 (Vaswani et al. 2017). The order is CAE's; MAE and LocalMIM
+    code the column first. Where `dim` is not a multiple of 4 the rest stays 0.
     """
     quarter = dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / max(quarter, 1))

@@ -17,7 +17,7 @@ from underpaint.patches import patchify, take
 class ViT(TokenBackbone):
     """An adapter around timm's VisionTransformer (any name and size), which stays timm's: `model`.
 
-    Learned positions start from the fixed sin-cos ones of MAE and are trained on.
+    Learned positions start from the fixed sin-cos ones of `blocks.sincos_positions` and are trained on.
     """
 
     def __init__(self, model: VisionTransformer):
