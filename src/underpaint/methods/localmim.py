@@ -94,7 +94,10 @@ class Tap(nn.Module):
 
 
 class Deconvolve(nn.Module):
-    """A transposed convolution of kernel and stride 2, on single tokens: [..., d] to [..., 4, width]."""
+    """A transposed convolution of kernel and stride 2, on single tokens: [..., d] to [..., 4, width].
+
+    It starts as a linear layer does, and has a bias for each of the four cells; torch's own has one for all.
+    """
 
     def __init__(self, dim: int, width: int):
         super().__init__()
