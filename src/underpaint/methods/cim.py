@@ -7,7 +7,7 @@ says replace the true ones, and the frozen decoder of the tokenizer makes an ima
 places. The enhancer, any network, sees that image and nothing else, and either restores the true pixels (ResPix) or
 says for each word whether it was replaced (RevDet). Both are trained together; the generator is thrown away.
 
-    golden   = words of the image                                              frozen tokenizer
+    golden   = words of the whole image, hidden patches too                    frozen tokenizer
     logits   = generator(image, hidden patches masked)                         cross-entropy on hidden words
     words    = draws from softmax(logits / temperature) where hidden, golden elsewhere
     x'       = decode(words), without gradient: the whole grid, so untouched places are the codec's too
