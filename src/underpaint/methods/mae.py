@@ -33,7 +33,6 @@ class MAE(MaskedMethod):
 
     Args:
         encoder: any `TokenBackbone` (a plain ViT).
-        image_size: pixels (height, width) of the images; the encoder's own where None.
         hidden_ratio: share of the patches that is hidden (0.75 in the paper).
         decoder_dim: width of the decoder; half the encoder's where None (512 in the paper at every encoder, which
             at ViT-Ti makes the decoder 90 % of a step).
