@@ -124,7 +124,8 @@ def encoder(
         name: any timm model.
         image_size: pixels, one number or (height, width); the model's own size where None.
         patch_size: pixels, for transformers.
-        channels: of the images.
+        channels: of the images. The widths of a ResNet's stages, which timm calls `channels` too, cannot be given here:
+            a recipe's `encoder.channels`, or `from_arguments(create_arguments(...))`, sets them.
         arguments: further arguments of `timm.create_model`.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
