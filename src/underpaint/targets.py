@@ -22,8 +22,8 @@ def hog_pyramid(
     For each channel: Sobel gradients (reflected at the border), each pixel's magnitude counted whole in one of `bins`
     bins of 180 degrees, the mean over a cell, and each cell's histogram to length 1. Magnitudes and bins are computed
     once and coarser cells added up from finer ones, which is exact up to rounding since the mean comes before the
-    length. float32 (or float64), also under autocast: half precision flips bins near their edges. float32 flips those of
-    pixels whose gradient lies on an edge but for rounding, so float64 or a convolution may count them in the next bin.
+    length. float32 (or float64), also under autocast: half precision flips bins near their edges. float32 flips
+    those of pixels whose gradient lies on an edge but for rounding: float64 or a convolution may count them elsewhere.
 
     Args:
         images: of any range and channels; the target does not depend on a channel's contrast.

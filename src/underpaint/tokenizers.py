@@ -394,7 +394,7 @@ class DallE(Tokenizer):
     Its published weights are read from a safetensors file that `scripts/convert_dalle.py` makes from the authors' two
     files. BEiT and CAE show it the crop at half size, so that a word stands for a patch of 16 px; here `stride` is 8 times
     `shrink`, and images are made smaller by that first: bicubic and antialiased, where the codes of BEiT and CAE have
-    Lanczos, which torch has on CPUs only.
+    Lanczos, which torch does not have on GPUs.
     """
 
     kind = "dalle"
