@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from underpaint.errors import InputError, NotFinite
+from underpaint.files import write_json
 from underpaint.progress import Bar, say
-from underpaint.runs import Run, restore_state, training_state, write_atomically
+from underpaint.runs import Run, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.step import step_seed
 
@@ -231,4 +232,4 @@ def _same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             shown = "; ".join(f"{name} {stored.get(name)} there, {wanted.get(name)} here" for name in differ[:3])
             raise InputError(f"--out: {folder} holds training with other settings ({shown}); choose another path")
     else:
-        write_atomically(file, json.dumps(wanted, indent=2) + "\n")
+        write_json(file, wanted)

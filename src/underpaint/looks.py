@@ -4,7 +4,6 @@ Nothing random is left: the same encoder and images give the same files. Where f
 pictures, and of constant ones there is no map.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from underpaint.backbones import Backbone
 from underpaint.data import ImageSet, eval_batches
 from underpaint.evaluate import extract, stratified
 from underpaint.evaluate.parts import Part
+from underpaint.files import replacing, write_json
 from underpaint.judge import Judge
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet, to_rgb
-from underpaint.runs import finite, write_atomically
 
 PATCH_IMAGES, PATCH_TOKENS = 256, 32_768  # at most, to find the colours by
 QUERIES, CANDIDATES = 500, 1_500  # labelled images whose neighbours are sought, and among which
@@ -57,7 +56,7 @@ def write_looks(encoder: Backbone, untrained: Backbone, judge: Judge, standardiz
             _write_neighbours(compared, after, before, folder / "neighbours.png")
         if compared.finite:
             _write_map(compared, folder / "map.png")
-    write_atomically(folder / "looks.json", json.dumps(finite(known), indent=2) + "\n")
+    write_json(folder / "looks.json", known)
 
 
 # -- patches by colour --------------------------------------------------------------------------------------------------
@@ -312,6 +311,5 @@ def _some(images: ImageSet, count: int, seed: int) -> list[int]:
 
 
 def _save(canvas: Image.Image, path: Path) -> None:
-    temporary = path.with_name(path.name + ".part")
-    canvas.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)

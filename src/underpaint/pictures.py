@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from underpaint.files import replacing
+
 
 def to_rgb(images: Float[Tensor, "b c height width"]) -> np.ndarray:
     """Images in [0, 1] to uint8 [b, height, width, 3]; of many channels the first three are shown."""
@@ -41,9 +43,8 @@ def sheet(
             canvas.paste(tile, (left, top + row * (height + gap)))
     if legend:
         canvas = _with_legend(canvas, legend)
-    temporary = path.with_name(path.name + ".part")
-    canvas.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
 
 
 def _with_legend(canvas: Image.Image, legend: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:

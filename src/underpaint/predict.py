@@ -1,7 +1,6 @@
 """Using what `underpaint evaluate` trained on images without answers, and features for use elsewhere."""
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -34,10 +33,10 @@ from underpaint.evaluate.keep import kept
 from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.segment import Segmenting, painted, segmented, segmenter
 from underpaint.evaluate.subject import Subject, open_subject
+from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
 from underpaint.pictures import alike, legend_of, rgb, sheet, to_rgb
 from underpaint.progress import say
-from underpaint.runs import write_atomically
 
 SHOWN = 24  # images on a picture of classes
 SHOWN_DENSE = 6
@@ -128,12 +127,10 @@ def _classes(model: nn.Module, subject: Subject, source: Source, names: list[str
             rows.append((images.names[sample], name, f"{probability:.4f}"))
             if place < len(shown):
                 tiles.append((shown[place], f"{name} {100 * probability:.0f} %"))
-    temporary = folder / "predictions.csv.part"
-    with open(temporary, "w", newline="") as file:
+    with replacing(folder / "predictions.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "probability"])
         writer.writerows(rows)
-    temporary.replace(folder / "predictions.csv")
     _contact_sheet(tiles, folder / "predictions.png")
     say(f"{folder / 'predictions.csv'}: {len(rows)} images")
 
@@ -191,7 +188,7 @@ def _masks(
             columns["found"].append(painted(mask, len(names)))
     if not count:
         raise InputError(f"{source.location}: no image could be read")
-    write_atomically(folder / "classes.json", json.dumps(names) + "\n")
+    write_json(folder / "classes.json", names, indent=None)
     frames = {name: alike(shown, nearest=name == "found") for name, shown in columns.items()}
     sheet(frames, folder / "segmentations.png", legend=legend_of(names))
     say(f"{folder / 'masks'}: {count} masks; classes.json names their numbers")
@@ -219,8 +216,8 @@ def _boxes(
         raise InputError(f"{source.location}: no image could be read")
     categories = [{"id": k, "name": name} for k, name in zip(described["categories"], names, strict=True)]
     annotations = [{"id": k, "iscrowd": 0, "area": _area(one), **one} for k, one in enumerate(results, start=1)]
-    text = json.dumps({"images": listed, "annotations": annotations, "categories": categories})
-    write_atomically(folder / "detections.json", text + "\n")
+    found = {"images": listed, "annotations": annotations, "categories": categories}
+    write_json(folder / "detections.json", found, indent=None)
     shown = {name: alike(frames) for name, frames in columns.items()}
     sheet(shown, folder / "detections.png", legend=legend_of(names) if len(names) > 1 else ())
     say(f"{folder / 'detections.json'}: {len(results)} objects on {len(listed)} images")
@@ -251,16 +248,14 @@ def embed(encoder: str, data: str | Path, out: str | Path, *, image_size: tuple[
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
         kind = pa.list_(pa.float32(), subject.encoder.dim)
         schema = pa.schema([("path", pa.string()), ("vector", kind)])
-        with pq.ParquetWriter(temporary, schema) as writer:
+        with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for batch in eval_batches(images, size=subject.size, device=subject.standardize.mean.device):
                 pooled = subject.encoder(subject.standardize(batch.images)).pooled.float().cpu().numpy()
                 vectors = pa.FixedSizeListArray.from_arrays(pa.array(pooled.reshape(-1)), subject.encoder.dim)
                 names = pa.array([images.names[k] for k in batch.samples])
                 writer.write_table(pa.Table.from_arrays([names, vectors], schema=schema))
-        temporary.replace(path)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
     return len(images)

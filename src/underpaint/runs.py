@@ -7,8 +7,6 @@ a resume first drops the lines that lie after its checkpoint, since those steps 
 
 import hashlib
 import json
-import math
-import os
 import platform
 import shutil
 import sys
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from underpaint.errors import InputError
+from underpaint.files import append_lines, read_lines, replacing_folder, write_json, write_text
 from underpaint.recipes.recipe import Recipe, as_written, plain
 
 
@@ -65,31 +64,23 @@ class Run:
         return as_written(settings)
 
     def write_recipe(self, recipe: Recipe) -> None:
-        write_atomically(self.path / "recipe.yaml", yaml.safe_dump(plain(recipe), sort_keys=False))
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(plain(recipe), sort_keys=False))
 
     def write_json(self, name: str, value: Any) -> None:
-        write_atomically(self.path / name, json.dumps(finite(value), indent=2) + "\n")
+        write_json(self.path / name, value)
 
     def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to a .jsonl file, flushed to disk."""
-        text = "".join(json.dumps(finite(line)) + "\n" for line in lines)
-        with open(self.path / name, "a") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path / name, lines)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The lines of a .jsonl file; a last line cut off by a kill is left out."""
-        file = self.path / name
-        if not file.is_file():
-            return []
-        whole = file.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in whole]
+        return read_lines(self.path / name)
 
     def drop_after(self, name: str, step: int) -> None:
         """Keep the lines of steps up to `step`."""
         kept = [line for line in self.lines(name) if line["step"] <= step]
-        write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -100,18 +91,10 @@ class Run:
     def save(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], keep: Iterable[int]) -> None:
         """Write a checkpoint; then delete all but the last two and those of the steps in `keep`."""
         final = self.path / "checkpoints" / f"step-{step:09d}"
-        part = final.with_name(final.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "state.safetensors")
-        description = {"format": 1, "step": step, "sha256": _sha256(part / "state.safetensors"), **numbers}
-        (part / "state.json").write_text(json.dumps(description) + "\n")
-        for file in (*part.iterdir(), part):
-            _sync(file)
-        if final.exists():  # a step that was rolled back to and made again
-            shutil.rmtree(final)
-        part.rename(final)
-        _sync(final.parent)
+        with replacing_folder(final) as part:  # in place of a step that was rolled back to and made again
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "state.safetensors")
+            description = {"format": 1, "step": step, "sha256": _sha256(part / "state.safetensors"), **numbers}
+            (part / "state.json").write_text(json.dumps(description) + "\n")
         kept = {f"step-{k:09d}" for k in keep} | {c.name for c in self.checkpoints()[-2:]}
         for old in self.checkpoints():
             if old.name not in kept:
@@ -130,35 +113,9 @@ class Run:
         return None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """Plain data with numbers that JSON cannot hold (not finite) as None."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def training_state(method: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

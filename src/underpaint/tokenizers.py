@@ -11,7 +11,6 @@ Contract: `encode(images)` gives one word a place of a grid of `stride` pixels, 
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
+from underpaint.files import replacing, write_json
 from underpaint.patches import patchify, unpatchify
 
 FORMAT = 1
@@ -476,15 +476,10 @@ def save_tokenizer(
     description = {"format": FORMAT, "kind": tokenizer.kind, "arguments": tokenizer.arguments()}
     if scaling is not None:
         description["scaling"] = scaling.stored()
-    temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps({**description, "quality": quality, "seconds": seconds}, indent=2) + "\n")
-    temporary.replace(path.with_suffix(".json"))
-    temporary = path.with_name(path.name + ".part")
+    write_json(path.with_suffix(".json"), {**description, "quality": quality, "seconds": seconds})
     weights = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
-    save_file(weights, temporary, {"tokenizer": json.dumps(description)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(weights, temporary, {"tokenizer": json.dumps(description)})
 
 
 def tokenizer_scaling(path: str | Path) -> Scaling | None:

@@ -36,6 +36,7 @@ from underpaint.data import (
     train_batches,
 )
 from underpaint.errors import InputError, NotFinite
+from underpaint.files import finite
 from underpaint.fit import Length
 from underpaint.judge import Judge
 from underpaint.looks import write_looks
@@ -46,7 +47,7 @@ from underpaint.pictures import sheet
 from underpaint.progress import Bar, say
 from underpaint.recipes.recipe import Recipe, checked, differences, method_options, override, plain, read_recipe
 from underpaint.report import write_report
-from underpaint.runs import Run, environment, finite, restore_state, training_state
+from underpaint.runs import Run, environment, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.step import Session, Window, rate_at, scaler_of, session, update, warm_again
 from underpaint.tokenize import STEPS as TOKENIZER_STEPS

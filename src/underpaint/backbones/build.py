@@ -30,6 +30,7 @@ from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
+from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
 
 FORMAT = 1
@@ -182,17 +183,14 @@ def save_encoder(
         "std": standardize.std.flatten().tolist(),
         "scaling": None if scaling is None else scaling.stored(),
     }
-    temporary = folder / "encoder.json.part"
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    temporary.replace(folder / "encoder.json")
+    write_json(folder / "encoder.json", description)
 
 
 def write_weights(path: Path, model: nn.Module) -> None:
     """The state of a network as safetensors, atomically."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    temporary = path.with_name(path.name + ".part")
-    save_file(weights, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(weights, temporary)
 
 
 def describe_encoder(path: str | Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from underpaint.compare.verdict import verdict
 from underpaint.data import ImageSet
 from underpaint.errors import InputError
 from underpaint.evaluate import Probe
+from underpaint.files import replacing, write_json, write_text
 from underpaint.judge import SHOTS, Judge, Worth
 from underpaint.looks import write_looks
 from underpaint.methods import METHODS
@@ -39,7 +40,7 @@ from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
 from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
-from underpaint.runs import Run, environment, finite, write_atomically
+from underpaint.runs import Run, environment
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.tokenizers import tokenizer_scaling
 from underpaint.train import FLAGS, build, open_data
@@ -148,9 +149,9 @@ def compare(
                     raise InputError(f"no method got through: {'; '.join(plan.left_out.values())}")
         found = _judge_all(folder, plan, images, judge, received)
     result = _result(plan, judge, folder, found)
-    write_atomically(folder / "compare.json", json.dumps(finite(result), indent=1) + "\n")
+    write_json(folder / "compare.json", result, indent=1)
     page = write_comparison(folder)
-    write_atomically(folder / "table.md", markdown_table(result) + "\n")
+    write_text(folder / "table.md", markdown_table(result) + "\n")
     for line in [*table(result), *result.get("notes", []), *result["verdict"]]:
         say(line)
     say(f"done: {folder / 'compare.json'}, {page}")
@@ -243,7 +244,7 @@ def _store(folder: Path, plan: Plan) -> None:
             (folder / place).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be made: {error.strerror}") from error
-    write_atomically(file, yaml.safe_dump(plan.stored(), sort_keys=False))
+    write_text(file, yaml.safe_dump(plan.stored(), sort_keys=False))
 
 
 # --- training in turns ----------------------------------------------------------------------------------------------
@@ -271,12 +272,12 @@ def _turn(
     recipe = folder / "recipes" / f"{name}-{seed}.yaml"
     chosen = plain(plan.recipes[name])
     chosen["run"]["seed"] = seed
-    write_atomically(recipe, yaml.safe_dump(chosen, sort_keys=False))
+    write_text(recipe, yaml.safe_dump(chosen, sort_keys=False))
     reason = folder / "reason.txt"
     reason.unlink(missing_ok=True)
     told = {"out": str(run.path), "recipe": str(recipe), "pause": str(pause), "reason": str(reason)}
     told = {"data": chosen["data"]["path"], **told}
-    write_atomically(folder / "turn.json", json.dumps(told) + "\n")
+    write_json(folder / "turn.json", told)
     status = _process(folder / "turn.json", received) if clock is None else turn(told, clock)
     if received:
         raise Interrupted(received[0])
@@ -400,9 +401,8 @@ def save_worth(worth: Worth, file: Path) -> None:
     chosen = {name: [probe.chosen for probe in probes] for name, probes in worth.probes.items()}
     hits |= {f"{GROUPS}{name}": p[0].groups for name, p in worth.probes.items() if p[0].groups is not None}
     described = {"rank": json.dumps(worth.rank), "chosen": json.dumps(chosen), "counts": json.dumps(worth.counts)}
-    temporary = file.with_name(file.name + ".part")
-    save_file(hits, temporary, metadata=described)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        save_file(hits, temporary, metadata=described)
 
 
 def load_worth(file: Path) -> Worth:

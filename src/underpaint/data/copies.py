@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from underpaint.data.decode import Unreadable
 from underpaint.data.sources import Source, cache_root
+from underpaint.files import write_json
 
 
 def same_place(one: str | Path, other: str | Path) -> bool:
@@ -43,7 +43,5 @@ def copies(source: Source, indices: Sequence[int], other: Source, judged: Sequen
                 found.append(i)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
-        temporary.write_text(json.dumps(found))
-        temporary.replace(file)
+        write_json(file, found, indent=None)
     return found

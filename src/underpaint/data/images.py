@@ -3,10 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +26,7 @@ from underpaint.data.parallel import ordered_map
 from underpaint.data.scaling import KINDS, Scaling, robust_range, stored_scaling, told_of_channel
 from underpaint.data.sources import Source, cache_root
 from underpaint.errors import InputError
+from underpaint.files import replacing_folder
 
 CACHE_VERSION = 2
 SAMPLED_HEADERS = 512  # read to estimate sizes and to choose the data set's type
@@ -463,31 +460,6 @@ class _DecodeChunk:
         return results
 
 
-class _Building:
-    """A folder written under a temporary name and renamed when complete; nothing is left after a failure."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __enter__(self) -> Path:
-        root = self._folder.parent
-        root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(f"{self._folder.name}.*"):  # of a run that was killed
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
-        self._partial = Path(tempfile.mkdtemp(dir=root, prefix=self._folder.name + "."))
-        return self._partial
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                if self._folder.exists():  # of another cache limit, damaged, or made meanwhile by another process
-                    shutil.rmtree(self._folder, ignore_errors=True)
-                os.rename(self._partial, self._folder)
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-
 def _build(
     source: Source,
     indices: list[int],
@@ -505,7 +477,7 @@ def _build(
         return _decode_all(source, indices, decoding, workers, on_progress, write)
 
     try:
-        with _Building(folder) as partial:
+        with replacing_folder(folder, durable=False) as partial:
             with (partial / "pixels.bin").open("wb") as file:
                 shapes, kept, skipped = decode_into(lambda array: file.write(array.tobytes()))
             pixels = Pixels(partial / "pixels.bin", decoding.scaling.dtype, shapes)
@@ -545,7 +517,7 @@ def _stream(
     stored = _to_store(decoding, estimate, statistics or _statistics(sample), skipped, notes)
     stored["streamed"] = True
     try:
-        with _Building(folder) as partial:
+        with replacing_folder(folder, durable=False) as partial:
             (partial / "set.json").write_text(json.dumps(stored))
     except OSError as error:
         notes.append(f"the cache folder cannot be written ({error.strerror}); a second run measures again")

@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 
 from underpaint.data.decode import Unreadable
 from underpaint.errors import InputError
+from underpaint.files import KINDS, place_of, replacing
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -38,7 +40,6 @@ NOT_IMAGES = {"masks", "annotations", "labels", "semantic"}  # folders that hold
 SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".pdf"}
 SIDE_NAMES = {"license", "licence", "readme", "notice", "copying", "sha256sums", "md5sums", "thumbs.db"}
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-KINDS = "a folder, .zip, .tar, .parquet, hf:NAME[:SPLIT] or wds:PATTERN"
 HOLD_OUT = 0.2
 IN_MEMORY = 512 * 2**20  # bytes of encoded parquet images held in memory; more is copied to a flat file once
 
@@ -83,7 +84,9 @@ def open_source(data: str | Path, *, groups: str | None = None) -> "Source":
     elif text.startswith("wds:"):
         listing = _list_shards(text)
     else:
-        listing = _list_path(Path(text).expanduser(), text)
+        place = place_of(text)
+        assert place is not None
+        listing = _list_path(place, text)
     if not listing.entries:
         raise InputError(_nothing(text, listing))
     source = Source(text, listing, pattern)
@@ -316,8 +319,6 @@ class _File:
 def _list_path(path: Path, text: str) -> _Listing:
     if path.is_dir():
         return _list_folder(path, text)
-    if not path.exists():
-        raise InputError(f"no such data: {text}; expected {KINDS}")
     if not path.is_file():
         raise InputError(f"{text} is neither a file nor a folder; expected {KINDS}")
     try:
@@ -534,20 +535,14 @@ def _flat_copy(key: str, suffix: str, write: Any) -> tuple[Path, Any]:
     name = "flat-" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32] + suffix
     keep = None
     folder = cache_root()
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=folder, prefix="flat-", suffix=".partial")
-    except OSError:
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         keep = tempfile.TemporaryDirectory(prefix="underpaint-")
         folder = Path(keep.name)
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
-    os.close(handle)
-    try:
-        if not (folder / name).exists():
-            write(Path(partial))
-            os.replace(partial, folder / name)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    if not (folder / name).exists():
+        with replacing(folder / name) as partial:
+            write(partial)
     return folder / name, keep
 
 

@@ -40,12 +40,13 @@ from underpaint.evaluate.segment import VOID, Answered, Segmenting, segment
 from underpaint.evaluate.splits import stratified
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import Subject, open_subject
+from underpaint.files import write_json, write_text
 from underpaint.fit import changed
 from underpaint.judge import SETTLING, Judge
 from underpaint.looks import write_looks
 from underpaint.progress import say
 from underpaint.recipes.recipe import Recipe
-from underpaint.runs import Run, environment, finite, write_atomically
+from underpaint.runs import Run, environment
 
 TASKS = (*FROZEN, "finetune", "segment", "detect", "outliers")
 FORMAT = 1
@@ -439,8 +440,8 @@ def _earlier(folder: Path, described: dict[str, Any]) -> dict[str, Any]:
 
 def _write(folder: Path, results: dict[str, Any], found: dict[str, Any]) -> None:
     results["tasks"] |= found
-    write_atomically(folder / "results.json", json.dumps(finite(results), indent=2) + "\n")
-    write_atomically(folder / "table.md", "\n".join(table(results, markdown=True)) + "\n")
+    write_json(folder / "results.json", results)
+    write_text(folder / "table.md", "\n".join(table(results, markdown=True)) + "\n")
 
 
 HEADS = {

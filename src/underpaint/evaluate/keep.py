@@ -14,7 +14,7 @@ from torch import nn
 from underpaint.backbones.build import write_weights
 from underpaint.errors import InputError
 from underpaint.evaluate.subject import Subject
-from underpaint.runs import finite, write_atomically
+from underpaint.files import write_json
 
 FORMAT = 1
 
@@ -35,7 +35,7 @@ def keep(folder: Path, task: str, subject: Subject, model: nn.Module, classes: l
         "classes": classes,
         **facts,
     }
-    write_atomically(folder / "model.json", json.dumps(finite(described), indent=2) + "\n")
+    write_json(folder / "model.json", described)
 
 
 def kept(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from matplotlib.figure import Figure
 
+from underpaint.files import replacing
 from underpaint.plots import PALETTE
 
 NUMBERED = 12  # classes up to which the cells of a matrix are numbered
@@ -64,6 +65,5 @@ def histogram_picture(groups: dict[str, Float[np.ndarray, "n"]], x_label: str, p
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

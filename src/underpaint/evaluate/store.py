@@ -3,10 +3,7 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +18,7 @@ from underpaint.data.sources import cache_root
 from underpaint.errors import InputError
 from underpaint.evaluate.features import HALF_LIMIT
 from underpaint.evaluate.subject import Subject
+from underpaint.files import replacing_folder
 
 BATCH = 256
 
@@ -43,14 +41,8 @@ def stored_features(
     """
     folder = cache_root(cache_dir) / "features" / _key(subject, images, indices, patches)
     if not (folder / "samples.npy").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-        try:
+        with replacing_folder(folder, durable=False) as temporary:
             _make(subject, images, indices, patches, temporary)
-            with suppress(OSError):  # another process was first
-                os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     # copy on write, so that nobody can spoil the files
     pooled, tokens = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("pooled", "patches"))
     return Stored(torch.from_numpy(pooled), torch.from_numpy(tokens), np.load(folder / "samples.npy"))

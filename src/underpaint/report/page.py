@@ -3,12 +3,13 @@
 import base64
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from PIL import Image
+
+from underpaint.files import replacing
 
 PICTURE_BYTES = 2_400_000  # all pictures together; base64 makes 3.2 MB of them, so that the page stays under 5 MB
 
@@ -29,10 +30,9 @@ def page(title: str, body: str) -> str:
 
 def write_page(path: Path, text: str) -> Path:
     """Write a page under a temporary name, then put it in place."""
-    partial = path.with_suffix(".html.partial")
     # a file name that is not UTF-8 was read with lone surrogates, which no file can hold
-    partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))
     return path
 
 

@@ -1,0 +1,129 @@
+"""Files and folders that are either whole or not there, and JSON that any reader takes.
+
+What is written gets a temporary name beside its own and is renamed when it is complete and on disk, so a kill at any
+moment leaves what was there before.
+"""
+
+import glob
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from underpaint.errors import InputError
+
+KINDS = "a folder, .zip, .tar, .parquet, hf:NAME[:SPLIT] or wds:PATTERN"  # of data
+FORGOTTEN = 86_400  # seconds after which what is half made belongs to nobody
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[Path, None, None]:
+    """A path to write a file to: it becomes `path` when the block ends, and goes away where the block raises."""
+    _forget(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same file
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path, durable: bool = True) -> Generator[Path, None, None]:
+    """A folder to write into: it becomes `folder`, in place of one that is there, when the block ends.
+
+    Several processes may make the same folder; the last one's stays. A cache, which can be made again, need not be
+    `durable`: flushing gigabytes would hold up the run.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _forget(folder)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
+    before = temporary.with_name(temporary.name.removesuffix(".part") + ".before.part")
+    try:
+        yield temporary
+        if durable:
+            for file in (*temporary.rglob("*"), temporary):
+                sync(file)
+        with suppress(FileNotFoundError):  # whoever reads there now goes on with what was moved away
+            folder.rename(before)
+        temporary.rename(folder)
+        if durable:
+            sync(folder.parent)
+    finally:
+        for left in (temporary, before):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _forget(path: Path) -> None:
+    """Remove what was left beside a file or folder by those who were killed while they made it."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        if time.time() - left.stat().st_mtime > FORGOTTEN:
+            shutil.rmtree(left, ignore_errors=True)
+            left.unlink(missing_ok=True)
+
+
+def place_of(data: str | Path) -> Path | None:
+    """Where a DATA argument lies; None for what is no path (`hf:`, `wds:`).
+
+    Raises:
+        InputError: nothing is there.
+    """
+    text = str(data)
+    if text.startswith(("hf:", "wds:")):
+        return None
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise InputError(f"no such data: {text}; expected {KINDS}")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write plain data as JSON, atomically; numbers that JSON cannot hold become null."""
+    write_text(path, json.dumps(finite(value), indent=indent) + "\n")
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a .jsonl file, flushed to disk."""
+    text = "".join(json.dumps(finite(line)) + "\n" for line in lines)
+    with path.open("a") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file, none where there is no file; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def finite(value: Any) -> Any:
+    """Plain data with numbers that JSON cannot hold (not finite) as None."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
