@@ -11,7 +11,8 @@ from conftest import made_picture
 from underpaint.cli import parser
 from underpaint.errors import InputError
 from underpaint.recipes import RECIPES
-from underpaint.recipes.recipe import checked, method_settings, override, plain, read_recipe
+from underpaint.recipes.recipe import checked, method_settings, override, plain
+from underpaint.recipes.request import read_recipe
 
 # Mean loss of steps 16 to 20 on made stripes. Tolerance 1 %: kernels of other machines sum in another order, which
 # twenty steps hardly amplify; a changed default or formula moves the loss by far more.

@@ -11,6 +11,8 @@ import yaml
 
 import underpaint
 from underpaint.errors import InputError, NotFinite
+from underpaint.files import place_of
+from underpaint.methods import LISTED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="the run folder")
     given: dict[str, Any] = {"default": argparse.SUPPRESS}  # what is not said comes from the recipe
     made.add_argument("--recipe", help="a shipped name ('underpaint recipes') or a YAML file", **given)
-    made.add_argument("--method", help=f"{', '.join(underpaint.METHODS)} (default energy)", **given)
+    made.add_argument("--method", help=f"{', '.join(LISTED)} (default energy)", **given)
     length = made.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the images (default 100)", **given)
     length.add_argument("--steps", type=int, help="optimiser steps", **given)
@@ -216,6 +218,18 @@ def _shared(made: argparse.ArgumentParser, given: dict[str, Any]) -> None:
     made.add_argument("--workers", type=int, help="processes that decode images (default 0)", **given)
 
 
+def _run_at(folder: Path) -> None:
+    """Complain of a folder that holds no run."""
+    if not (folder / "recipe.yaml").is_file():
+        raise InputError(f"{folder}: no recipe.yaml here, so it is not a run folder")
+
+
+def _encoder_at(text: str) -> None:
+    """Complain of an encoder that is neither `timm:NAME` nor anything on disk."""
+    if not text.startswith("timm:") and not Path(text).exists():
+        raise InputError(f"{text}: no such encoder; expected a run folder, an exported file or timm:NAME")
+
+
 def _demo(given: argparse.Namespace) -> None:
     from underpaint.demo import demo
 
@@ -223,13 +237,18 @@ def _demo(given: argparse.Namespace) -> None:
 
 
 def _pretrain(given: argparse.Namespace) -> None:
-    from underpaint.train import FLAGS, pretrain
+    from underpaint.recipes.request import FLAGS, foresee
 
     flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
-    pretrain(given.data, given.out, recipe=getattr(given, "recipe", None), settings=dict(given.set), **flags)
+    recipe, settings = getattr(given, "recipe", None), dict(given.set)
+    foresee(given.data, recipe, flags, settings)
+    from underpaint.train import pretrain
+
+    pretrain(given.data, given.out, recipe=recipe, settings=settings, **flags)
 
 
 def _restore(given: argparse.Namespace) -> None:
+    _run_at(given.run_folder)
     from underpaint.use import restore
 
     restore(given.run_folder, given.images, given.out, corruption=given.corruption)
@@ -237,6 +256,8 @@ def _restore(given: argparse.Namespace) -> None:
 
 
 def _score(given: argparse.Namespace) -> None:
+    _run_at(given.run_folder)
+    place_of(given.data)
     from underpaint.use import score
 
     rows = score(given.run_folder, given.data)
@@ -248,10 +269,14 @@ def _score(given: argparse.Namespace) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
-    from underpaint.compare import compare
-    from underpaint.train import FLAGS
+    from underpaint.recipes.request import FLAGS, foresee, recipe_named
 
     flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name) and name != "minutes"}
+    for entry in given.methods:
+        recipe_named(entry)
+    foresee(given.data, getattr(given, "recipe", None), flags, dict(given.set))
+    from underpaint.compare import compare
+
     compare(
         given.data,
         given.out,
@@ -265,6 +290,8 @@ def _compare(given: argparse.Namespace) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
+    place_of(given.data)
+    _encoder_at(given.encoder)
     from underpaint.evaluate.command import evaluate
 
     evaluate(
@@ -286,12 +313,15 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def _predict(given: argparse.Namespace) -> None:
+    place_of(given.images)
     from underpaint.predict import predict
 
     predict(given.trained, given.images, given.out)
 
 
 def _embed(given: argparse.Namespace) -> None:
+    place_of(given.data)
+    _encoder_at(given.encoder)
     from underpaint.predict import embed
 
     count = embed(given.encoder, given.data, given.out, image_size=given.image_size)
@@ -299,6 +329,7 @@ def _embed(given: argparse.Namespace) -> None:
 
 
 def _tokenizer(given: argparse.Namespace) -> None:
+    place_of(given.data)
     from underpaint.tokenize import make_tokenizer
 
     make_tokenizer(
@@ -316,25 +347,24 @@ def _tokenizer(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
+    compared = (given.run_folder / "compare.json").is_file()
+    if not compared:
+        _run_at(given.run_folder)
     from underpaint.report import write_comparison, write_report
-    from underpaint.runs import Run
 
-    if (given.run_folder / "compare.json").is_file():
-        print(write_comparison(given.run_folder))
-        return
-    Run(given.run_folder).recipe()  # says in one line when this is no run
-    print(write_report(given.run_folder))
+    print((write_comparison if compared else write_report)(given.run_folder))
 
 
 def _check(given: argparse.Namespace) -> None:
+    place_of(given.data)
     from underpaint.data import check, format_check
 
     print(format_check(check(given.data)))
 
 
 def _methods(_: argparse.Namespace) -> None:
-    for name, method in underpaint.METHODS.items():
-        print(f"{name:<10} {method.paper}")
+    for name, (_, line) in LISTED.items():
+        print(f"{name:<10} {line}")
 
 
 def _recipes(_: argparse.Namespace) -> None:

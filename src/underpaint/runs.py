@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from underpaint.errors import InputError
 from underpaint.files import append_lines, read_lines, replacing_folder, write_json, write_text
-from underpaint.recipes.recipe import Recipe, as_written, plain
+from underpaint.recipes.recipe import Recipe, plain, stored_recipe
 
 
 class Run:
@@ -57,11 +57,10 @@ class Run:
     # -- plain files ------------------------------------------------------------------------------------------------
 
     def recipe(self) -> Recipe:
-        try:
-            settings = yaml.safe_load((self.path / "recipe.yaml").read_text())
-        except OSError as error:
-            raise InputError(f"{self.path}: no recipe.yaml here, so it is not a run folder") from error
-        return as_written(settings)
+        found = stored_recipe(self.path)
+        if found is None:
+            raise InputError(f"{self.path}: no recipe.yaml here, so it is not a run folder")
+        return found
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_text(self.path / "recipe.yaml", yaml.safe_dump(plain(recipe), sort_keys=False))

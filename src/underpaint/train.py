@@ -45,7 +45,8 @@ from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
 from underpaint.progress import Bar, say
-from underpaint.recipes.recipe import Recipe, checked, differences, method_options, override, plain, read_recipe
+from underpaint.recipes.recipe import Recipe, method_options
+from underpaint.recipes.request import DEFAULT_EPOCHS, FLAGS, resolve
 from underpaint.report import write_report
 from underpaint.runs import Run, environment, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
@@ -54,69 +55,7 @@ from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import make_ready
 from underpaint.tokenizers import Tokenizer, making_seconds, save_tokenizer, tokenizer_scaling
 
-# flag of the command line and keyword of `pretrain` -> place in the recipe
-FLAGS = {
-    "method": "method.name",
-    "encoder": "encoder.name",
-    "patch_size": "encoder.patch_size",
-    "image_size": "data.image_size",
-    "labels": "data.labels",
-    "groups": "data.groups",
-    "all_images": "data.all_images",
-    "workers": "data.workers",
-    "batch_size": "optimiser.batch_size",
-    "init": "init",
-    "epochs": "run.epochs",
-    "steps": "run.steps",
-    "minutes": "run.minutes",
-    "seed": "run.seed",
-    "precision": "run.precision",
-    "devices": "run.devices",
-    "nodes": "run.nodes",
-    "probe_every": "run.probe_every",
-    "checkpoint_every": "run.checkpoint_every",
-}
-DEFAULT_EPOCHS = 100
 ROLL_BACK_AFTER, STOP_AFTER = 3, 10  # steps in a row without a finite gradient; such steps in all
-
-
-def resolve(
-    data: str | Path, run: Run, recipe: str | None, flags: Mapping[str, Any], settings: Mapping[str, Any]
-) -> tuple[Recipe, bool]:
-    """The recipe of a run, and whether it goes on from an earlier start.
-
-    Raises:
-        InputError: settings that differ from those of the run that is to be resumed, each in a line.
-    """
-    stored = run.recipe() if run.exists else None
-    base = read_recipe(recipe) if recipe else plain(stored) if stored else plain(checked({}))
-    chosen = copy.deepcopy(base)
-    if any(flags.get(name) is not None for name in ("epochs", "steps", "minutes")):
-        for name in ("epochs", "steps", "minutes"):
-            chosen["run"][name] = None
-    for name, value in flags.items():
-        if value is not None:
-            override(chosen, FLAGS[name], value)
-    for path, value in settings.items():
-        override(chosen, path, value)
-    chosen["data"]["path"] = str(data)
-    if all(chosen["run"][name] is None for name in ("epochs", "steps", "minutes")):
-        chosen["run"]["epochs"] = DEFAULT_EPOCHS
-    if stored is None:
-        if chosen != base:
-            chosen["measured"] = {}  # measured for other settings or other data
-        return checked(chosen), False
-    chosen["measured"] = plain(stored)["measured"]
-    result = checked(chosen)
-    if changed := differences(stored, result):
-        raise InputError(
-            f"--out {run.path}: holds a run with other settings ({'; '.join(changed)}); "
-            "give its own settings to go on, or another path"
-        )
-    lengths = [[getattr(each.run, name) for name in ("epochs", "steps", "minutes")] for each in (stored, result)]
-    if lengths[0] != lengths[1] and "steps" in result.measured:
-        result.measured.setdefault("steps_before", result.measured.pop("steps"))
-    return result, True
 
 
 def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Method, Standardize, dict[str, Any], str]:
@@ -188,7 +127,7 @@ def pretrain(
     if isinstance(size := flags.get("image_size"), int):
         flags["image_size"] = (size, size)
     run = Run(out)
-    chosen, resumed = resolve(data, run, recipe, flags, settings or {})
+    chosen, resumed = resolve(data, run.path, recipe, flags, settings or {})
     if not resumed:
         for name in ("tokenizer", "steps_before", "warm_again"):  # of the run that this recipe is from
             chosen.measured.pop(name, None)

@@ -37,13 +37,14 @@ from underpaint.methods import METHODS
 from underpaint.pictures import sheet
 from underpaint.progress import say
 from underpaint.recipes import RECIPES
-from underpaint.recipes.recipe import Recipe, checked, differences, override, plain, read_recipe
+from underpaint.recipes.recipe import Recipe, checked, differences, override, plain
+from underpaint.recipes.request import FLAGS, read_recipe, recipe_named
 from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
 from underpaint.runs import Run, environment
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.tokenizers import tokenizer_scaling
-from underpaint.train import FLAGS, build, open_data
+from underpaint.train import build, open_data
 from underpaint.turn import turn
 from underpaint.use import load_method
 
@@ -206,15 +207,11 @@ def _plan(
 def _settings_of(entry: str, side: int, encoder: str) -> dict[str, Any]:
     """The recipe that an entry of `--methods` means; a method without one for this size and kind of encoder (the tuned
     ones are for plain ViTs) gets its defaults."""
-    small = f"{entry}-tiny-32"
-    if entry in METHODS:
-        tuned = side <= TINY and small in RECIPES and is_model_in_modules(encoder, ["vision_transformer", "deit"])
-        return read_recipe(small) if tuned else plain(checked({"method": {"name": entry}}))
-    if entry in RECIPES or Path(entry).is_file():
-        return read_recipe(entry)
-    raise InputError(
-        f"--methods: '{entry}' is no method ({', '.join(METHODS)}), no recipe ({', '.join(RECIPES)}) and no file"
-    )
+    named, small = recipe_named(entry), f"{entry}-tiny-32"
+    if named is not None:
+        return read_recipe(named)
+    tuned = side <= TINY and small in RECIPES and is_model_in_modules(encoder, ["vision_transformer", "deit"])
+    return read_recipe(small) if tuned else plain(checked({"method": {"name": entry}}))
 
 
 def _store(folder: Path, plan: Plan) -> None:

@@ -1,22 +1,57 @@
-"""The pretraining methods, by the name that `--method` takes."""
+"""The pretraining methods, by the name that `--method` takes. A class is imported when it is asked for."""
 
-from underpaint.methods.beit import BEiT
-from underpaint.methods.cae import CAE
-from underpaint.methods.cim import CIM
-from underpaint.methods.energy import Energy
-from underpaint.methods.localmim import LocalMIM
-from underpaint.methods.mae import MAE
-from underpaint.methods.method import Method, Objective
-from underpaint.methods.simmim import SimMIM
+import importlib
+from collections import UserDict
+from typing import TYPE_CHECKING, Any
 
-METHODS: dict[str, type[Method]] = {
-    "beit": BEiT,
-    "cae": CAE,
-    "cim": CIM,
-    "energy": Energy,
-    "localmim": LocalMIM,
-    "mae": MAE,
-    "simmim": SimMIM,
+if TYPE_CHECKING:
+    from underpaint.methods.beit import BEiT
+    from underpaint.methods.cae import CAE
+    from underpaint.methods.cim import CIM
+    from underpaint.methods.energy import Energy
+    from underpaint.methods.localmim import LocalMIM
+    from underpaint.methods.mae import MAE
+    from underpaint.methods.method import Method, Objective
+    from underpaint.methods.simmim import SimMIM
+
+# the class in the module of that name, and what it does in a line, with its paper
+LISTED = {
+    "beit": ("BEiT", "mask tokens in the encoder, a linear map to hidden visual words (BEiT, arXiv 2106.08254)"),
+    "cae": (
+        "CAE",
+        "predict the encoder's own representation of hidden patches, then their words (CAE, arXiv 2202.03026)",
+    ),
+    "cim": ("CIM", "a small BEiT makes up parts, the encoder restores or finds them (CIM, arXiv 2202.03382)"),
+    "energy": ("Energy", "one network: forward an energy, its input gradient restores (arXiv 2302.01384)"),
+    "localmim": ("LocalMIM", "several depths predict hidden patches at several scales (LocalMIM, arXiv 2303.05251)"),
+    "mae": ("MAE", "hide most patches, predict their pixels from the rest (MAE, arXiv 2111.06377)"),
+    "simmim": ("SimMIM", "mask tokens in the encoder, a linear map to the hidden pixels (SimMIM, arXiv 2111.09886)"),
 }
 
-__all__ = ["CAE", "CIM", "MAE", "METHODS", "BEiT", "Energy", "LocalMIM", "Method", "Objective", "SimMIM"]
+
+class Classes(UserDict[str, "type[Method]"]):
+    """The classes by name: to list the names, or to look one up, imports no more than that."""
+
+    def __getitem__(self, name: str) -> "type[Method]":
+        found = self.data[name]
+        return _class(name) if found is None else found
+
+
+def _class(name: str) -> Any:
+    return getattr(importlib.import_module(f"underpaint.methods.{name}"), LISTED[name][0])
+
+
+METHODS = Classes(dict.fromkeys(LISTED))
+
+
+def __getattr__(name: str) -> Any:
+    """The classes as attributes of this module (PEP 562)."""
+    if name in ("Method", "Objective"):
+        return getattr(importlib.import_module("underpaint.methods.method"), name)
+    for method, (kind, _) in LISTED.items():
+        if kind == name:
+            return _class(method)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["CAE", "CIM", "LISTED", "MAE", "METHODS", "BEiT", "Energy", "LocalMIM", "Method", "Objective", "SimMIM"]

@@ -32,8 +32,6 @@ class BEiT(WordMethod):
         ValueError: patches that are not square; a tokenizer that does not fit the encoder.
     """
 
-    paper = "mask tokens in the encoder, a linear map to hidden visual words (BEiT, arXiv 2106.08254)"
-
     def __init__(
         self,
         encoder: PatchBackbone,

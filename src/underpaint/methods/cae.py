@@ -97,7 +97,6 @@ class CAE(WordMethod):
         ValueError: patches that are not square; a tokenizer that does not fit the encoder.
     """
 
-    paper = "predict the encoder's own representation of hidden patches, then their words (CAE, arXiv 2202.03026)"
     encoder: TokenBackbone
     positions: Tensor
 

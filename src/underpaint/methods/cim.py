@@ -89,7 +89,6 @@ class CIM(Method):
         ValueError: words that do not fit the encoder's places or the image.
     """
 
-    paper = "a small BEiT makes up parts, the encoder restores or finds them (CIM, arXiv 2202.03382)"
     encoder: Backbone
 
     def __init__(

@@ -135,7 +135,6 @@ class Energy(Method):
         ValueError: the encoder has batch norm; a setting that does not fit encoder or images.
     """
 
-    paper = "one network: forward an energy, its input gradient restores (arXiv 2302.01384)"
     places: Tensor | None
 
     def __init__(

@@ -140,7 +140,6 @@ class LocalMIM(Method):
         ValueError: no scale fits; taps that do not end at the last block; as many scales as taps are needed.
     """
 
-    paper = "several depths predict hidden patches at several scales (LocalMIM, arXiv 2303.05251)"
     encoder: Any
 
     def __init__(

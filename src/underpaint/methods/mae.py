@@ -46,7 +46,6 @@ class MAE(MaskedMethod):
         ValueError: half a patch is below 2 px, or no whole number of pixels (HOG).
     """
 
-    paper = "hide most patches, predict their pixels from the rest (MAE, arXiv 2111.06377)"
     encoder: TokenBackbone
 
     def __init__(

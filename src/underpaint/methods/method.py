@@ -40,7 +40,6 @@ class Method(nn.Module):
     last one has the terms. Without `part`, forward is their sum.
     """
 
-    paper: str  # one line: what it does, and where it comes from
     encoder: Backbone
     part_count: int = 1
 

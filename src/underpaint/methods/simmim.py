@@ -40,7 +40,6 @@ class SimMIM(MaskedMethod):
         ValueError: a cell that is no whole number of the encoder's last places, or does not divide the image.
     """
 
-    paper = "mask tokens in the encoder, a linear map to the hidden pixels (SimMIM, arXiv 2111.09886)"
     encoder: Any
 
     def __init__(self, encoder: Backbone, hidden_ratio: float = 0.6, cell: int | None = None):

@@ -95,14 +95,8 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 def method_settings(name: str) -> dict[str, Any]:
     """The settings of a method with their defaults: its constructor's keyword arguments."""
-    parameters = list(inspect.signature(_method(name)).parameters.values())[1:]  # without the encoder
+    parameters = list(inspect.signature(METHODS[name]).parameters.values())[1:]  # without the encoder
     return {parameter.name: parameter.default for parameter in parameters}
-
-
-def _method(name: str) -> type:
-    if name not in METHODS:
-        raise InputError(f"method: there is no '{name}'; there are: {', '.join(sorted(METHODS))}")
-    return METHODS[name]
 
 
 def override(settings: dict[str, Any], path: str, value: Any) -> None:
@@ -129,27 +123,20 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
     settings = copy.deepcopy(dict(settings))
     if settings.get("format", FORMAT) != FORMAT:
         raise InputError(f"recipe: format {settings['format']}; this version reads format {FORMAT}")
-    _only_known("recipe", settings, [f.name for f in fields(Recipe)])
-    method = dict(settings.get("method") or {"name": "energy"})
-    encoder = dict(settings.get("encoder") or {"name": "vit_small_patch16_224"})
-    for section, value in (("method", method), ("encoder", encoder)):
-        if not isinstance(value.get("name"), str):
-            raise InputError(f"{section}: has no name")
+    method, encoder = names_known(settings)
     _only_known("method", method, ["name", *method_settings(method["name"])])
-    for section, kind in SECTIONS.items():
-        _only_known(section, settings.get(section) or {}, [f.name for f in fields(kind)])
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
-    parser.add_class_arguments(_method(method["name"]), "method", skip={"encoder"})
+    parser.add_class_arguments(METHODS[method["name"]], "method", skip={"encoder"})
     given = {section: _worded(settings.get(section) or {}, kind) for section, kind in SECTIONS.items()}
     given["method"] = _worded(
-        {key: value for key, value in method.items() if key != "name"}, _method(method["name"]).__init__
+        {key: value for key, value in method.items() if key != "name"}, METHODS[method["name"]].__init__
     )
     try:
         parsed = parser.parse_object(given, defaults=True).as_dict()
     except Exception as error:
-        raise InputError(f"recipe: {_one_line(error)}") from error
+        raise InputError(f"recipe: {one_line(error)}") from error
     lengths = [name for name in ("epochs", "steps", "minutes") if parsed["run"][name] is not None]
     if len(lengths) > 1:
         raise InputError(f"give one of --epochs, --steps and --minutes, not {' and '.join(lengths)}")
@@ -168,6 +155,26 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
     recipe.data.image_size = tuple(recipe.data.image_size)  # pyright: ignore[reportAttributeAccessIssue]
     _in_range(recipe)
     return recipe
+
+
+def names_known(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sections `method` and `encoder` of plain settings, in which every name is known but those that only the method
+    itself knows: nothing heavy is imported for this.
+
+    Raises:
+        InputError: an unknown name; the known ones are listed.
+    """
+    _only_known("recipe", settings, [f.name for f in fields(Recipe)])
+    method = dict(settings.get("method") or {"name": "energy"})
+    encoder = dict(settings.get("encoder") or {"name": "vit_small_patch16_224"})
+    for section, value in (("method", method), ("encoder", encoder)):
+        if not isinstance(value.get("name"), str):
+            raise InputError(f"{section}: has no name")
+    if method["name"] not in METHODS:
+        raise InputError(f"method: there is no '{method['name']}'; there are: {', '.join(sorted(METHODS))}")
+    for section, kind in SECTIONS.items():
+        _only_known(section, settings.get(section) or {}, [f.name for f in fields(kind)])
+    return method, encoder
 
 
 def as_written(settings: Mapping[str, Any]) -> Recipe:
@@ -221,26 +228,14 @@ def _only_known(where: str, given: Mapping[str, Any], known: list[str]) -> None:
             raise InputError(f"{where}: no setting '{name}'; there are: {', '.join(known)}")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """Plain settings of a shipped recipe or a YAML file; what is left out has its default."""
-    from underpaint.recipes import RECIPES
-
-    if name in RECIPES:
-        return plain(RECIPES[name]())
-    file = Path(name)
-    if not file.is_file():
-        raise InputError(f"--recipe {name}: neither a file nor one of {', '.join(sorted(RECIPES))}")
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--recipe {name}: not YAML: {_one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"--recipe {name}: holds no settings")
-    return plain(checked(found))
+def stored_recipe(folder: Path) -> Recipe | None:
+    """The recipe of a run folder; None where there is none."""
+    file = folder / "recipe.yaml"
+    return as_written(yaml.safe_load(file.read_text())) if file.is_file() else None
 
 
 def method_options(recipe: Recipe, tokenizer: Path | None = None) -> dict[str, Any]:
