@@ -363,8 +363,8 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _methods(_: argparse.Namespace) -> None:
-    for name, (_, line) in LISTED.items():
-        print(f"{name:<10} {line}")
+    for name, listed in LISTED.items():
+        print(f"{name:<10} {listed[1]}")
 
 
 def _recipes(_: argparse.Namespace) -> None:

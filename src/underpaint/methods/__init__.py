@@ -29,7 +29,7 @@ LISTED = {
 }
 
 
-class Classes(UserDict[str, "type[Method]"]):
+class Classes(UserDict[str, "type[Method] | None"]):
     """The classes by name: to list the names, or to look one up, imports no more than that."""
 
     def __getitem__(self, name: str) -> "type[Method]":
