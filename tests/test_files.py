@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
 
 from underpaint.files import append_lines, read_lines, replacing, replacing_folder, write_json
+from underpaint.runs import Run
 
 pytestmark = pytest.mark.quick
 
@@ -42,6 +44,7 @@ def test_a_folder_is_replaced_when_it_is_complete_and_not_before(tmp_path: Path)
             (temporary / "inner" / "a.txt").write_text(text)
             assert text == "old" or (folder / "inner" / "a.txt").read_text() == "old"
         assert (folder / "inner" / "a.txt").read_text() == text
+        assert folder.stat().st_mode == folder.parent.stat().st_mode  # as readable as any other
     with pytest.raises(InterruptedError):
         half(replacing_folder(folder), "b.txt")
     assert [path.name for path in folder.rglob("*")] == ["inner", "a.txt"]
@@ -60,6 +63,13 @@ def test_what_was_half_made_a_day_ago_goes_and_what_is_being_made_stays(tmp_path
         pass
     write_json(tmp_path / "a.json", [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "set", "set.2.part"]
+
+
+def test_a_checkpoint_takes_away_what_a_killed_process_left_of_another(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (tmp_path / "checkpoints" / "step-000000003.ab12.part").mkdir(parents=True)
+    run.save(5, {"a": torch.zeros(2)}, {"seconds": 1.0}, [])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
 
 
 def test_json_holds_no_number_that_json_has_not(tmp_path: Path) -> None:

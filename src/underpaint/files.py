@@ -9,11 +9,11 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from underpaint.errors import InputError
@@ -26,7 +26,7 @@ FORGOTTEN = 86_400  # seconds after which what is half made belongs to nobody
 def replacing(path: Path) -> Generator[Path, None, None]:
     """A path to write a file to: it becomes `path` when the block ends, and goes away where the block raises."""
     _forget(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may write the same file
+    temporary = path.with_name(f"{path.name}.{token_hex(4)}.part")  # two processes may write the same file
     try:
         yield temporary
         sync(temporary)
@@ -44,8 +44,9 @@ def replacing_folder(folder: Path, durable: bool = True) -> Generator[Path, None
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _forget(folder)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
-    before = temporary.with_name(temporary.name.removesuffix(".part") + ".before.part")
+    token = token_hex(4)  # two processes may make the same folder
+    temporary, before = (folder.with_name(f"{folder.name}.{token}{kind}.part") for kind in ("", ".before"))
+    temporary.mkdir()  # not mkdtemp, whose folders nobody else may read
     try:
         yield temporary
         if durable:

@@ -90,6 +90,8 @@ class Run:
     def save(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], keep: Iterable[int]) -> None:
         """Write a checkpoint; then delete all but the last two and those of the steps in `keep`."""
         final = self.path / "checkpoints" / f"step-{step:09d}"
+        for left in final.parent.glob("*.part"):  # of a process that was killed; no other one writes here
+            shutil.rmtree(left)
         with replacing_folder(final) as part:  # in place of a step that was rolled back to and made again
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "state.safetensors")
             description = {"format": 1, "step": step, "sha256": _sha256(part / "state.safetensors"), **numbers}
