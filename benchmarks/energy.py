@@ -47,7 +47,7 @@ def make(way: str, shape: str, device: torch.device) -> tuple[Callable[[], None]
         def losses() -> Any:
             yield head(encoder(images).patches).square().mean()
     else:
-        form: dict[str, Any] = {"context": "visible", "readout": "square", "hidden_ratio": 0.75}
+        form: dict[str, Any] = {"context": "visible", "readout": "square", "mask_ratio": 0.75}
         method = underpaint.Energy(
             encoder,
             **(form if way == "given visible" else {}),

@@ -45,15 +45,15 @@ SWIN = {
 }
 RESNET = {"name": "resnet10t", "output_stride": 8, "channels": [16, 32, 48, 64], "stem_width": 8}
 CONVNEXT = {"name": "convnext_atto", "depths": [1, 1, 2, 1], "dims": [16, 32, 48, 64]}
-WORDS = {"mask": "random", "vocabulary": 64}
+WORDS = {"mask": "random", "codebook_size": 64}
 CAE = {"name": "cae", **WORDS, "regressor_depth": 2, "decoder_depth": 2}
 CIM = {"name": "cim", "stride": 4, "tokenizer": "WORDS", "generator_depth": 2, "generator_dim": 48}
 GIVEN = {
     "name": "energy",
     "context": "visible",
-    "hidden_ratio": 0.75,
+    "mask_ratio": 0.75,
     "readout": "square",
-    "standardize_targets": True,
+    "norm_pix_loss": True,
 }
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method, encoder
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method, encoder
     "localmim-swin-hog": ({"name": "localmim", "images_per_mask": 16}, SWIN),
     "localmim-swin-pixels": ({"name": "localmim", "images_per_mask": 16, "target": "pixels"}, SWIN),
     "beit-vit": ({"name": "beit", **WORDS}, VIT),
-    "beit-beit": ({"name": "beit", "vocabulary": 64}, BEIT),
+    "beit-beit": ({"name": "beit", "codebook_size": 64}, BEIT),
     "cae": (CAE, VIT),
     "cae-block-masks": ({**CAE, "mask": "block"}, VIT),
     "cae-no-decoder": ({**CAE, "decoder": False}, VIT),
@@ -118,7 +118,7 @@ def train_case(name: str, folder: Path) -> dict[str, Any]:
             batch_size=32,
             steps=STEPS,
             probe_every=10**6,
-            settings={**settings, "optimiser.rate": 4e-3, "run.log_every": 1, "run.compile": "off"},
+            settings={**settings, "optimiser.lr": 4e-3, "run.log_every": 1, "run.compile": "off"},
             pause=1e9,  # judged elsewhere
         )
     finally:
@@ -135,7 +135,7 @@ TASKS: dict[str, dict[str, Any]] = {  # settings of what a task trains; the data
     "knn": {},
     "linear": {},
     "attentive": {},
-    "finetune": {"epochs": 3, "batch_size": 24, "rate": 3e-3, "average": 0.9, "mixup": 0.2, "drop_path": 0.1},
+    "finetune": {"epochs": 3, "batch_size": 24, "lr": 3e-3, "ema_decay": 0.9, "mixup": 0.2, "drop_path": 0.1},
     "segment": {"steps": 12, "batch_size": 4, "channels": 16},
     "detect": {"steps": 4, "batch_size": 2, "channels": 16},
     "outliers": {},

@@ -45,7 +45,7 @@ def photographs(count: int = 8, seed: int = 0) -> Tensor:
 
 def made(family: str = "vit", **settings: Any) -> CIM:
     torch.manual_seed(0)
-    method = CIM(ENCODERS[family](), vocabulary=64, generator_dim=32, image_size=(32, 32), **settings)
+    method = CIM(ENCODERS[family](), codebook_size=64, generator_dim=32, image_size=(32, 32), **settings)
     tokenizer = ConvTokenizer("fsq", 64, method.stride, dim=32, blocks=1)
     tokenizer.ready = True
     method.generator.tokenizer = tokenizer.requires_grad_(False).eval()
@@ -309,7 +309,7 @@ def test_the_hidden_count_is_fixed(size: int, patch: int, hidden: int) -> None:
     encoder: Any = underpaint.encoder(
         "vit_tiny_patch16_224", image_size=size, patch_size=patch, embed_dim=32, depth=1, num_heads=1
     )
-    draws = CIM(encoder, vocabulary=64).draw(5, size, size)
+    draws = CIM(encoder, codebook_size=64).draw(5, size, size)
     assert draws.mask.hidden.shape == draws.uniform.shape == (5, hidden)
 
 
@@ -342,7 +342,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_enhancers_of_other_families(name: str, objective: Any) -> None:
     size = OTHERS[name].get("image_size", 32)
     encoder = underpaint.encoder(name, **OTHERS[name])
-    method = CIM(encoder, objective, vocabulary=64, generator_dim=32, image_size=(size, size))
+    method = CIM(encoder, objective, codebook_size=64, generator_dim=32, image_size=(size, size))
     method.tokenizer.ready = True
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     method(images).loss.backward()
@@ -367,7 +367,7 @@ def test_a_run_of_a_resnet(tmp_path: Path) -> None:
             "encoder.output_stride": 8,
             "encoder.channels": [8, 16, 16, 32],
             "encoder.stem_width": 8,
-            "method.vocabulary": 64,
+            "method.codebook_size": 64,
             "method.generator_dim": 32,
             "method.generator_depth": 1,
         },

@@ -55,8 +55,8 @@ FAMILIES = {
     "regnet": ("regnetx_002", ("encoder.output_stride=8",)),
 }
 EVERY = tuple(FAMILIES)
-WORDS = ("method.vocabulary=16",)
-CIM = ("method.vocabulary=64", "method.generator_depth=1", "method.generator_dim=32")
+WORDS = ("method.codebook_size=16",)
+CIM = ("method.codebook_size=64", "method.generator_depth=1", "method.generator_dim=32")
 
 # by method: the families that it takes, and what a user may choose of it; the first choice for all, the rest for a ViT
 TAKES: dict[str, tuple[str, ...]] = {
@@ -76,7 +76,7 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "mixture": ("method.corruption=mixture",),
         **{task: (f"method.corruption={task}",) for task in ("mask", "shuffle", "downsample", "noise", "gray")},
         "published": ("method.steps=2", "method.step_size=0.1"),
-        "visible": ("method.context=visible", "method.readout=square", "method.standardize_targets=true"),
+        "visible": ("method.context=visible", "method.readout=square", "method.norm_pix_loss=true"),
     },
     "localmim": {"": (), "parts": ("method.stop_gradient=true", "method.pixel_head=true")},
     "mae": {"pixels": (), "hog": ("method.target=hog",)},
@@ -181,7 +181,7 @@ def told(case: Case, labelled: Path, unlabelled: Path) -> list[Any]:
         0,
     ]
     arguments += ["--checkpoint-every", 1, "--probe-every", STEPS]
-    for setting in (*case.settings, "optimiser.rate=0.02", "run.log_every=1"):
+    for setting in (*case.settings, "optimiser.lr=0.02", "run.log_every=1"):
         arguments += ["--set", setting]
     return arguments
 

@@ -408,13 +408,13 @@ def test_a_run_in_turns_has_its_time_and_its_schedule_whatever_was_timed_first(
         assert min(pause, 24.0) <= reached <= min(pause, 24.0) + 1.5 * a_step
     recipe, lines = run.recipe(), run.lines("metrics.jsonl")
     assert recipe.measured["steps"] == lines[-1]["step"]
-    assert lines[-1]["learning_rate"] == 0
-    peak, warmup = recipe.optimiser.rate * 16 / 256, recipe.optimiser.warmup
+    assert lines[-1]["lr"] == 0
+    peak, warmup = recipe.optimiser.lr * 16 / 256, recipe.optimiser.warmup
     for line in lines:  # the cosine of 24 seconds, by the clock
         share = min(1.0, line["seconds"] / 24)
         cosine = (1 + math.cos(math.pi * (share - warmup) / (1 - warmup))) / 2
         wanted = peak * (share / warmup if share < warmup else cosine)
-        assert line["learning_rate"] == pytest.approx(wanted, abs=peak * 2.5 * a_step / 24 / min(1.0, 5 * warmup))
+        assert line["lr"] == pytest.approx(wanted, abs=peak * 2.5 * a_step / 24 / min(1.0, 5 * warmup))
 
 
 def test_turns_cut_in_other_places_make_the_same_run(pictures: Path, tmp_path: Path) -> None:
@@ -544,7 +544,7 @@ def test_a_method_that_cannot_serve_the_encoder_is_reported(pictures: Path, tmp_
 
 
 def test_the_time_of_a_tokenizer_is_told_and_not_part_of_the_minutes(pictures: Path, tmp_path: Path) -> None:
-    (tmp_path / "words.yaml").write_text("method: {name: cae, vocabulary: 32}")
+    (tmp_path / "words.yaml").write_text("method: {name: cae, codebook_size: 32}")
     given: dict[str, Any] = GIVEN | {"methods": [str(tmp_path / "words.yaml")]}
     result = compare(pictures, tmp_path / "which", **given)
     row = result["rows"][0]

@@ -177,7 +177,7 @@ def test_what_an_encoder_without_a_range_gets_is_said(run: Path, deep: Path, tmp
 
 def test_a_tokenizer_takes_its_range_to_the_runs_that_it_is_given_to(deep: Path, tmp_path: Path) -> None:
     file = tmp_path / "words.safetensors"
-    small = ["--kind", "kmeans", "--image-size", "16", "--stride", "4", "--vocabulary", "16"]
+    small = ["--kind", "kmeans", "--image-size", "16", "--stride", "4", "--codebook-size", "16"]
     assert main(["tokenizer", str(deep), *small, "--out", str(file)]) == 0
     scaling = tokenizer_scaling(file)
     assert scaling is not None

@@ -66,13 +66,13 @@ def test_gradient_equals_finite_differences(task: str, readout: str) -> None:
     exact_equals_finite_differences(method, images, lambda: method(images, draws).loss)
 
 
-VISIBLE: dict[str, Any] = {"context": "visible", "hidden_ratio": 0.75}
+VISIBLE: dict[str, Any] = {"context": "visible", "mask_ratio": 0.75}
 
 
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("readout", ["sum", "mean", "square"])
 def test_gradient_given_the_visible_patches_equals_finite_differences(readout: str, standardize: bool) -> None:
-    method = small("energy", readout=readout, step_size=0.5, standardize_targets=standardize, **VISIBLE).double()
+    method = small("energy", readout=readout, step_size=0.5, norm_pix_loss=standardize, **VISIBLE).double()
     images = photographs(3).double()
     draws = fixed(method, images)
     exact_equals_finite_differences(method, images, lambda: method(images, draws).loss)
@@ -80,7 +80,7 @@ def test_gradient_given_the_visible_patches_equals_finite_differences(readout: s
 
 def test_given_the_visible_patches_only_hidden_ones_are_restored_and_they_do_not_leak() -> None:
     for standardize in (False, True):
-        method = small("energy", step_size=0.5, readout="square", standardize_targets=standardize, **VISIBLE)
+        method = small("energy", step_size=0.5, readout="square", norm_pix_loss=standardize, **VISIBLE)
         images = photographs()
         draws = fixed(method, images)
         corrupted = method.corrupt(images, draws)
@@ -99,7 +99,7 @@ def test_given_the_visible_patches_only_hidden_ones_are_restored_and_they_do_not
 def test_given_the_visible_patches_it_learns_and_its_parts_add_up() -> None:
     images = photographs(8)
     for gradient in ("exact", "difference"):
-        method = small("energy", readout="square", gradient=gradient, standardize_targets=True, steps=2, **VISIBLE)
+        method = small("energy", readout="square", gradient=gradient, norm_pix_loss=True, steps=2, **VISIBLE)
         draws = fixed(method, images)
         method.calibrate(images, draws)
         whole = method(images, draws)
@@ -420,7 +420,7 @@ def test_loss_on_hidden_cells_ignores_the_visible_ones() -> None:
         ({"corruption": "gray", "channels": 1}, "more than one channel"),
         ({"context": "visible", "corruption": "noise"}, "corruption mask"),
         ({"context": "visible", "cell": 8}, "cells of one patch"),
-        ({"standardize_targets": True}, "needs context visible"),
+        ({"norm_pix_loss": True}, "needs context visible"),
     ],
 )
 def test_what_cannot_be_is_said(settings: dict[str, Any], said: str) -> None:

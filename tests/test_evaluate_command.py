@@ -269,7 +269,7 @@ def test_kept_linear_probe_says_what_the_probe_said(run: Path, pictures: Path, t
 def test_fine_tuning(run: Path, coloured: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     arguments = ["evaluate", str(run), "--data", str(coloured), "--task", "finetune", "--out", str(out)]
-    settings = ["epochs=20", "batch_size=24", "rate=1e-2", "average=0.9", "mixup=0.2", "augment=rand-m5-mstd0.5-inc1"]
+    settings = ["epochs=20", "batch_size=24", "lr=1e-2", "ema_decay=0.9", "mixup=0.2", "augment=rand-m5-mstd0.5-inc1"]
     settings = [part for setting in settings for part in ("--set", setting)]
     assert main([*arguments, *settings]) == 0
     found = results(out)["tasks"]["finetune"]

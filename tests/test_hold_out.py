@@ -139,7 +139,7 @@ def test_a_tokenizer_leaves_the_hold_out_away(pictures: Path, tmp_path: Path, mo
     monkeypatch.setattr(tokenize, "make_ready", noted)
     seen = Seen(monkeypatch)
     words = ["tokenizer", str(pictures), "--out", str(tmp_path / "words.safetensors"), "--image-size", "16"]
-    assert main([*words, "--stride", "4", "--vocabulary", "16"]) == 0
+    assert main([*words, "--stride", "4", "--codebook-size", "16"]) == 0
     evaluate = ["evaluate", "timm:vit_tiny_patch16_224", "--untrained", "--image-size", "16", "--data", str(pictures)]
     assert main([*evaluate, "--task", "knn", "--out", str(tmp_path / "worth")]) == 0
     assert len(used[0]) == 72

@@ -52,9 +52,9 @@ def small(name: str, height: int = 16, width: int = 16, channels: int = 3, **set
         "vit_tiny_patch16_224", image_size=(height, width), patch_size=4, in_chans=channels, **SMALL
     )
     if name in WORDS:
-        settings = {"vocabulary": 16, **settings}
+        settings = {"codebook_size": 16, **settings}
     if name == "cim":
-        settings = {"vocabulary": 64, **settings}
+        settings = {"codebook_size": 64, **settings}
     method: Any = METHODS[name](from_arguments(arguments), **settings)  # pyright: ignore[reportCallIssue]
     if name in WORDS:
         images = photographs(64, channels, height, width).clamp(-2, 2) / 4 + 0.5

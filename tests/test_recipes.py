@@ -39,8 +39,8 @@ def test_shipped_recipes_are_valid_and_survive_yaml(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": {"name": "mae", "mask_ratio": 0.5}}, "no setting 'mask_ratio'; there are: name, hidden_ratio"),
-        ({"method": {"name": "mae", "hidden_ratio": "much"}}, "hidden_ratio"),
+        ({"method": {"name": "mae", "hide_ratio": 0.5}}, "no setting 'hide_ratio'; there are: name, mask_ratio"),
+        ({"method": {"name": "mae", "mask_ratio": "much"}}, "mask_ratio"),
         ({"optimiser": {"batch_size": "many"}}, "batch_size"),
         ({"optimizer": {}}, "no setting 'optimizer'; there are: method"),
         ({"run": {"epochs": 1, "steps": 1}}, "one of --epochs"),
@@ -90,7 +90,7 @@ def test_a_word_that_a_setting_does_not_know_is_refused() -> None:
 
 @pytest.mark.quick
 def test_settings_are_the_constructors_arguments() -> None:
-    assert method_settings("mae")["hidden_ratio"] == 0.75
+    assert method_settings("mae")["mask_ratio"] == 0.75
     settings = plain(checked({"method": {"name": "energy", "cell": 8}}))
     assert settings["method"] == {"name": "energy", **method_settings("energy"), "cell": 8, "factors": [2, 4]}
     assert settings["method"]["step_size"] is None

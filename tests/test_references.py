@@ -120,7 +120,7 @@ TRIVIAL: list[tuple[Any, dict[str, Any]]] = [
     (trivial_cim, {"paste": True}),
     (trivial_energy, {"corruption": "mask"}),
     (trivial_energy, {"corruption": "mask", "loss_on": "hidden", "steps": 2}),
-    (trivial_energy, {"corruption": "mask", "context": "visible", "standardize_targets": True}),
+    (trivial_energy, {"corruption": "mask", "context": "visible", "norm_pix_loss": True}),
     (trivial_energy, {"corruption": "shuffle"}),
     (trivial_energy, {"corruption": "downsample", "gradient": "difference"}),
     (trivial_energy, {"corruption": "noise", "steps": 3}),
@@ -257,7 +257,7 @@ def test_vq_words_are_the_nearest_of_the_codebook() -> None:
 class Theirs:
     """openai/DALL-E's encoder and decoder, written from its published source as functions of a state of its names."""
 
-    def __init__(self, width: int, vocabulary: int):
+    def __init__(self, width: int, codebook_size: int):
         generator = torch.Generator().manual_seed(0)
         self.encoder: dict[str, Tensor] = {}
         self.decoder: dict[str, Tensor] = {}
@@ -267,8 +267,8 @@ class Theirs:
             state[f"{name}.b"] = 0.1 * torch.randn(after, generator=generator)
 
         conv(self.encoder, "blocks.input", 3, width, 7)
-        conv(self.encoder, "blocks.output.conv", 8 * width, vocabulary, 1)
-        conv(self.decoder, "blocks.input", vocabulary, width // 2, 1)
+        conv(self.encoder, "blocks.output.conv", 8 * width, codebook_size, 1)
+        conv(self.decoder, "blocks.input", codebook_size, width // 2, 1)
         conv(self.decoder, "blocks.output.conv", width, 6, 1)
         plans = (
             (self.encoder, (width, width, 2 * width, 4 * width, 8 * width), (3, 3, 3, 1)),
@@ -306,8 +306,8 @@ class Theirs:
     def words(self, images: Tensor) -> Tensor:
         return self.blocks(self.encoder, 0.8 * images + 0.1, lambda x: F.max_pool2d(x, 2)).argmax(1)
 
-    def images(self, words: Tensor, vocabulary: int) -> Tensor:
-        z = F.one_hot(words, vocabulary).permute(0, 3, 1, 2).float()
+    def images(self, words: Tensor, codebook_size: int) -> Tensor:
+        z = F.one_hot(words, codebook_size).permute(0, 3, 1, 2).float()
         found = self.blocks(self.decoder, z, lambda x: F.interpolate(x, scale_factor=2, mode="nearest"))
         return ((torch.sigmoid(found[:, :3]) - 0.1) / 0.8).clamp(0, 1)
 
@@ -321,7 +321,7 @@ def test_dalle_converted_is_dalle() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     theirs = Theirs(16, 40)
-    ours = DallE(shrink=1, width=16, vocabulary=40).eval()
+    ours = DallE(shrink=1, width=16, codebook_size=40).eval()
     weights = {**module.ours(theirs.encoder, "encoder"), **module.ours(theirs.decoder, "decoder")}
     ours.load_state_dict({**weights, "shares": ours.shares})
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -411,7 +411,7 @@ def test_the_average_that_is_judged_is_that_of_timm(tuned: tuple[Subject, Part],
     subject, part = tuned
     kept: list[dict[str, Tensor]] = []
     for average in (0.0, 0.9):
-        recipe = FineTuning(epochs=1.0, batch_size=6, augment=None, average=average, head_scale=0.9, rate=1e-2)
+        recipe = FineTuning(epochs=1.0, batch_size=6, augment=None, ema_decay=average, head_scale=0.9, lr=1e-2)
         finetune(subject, part, part, recipe, minutes=None, seed=0, folder=tmp_path / str(average))
         kept.append(load_file(tmp_path / str(average) / "model.safetensors"))
     decay = 1 - 2 ** (-2 / 3)

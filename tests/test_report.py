@@ -19,13 +19,13 @@ ONE_RUN = "error of the test images alone; one run"
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 RECIPE = """method:
   name: mae
-  hidden_ratio: 0.75
+  mask_ratio: 0.75
 encoder:
   name: vit_tiny_patch16_224
 data:
   path: made/<images> & "more"
-optimizer:
-  learning_rate: 0.00015
+optimiser:
+  lr: 0.00015
 measured:
   rate: 3
 """
@@ -53,7 +53,7 @@ def made_metrics(
                 "seconds": 4.2 * position,
                 "loss": loss if math.isfinite(loss) else None,
                 "terms": terms if baseline is None else {**terms, "baseline": baseline},
-                "learning_rate": rate * min(1.0, position / 10),
+                "lr": rate * min(1.0, position / 10),
                 "gradient_norm": gradient * float(generator.uniform(0.8, 1.2)),
                 "images_per_second": 150 + float(generator.normal(0, 5)),
                 "data_wait": min(1.0, max(0.0, data_wait + float(generator.normal(0, 0.02)))),
@@ -247,7 +247,7 @@ def test_what_comes_from_files_is_escaped(tmp_path):
 
 
 def test_a_hostile_recipe_stays_text(tmp_path):
-    attack = "method: {name: '</style><script>alert(1)</script>'}\noptimizer: {learning_rate: '<img src=x>'}\n"
+    attack = "method: {name: '</style><script>alert(1)</script>'}\noptimiser: {lr: '<img src=x>'}\n"
     run = make_run(tmp_path / "run", made_metrics(flat_losses()), recipe=attack)
     text, page = checked(write_report(run))
     assert "<script>alert" not in text
@@ -264,7 +264,7 @@ def test_a_learning_rate_of_zero_is_stalled_and_named(tmp_path):
     found = verdict(make_run(tmp_path / "run", made_metrics(flat_losses(), rate=0.0)))
     assert found.word == "stalled"
     assert "learning rate was zero" in found.advice
-    assert "--set optimizer.learning_rate=" in found.advice
+    assert "--set optimiser.lr=" in found.advice
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -433,7 +433,7 @@ def test_without_labels_labels_are_advised(tmp_path):
         ("environment.json", "[]"),
         ("pictures/restore-00000300.png", "not a picture"),
         ("pictures/restore-last.png", "not a picture"),
-        ("metrics.jsonl", '{"step": "x", "loss": true, "terms": 3, "probe": [], "learning_rate": null}\n'),
+        ("metrics.jsonl", '{"step": "x", "loss": true, "terms": 3, "probe": [], "lr": null}\n'),
         ("skipped.jsonl", '{"path": "\\ud800.jpg", "reason": "\\udcff"}\n'),
         ("metrics.jsonl", '{"step": 1, "loss": 1e308, "terms": {"a$b": 1, "$c": 2}}\n{"step": 2, "loss": 1e39}\n'),
         ("metrics.jsonl", '{"step": 1' + "0" * 400 + ', "loss": 1' + "0" * 400 + "}\n"),

@@ -43,7 +43,7 @@ def test_nothing_heavy_is_imported_to_help_to_list_or_to_complain(pictures: Path
         "invalid choice: 'pretrian'": ["pretrian"],
         "there is no 'mea'; there are: beit, cae": [*run, "--method", "mea"],
         "neither a file nor one of": [*run, "--recipe", "mae-tiny"],
-        "no such setting; paths are method.NAME": [*run, "--set", "methd.hidden_ratio=0.6"],
+        "no such setting; paths are method.NAME": [*run, "--set", "methd.mask_ratio=0.6"],
         "data: no setting 'chanels'": [*run, "--set", "data.chanels=3"],
         "no such data: nowhere": ["pretrain", "nowhere", "--out", str(tmp_path / "run")],
         "no such data: labelled": [*run, "--labels", "labelled"],

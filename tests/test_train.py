@@ -45,7 +45,7 @@ COMMAND = [
 def words(name: str, pictures: Path) -> dict[str, Any]:
     """Settings of methods that predict words: few of k-means, or a file, since training one takes longer."""
     if name in ("beit", "cae"):
-        return {"method.vocabulary": 32}
+        return {"method.codebook_size": 32}
     return {"method.tokenizer": str(word_file(pictures))} if name == "cim" else {}
 
 
@@ -73,7 +73,7 @@ def test_a_run_leaves_what_is_promised(name: str, pictures: Path, tmp_path: Path
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
     for line in lines[1:]:
-        assert set(line) >= {"images", "loss", "terms", "learning_rate", "gradient_norm", *TIMINGS}
+        assert set(line) >= {"images", "loss", "terms", "lr", "gradient_norm", *TIMINGS}
         assert np.isfinite(line["loss"])
         assert line["terms"]["baseline"] > 0
     assert [line["step"] for line in lines if "probe" in line] == [0, 4, 8]
@@ -228,9 +228,9 @@ def test_a_run_made_longer_says_so_and_warms_up_again(pictures: Path, tmp_path: 
         )
 
     def rates(run: Path) -> dict[int, float]:
-        return {line["step"]: line["learning_rate"] for line in metrics(run)}
+        return {line["step"]: line["lr"] for line in metrics(run)}
 
-    out, settings = tmp_path / "run", {**SMALL, "optimiser.rate": 1.6e-3, "optimiser.warmup": 0.2, "run.log_every": 1}
+    out, settings = tmp_path / "run", {**SMALL, "optimiser.lr": 1.6e-3, "optimiser.warmup": 0.2, "run.log_every": 1}
     pretrain(pictures, out, steps=5, checkpoint_every=1, settings=settings, **TINY)
     shutil.copytree(out, tmp_path / "early")
     assert "in place of" not in capsys.readouterr().out
@@ -351,7 +351,7 @@ def test_a_roll_back_is_the_checkpoint_bit_for_bit_with_other_data(
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
     board = EventAccumulator(str(run.path / "tensorboard"))
     board.Reload()
-    assert [event.step for event in board.Scalars("learning_rate")] == list(range(11))
+    assert [event.step for event in board.Scalars("lr")] == list(range(11))
     numbers = [json.loads((one / "state.json").read_text()) for one in run.checkpoints()]
     assert [(one["step"], one["rollbacks"], one["bad"]) for one in numbers][-2:] == [(8, 2, 6), (10, 2, 6)]
 

@@ -40,15 +40,15 @@ def verdict_of(pictures: Path, out: Path, method: str = "mae", **settings: Any) 
 
 
 def test_a_run_that_learns(pictures: Path, tmp_path: Path) -> None:
-    found = verdict_of(pictures, tmp_path / "run", optimiser__rate=2e-2)
+    found = verdict_of(pictures, tmp_path / "run", optimiser__lr=2e-2)
     assert found.word == "learning"
     assert "below its trivial baseline" in found.sentence
 
 
 def test_a_learning_rate_of_zero(pictures: Path, tmp_path: Path) -> None:
-    found = verdict_of(pictures, tmp_path / "run", optimiser__rate=0.0)
+    found = verdict_of(pictures, tmp_path / "run", optimiser__lr=0.0)
     assert found.word == "stalled"
-    assert "`--set optimiser.rate=...`" in found.advice
+    assert "`--set optimiser.lr=...`" in found.advice
 
 
 class Shrink(Method):
@@ -78,7 +78,7 @@ class Shrink(Method):
 
 def test_features_that_collapse(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "shrink", Shrink)
-    found = verdict_of(pictures, tmp_path / "run", method="shrink", optimiser__rate=2e-2)
+    found = verdict_of(pictures, tmp_path / "run", method="shrink", optimiser__lr=2e-2)
     assert found.word == "collapsed", found
     assert "dimensions" in found.sentence
 
@@ -92,6 +92,6 @@ def test_a_run_starved_of_data(pictures: Path, tmp_path: Path, monkeypatch: pyte
             yield batch
 
     monkeypatch.setattr(underpaint.train, "train_batches", slow)
-    found = verdict_of(pictures, tmp_path / "run", optimiser__rate=2e-2)
+    found = verdict_of(pictures, tmp_path / "run", optimiser__lr=2e-2)
     assert found.word == "starved"
     assert "`--workers`" in found.advice

@@ -50,8 +50,8 @@ def photographs(count: int, size: int = 32, seed: int = 0) -> Tensor:
     return torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
 
 
-def fitted(vocabulary: int = 32, stride: int = 8) -> KMeansPatches:
-    tokenizer = KMeansPatches(vocabulary, stride)
+def fitted(codebook_size: int = 32, stride: int = 8) -> KMeansPatches:
+    tokenizer = KMeansPatches(codebook_size, stride)
     tokenizer.fit(patchify(photographs(64), (stride, stride)).flatten(0, 1))
     return tokenizer
 
@@ -66,7 +66,7 @@ def encoder(**settings: Any) -> TokenBackbone:
 
 def prepared(kind: type, tokenizer: Tokenizer | None = None, **settings: Any) -> Any:
     torch.manual_seed(0)
-    method = kind(encoder(), vocabulary=32, **settings)
+    method = kind(encoder(), codebook_size=32, **settings)
     method.tokenizer = tokenizer or fitted()
     return method
 
@@ -230,7 +230,7 @@ def test_dalle_has_the_published_layout(tmp_path: Path) -> None:
         whole = DallE()
     parts = [whole.first, whole.encoder, whole.logits]
     assert sum(p.numel() for part in parts for p in part.parameters()) == pytest.approx(53.8e6, abs=0.05e6)
-    small = DallE(shrink=2, width=16, vocabulary=32).eval()
+    small = DallE(shrink=2, width=16, codebook_size=32).eval()
     images = photographs(2)
     words = small.encode(images)
     assert words.shape == (2, 4)
@@ -342,7 +342,7 @@ def test_words_are_those_of_the_images_before_standardisation() -> None:
 @pytest.mark.quick
 def test_an_unfitted_tokenizer_is_not_used() -> None:
     with pytest.raises(RuntimeError, match="not fitted yet"):
-        BEiT(encoder(), vocabulary=32)(photographs(2))
+        BEiT(encoder(), codebook_size=32)(photographs(2))
 
 
 @pytest.mark.quick
@@ -372,7 +372,7 @@ def test_alignment_target_is_the_encoder_without_gradient() -> None:
 
 @pytest.mark.quick
 def test_alignment_target_has_no_drop_path() -> None:
-    method: Any = CAE(encoder(drop_path_rate=0.8), vocabulary=32)
+    method: Any = CAE(encoder(drop_path_rate=0.8), codebook_size=32)
     method.train()
     mask = method.draw(4, 32, 32, torch.Generator().manual_seed(0))
     tokens = method.encoder.embed(photographs(4))
@@ -428,7 +428,7 @@ def test_regressor_is_the_slow_loop() -> None:
 @pytest.mark.quick
 def test_settings_reach_the_modules() -> None:
     method = prepared(
-        CAE, regressor_depth=3, decoder_depth=1, gamma=0.02, alignment=0.5, mask="random", hidden_ratio=0.25
+        CAE, regressor_depth=3, decoder_depth=1, gamma=0.02, alignment=0.5, mask="random", mask_ratio=0.25
     )
     assert (len(method.regressor), len(method.decoder)) == (3, 1)
     for block in method.regressor:
@@ -442,7 +442,7 @@ def test_settings_reach_the_modules() -> None:
     ]
     for settings, said in refused:
         with pytest.raises(ValueError, match=said):
-            CAE(encoder(), vocabulary=32, **settings)
+            CAE(encoder(), codebook_size=32, **settings)
     assert torch.equal(method.decoder[0].ls1.gamma, torch.full((32,), 0.02))
     assert method.head[1].out_features == 32
     assert method.draw(2, 32, 32).hidden.shape == (2, 4)
@@ -475,7 +475,7 @@ def test_beit_on_timms_beit_with_relative_positions() -> None:
     relative: Any = underpaint.encoder(
         "beit_base_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
     )
-    method = BEiT(relative, vocabulary=32)
+    method = BEiT(relative, codebook_size=32)
     method.tokenizer = fitted()
     images = photographs(4) * 2 - 1
     method(images).loss.backward()
@@ -494,12 +494,12 @@ def test_cae_refuses_encoders_that_need_all_patches() -> None:
     for name, settings in (("beit_base_patch16_224", small), ("resnet18", {})):
         other: Any = underpaint.encoder(name, **settings)
         with pytest.raises(TypeError, match=r"CAE needs|plain vision transformer"):
-            CAE(other, vocabulary=32)
+            CAE(other, codebook_size=32)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
-TINY: dict[str, Any] = {"encoder.embed_dim": 32, "encoder.depth": 2, "encoder.num_heads": 2, "method.vocabulary": 32}
+TINY: dict[str, Any] = {"encoder.embed_dim": 32, "encoder.depth": 2, "encoder.num_heads": 2, "method.codebook_size": 32}
 
 
 def test_a_run_makes_and_keeps_its_tokenizer(tmp_path: Path, capsys: Any) -> None:
@@ -536,7 +536,7 @@ def test_a_run_makes_and_keeps_its_tokenizer(tmp_path: Path, capsys: Any) -> Non
         **{
             **arguments,
             "method": "beit",
-            "settings": {**TINY, "method.vocabulary": 32, "method.tokenizer": str(run.tokenizer)},
+            "settings": {**TINY, "method.codebook_size": 32, "method.tokenizer": str(run.tokenizer)},
         },
     )
     other = Run(tmp_path / "other").recipe().measured["tokenizer"]
@@ -601,11 +601,11 @@ def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
     pictures = write_pictures(tmp_path / "pictures", 90)
     out = tmp_path / "words.safetensors"
     shared = ["tokenizer", str(pictures), "--image-size", "32", "--stride", "8", "--out", str(out)]
-    assert main([*shared, "--vocabulary", "32"]) == 0
+    assert main([*shared, "--codebook-size", "32"]) == 0
     assert "PSNR" in capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 1000
-    assert load_tokenizer(out).vocabulary == 32
-    fsq = [*shared, "--kind", "fsq", "--vocabulary", "64"]
+    assert load_tokenizer(out).codebook_size == 32
+    fsq = [*shared, "--kind", "fsq", "--codebook-size", "64"]
     monkeypatch.setattr("underpaint.tokenizers.LEAST_USE", 1.01)
     before = out.read_bytes()
     assert main([*fsq, "--minutes", "0.02"]) == 2
@@ -622,9 +622,9 @@ def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
         (["--stride", "5"], "does not divide images of 32x32"),
         (["--stride", "0"], "does not divide images of 32x32"),
         (["--kind", "fsq", "--minutes", "0"], "must be above 0"),
-        (["--vocabulary", "-5"], "2 words or more"),
-        (["--kind", "fsq", "--vocabulary", "7"], "an FSQ tokenizer has 64, 256"),
-        (["--vocabulary", "100000"], "k-means has 2 to 8192 words"),
+        (["--codebook-size", "-5"], "2 words or more"),
+        (["--kind", "fsq", "--codebook-size", "7"], "an FSQ tokenizer has 64, 256"),
+        (["--codebook-size", "100000"], "k-means has 2 to 8192 words"),
     ):
         assert main([*shared, *wrong]) == 2
         assert said in capsys.readouterr().err

@@ -176,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kind", default="kmeans", help="kmeans, fsq or vq")
     made.add_argument("--image-size", type=_size, default=(224, 224), help="pixels, N or HxW")
     made.add_argument("--stride", type=int, default=16, help="pixels of a word: the encoder's patch size")
-    made.add_argument("--vocabulary", type=int, help="words (default: by the image size)")
+    made.add_argument("--codebook-size", type=int, help="words (default: by the image size)")
     made.add_argument("--channels", type=int, default=3, help="of the images")
     made.add_argument("--minutes", type=float, help="of training, for fsq and vq (default: 5,000 steps)")
     made.add_argument("--groups", metavar="REGEX", help="as for pretrain, so that the same images are held out")
@@ -338,7 +338,7 @@ def _tokenizer(given: argparse.Namespace) -> None:
         kind=given.kind,
         image_size=given.image_size,
         stride=given.stride,
-        vocabulary=given.vocabulary,
+        codebook_size=given.codebook_size,
         channels=given.channels,
         groups=given.groups,
         minutes=given.minutes,

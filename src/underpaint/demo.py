@@ -14,6 +14,6 @@ def demo(out: Path) -> Run:
     names = write_demo_images(folder)
     say(f"crops of {len(names)} photographs: {', '.join(names)}")
     say("left parts are for training, right parts for testing; the label is the photograph a crop is from")
-    run = pretrain(folder, out, recipe="mae-tiny-32", minutes=2, settings={"optimiser.rate": 1e-3})
+    run = pretrain(folder, out, recipe="mae-tiny-32", minutes=2, settings={"optimiser.lr": 1e-3})
     say(f"look at {run.path / 'report.html'}")
     return run

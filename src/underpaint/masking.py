@@ -85,7 +85,7 @@ def hidden_count(patches: int, ratio: float) -> int:
         ValueError: the ratio is not between 0 and 1, or there are fewer than two patches.
     """
     if not 0 < ratio < 1:
-        raise ValueError(f"hidden_ratio is {ratio}; it must lie between 0 and 1")
+        raise ValueError(f"mask_ratio is {ratio}; it must lie between 0 and 1")
     if patches < 2:
         raise ValueError(f"the grid has {patches} patch; masking needs at least 2: a smaller patch size")
     return min(max(round(patches * ratio), 1), patches - 1)

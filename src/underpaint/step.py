@@ -37,7 +37,7 @@ def rate_at(step: int, recipe: Recipe, progress: float | None = None) -> float:
     `progress` is the share of the run that is done by the clock; the share of its steps where None.
     """
     optimiser, steps = recipe.optimiser, recipe.measured["steps"]
-    peak = optimiser.rate * optimiser.batch_size / 256
+    peak = optimiser.lr * optimiser.batch_size / 256
     rate = learning_rate(step / steps if progress is None else progress, peak, optimiser.warmup)
     again = recipe.measured.get("warm_again")
     if again is None or step < again["step"]:

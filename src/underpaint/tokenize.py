@@ -22,11 +22,11 @@ from underpaint.tokenizers import (
     ConvTokenizer,
     KMeansPatches,
     Tokenizer,
+    codebook_size_for,
     described,
     refuse_collapsed,
     sample_patches,
     save_tokenizer,
-    vocabulary_for,
     width_for,
 )
 
@@ -74,10 +74,10 @@ def make_ready(
         return _crops(images, settings, batch_size, seed, device, first)
 
     if made:
-        shout(f"making a tokenizer: {tokenizer.kind}, {tokenizer.vocabulary} words of {tokenizer.stride} px ...")
+        shout(f"making a tokenizer: {tokenizer.kind}, {tokenizer.codebook_size} words of {tokenizer.stride} px ...")
     if made and isinstance(tokenizer, KMeansPatches):
         with closing(crops(0)) as batches:
-            wanted = PATCHES_A_WORD * tokenizer.vocabulary
+            wanted = PATCHES_A_WORD * tokenizer.codebook_size
             tokenizer.fit(sample_patches(batches, tokenizer.stride, wanted, seed), seed)
         seconds = clock() - began
     elif made and isinstance(tokenizer, ConvTokenizer):
@@ -110,12 +110,12 @@ def make_ready(
     tokenizer.zero_grad(set_to_none=True)
     size = (settings.image_size[0], settings.image_size[1])
     quality = tokenizer.judge(held_out_crops(images, size, device))
-    shout(f"{tokenizer.kind}, {tokenizer.vocabulary} words of {tokenizer.stride} px, held out: {described(quality)}")
+    shout(f"{tokenizer.kind}, {tokenizer.codebook_size} words of {tokenizer.stride} px, held out: {described(quality)}")
     refuse_collapsed(quality, f"{tokenizer.kind} tokenizer")
     rows, columns = tokenizer.grid(*size)
     with closing(crops(0)) as batches:
         tokenizer.count(
-            islice(batches, math.ceil(COUNTED_A_WORD * tokenizer.vocabulary / (batch_size * rows * columns)))
+            islice(batches, math.ceil(COUNTED_A_WORD * tokenizer.codebook_size / (batch_size * rows * columns)))
         )
     seconds = None if seconds is None else round(seconds, 1)
     return {"kind": tokenizer.kind, "made": made, "seconds": seconds, "quality": quality}
@@ -157,7 +157,7 @@ def make_tokenizer(
     kind: str = "kmeans",
     image_size: tuple[int, int] = (224, 224),
     stride: int = 16,
-    vocabulary: int | None = None,
+    codebook_size: int | None = None,
     minutes: float | None = None,
     batch_size: int = 128,
     channels: int = 3,
@@ -172,7 +172,7 @@ def make_tokenizer(
         kind: kmeans, fsq or vq.
         image_size: of the crops, height and width in pixels.
         stride: pixels of a word: the patch size of the encoders that will use it.
-        vocabulary: words; 1024 for images up to 64 px, else 2048 (kmeans, vq) or 4375 (fsq), where None.
+        codebook_size: words; 1024 for images up to 64 px, else 2048 (kmeans, vq) or 4375 (fsq), where None.
         groups: as for pretraining, so that the hold-out of `data`, which is left out, is the same.
         minutes: of training (fsq, vq); 5,000 steps where None. Where a training was interrupted, the same call goes on.
 
@@ -180,7 +180,7 @@ def make_tokenizer(
         psnr, used, perplexity and unigram on held-out images.
 
     Raises:
-        InputError: settings or data that cannot be used; a vocabulary of which hardly any is used.
+        InputError: settings or data that cannot be used; a codebook of which hardly any is used.
     """
     if kind not in KINDS:
         raise InputError(f"--kind {kind}: there are {', '.join(KINDS)}")
@@ -191,9 +191,9 @@ def make_tokenizer(
         raise InputError(f"--out {out}: give a .safetensors file")
     if minutes is not None and minutes <= 0:
         raise InputError(f"--minutes {minutes:g}: must be above 0")
-    if vocabulary is not None and vocabulary < 2:
-        raise InputError(f"--vocabulary {vocabulary}: a tokenizer has 2 words or more")
-    words = vocabulary or (vocabulary_for(image_size) if kind != "fsq" or max(image_size) <= 64 else 4375)
+    if codebook_size is not None and codebook_size < 2:
+        raise InputError(f"--codebook-size {codebook_size}: a tokenizer has 2 words or more")
+    words = codebook_size or (codebook_size_for(image_size) if kind != "fsq" or max(image_size) <= 64 else 4375)
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer: Any = (

@@ -1,7 +1,7 @@
 """Images to and from discrete visual words: what BEiT and CAE predict, and what CIM corrupts with.
 
 Contract: `encode(images)` gives one word a place of a grid of `stride` pixels, [b, n] row by row, from images in
-[0, 1]; `decode(words, grid)` gives images in [0, 1]; there are `vocabulary` words. Frozen: no method trains one.
+[0, 1]; `decode(words, grid)` gives images in [0, 1]; there are `codebook_size` words. Frozen: no method trains one.
 
 - `KMeansPatches`: the nearest of K centres to a raw patch. Fitted in a minute, misses nothing of its own.
 - `ConvTokenizer`: a convolutional autoencoder with finite scalar quantisation (FSQ, arXiv 2309.15505) or vector
@@ -29,7 +29,7 @@ from underpaint.patches import patchify, unpatchify
 
 FORMAT = 1
 CHUNK = 2**24  # distances held at once
-LEAST_USE = 0.1  # share of the vocabulary that held-out images must use
+LEAST_USE = 0.1  # share of the codebook that held-out images must use
 LEAST_PATCHES = 10  # a word
 MOST_NUMBERS = 2**28  # in the patches that k-means is fitted to: 42 a word for 8192 words of 16 px
 MOST_WORDS = 8192  # of k-means: the choice of its starts takes a pass a word
@@ -41,16 +41,16 @@ class Tokenizer(nn.Module):
     """The contract above. `ready` says whether it was fitted, trained or loaded."""
 
     kind: str
-    vocabulary: int
+    codebook_size: int
     stride: int
     channels: int
     ready: bool = False
     shares: Tensor
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, codebook_size: int):
         super().__init__()
         # how often each word comes in the crops that a method is trained on: equal until `count` has counted
-        self.register_buffer("shares", torch.full((vocabulary,), 1 / vocabulary))
+        self.register_buffer("shares", torch.full((codebook_size,), 1 / codebook_size))
 
     def train(self, mode: bool = True) -> "Tokenizer":
         """Once ready it stays as it is: a codebook or a batch norm in train mode would go on changing."""
@@ -71,21 +71,21 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def judge(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """On images it was not fitted on: `psnr` in dB, `used` (share of the vocabulary, or of the places where those
+        """On images it was not fitted on: `psnr` in dB, `used` (share of the codebook, or of the places where those
         are fewer), `perplexity` of the words, and `unigram`, their entropy in nats: the cross-entropy of always
         predicting by these images' own frequencies."""
         error, pixels = 0.0, 0
-        counts = torch.zeros(self.vocabulary, dtype=torch.float64)
+        counts = torch.zeros(self.codebook_size, dtype=torch.float64)
         for images in batches:
             words = self.encode(images)
             restored = self.decode(words, self.grid(*images.shape[-2:]))
             error += float((restored - images).double().square().sum())
             pixels += images.numel()
-            counts += torch.bincount(words.flatten().cpu(), minlength=self.vocabulary)
+            counts += torch.bincount(words.flatten().cpu(), minlength=self.codebook_size)
         entropy = float(torch.special.entr(counts / counts.sum()).sum())
         return {
             "psnr": 10 * math.log10(pixels / max(error, 1e-30)),
-            "used": float((counts > 0).sum() / min(self.vocabulary, max(1.0, float(counts.sum())))),
+            "used": float((counts > 0).sum() / min(self.codebook_size, max(1.0, float(counts.sum())))),
             "perplexity": math.exp(entropy),
             "unigram": entropy,
         }
@@ -96,18 +96,18 @@ class Tokenizer(nn.Module):
 
         They are what a method's `baseline` says, so they must be those that a network can learn without looking.
         """
-        counts = torch.zeros(self.vocabulary, dtype=torch.float64)
+        counts = torch.zeros(self.codebook_size, dtype=torch.float64)
         for images in batches:
-            counts += torch.bincount(self.encode(images).flatten().cpu(), minlength=self.vocabulary)
-        self.shares.copy_((counts + 1) / (counts.sum() + self.vocabulary))
+            counts += torch.bincount(self.encode(images).flatten().cpu(), minlength=self.codebook_size)
+        self.shares.copy_((counts + 1) / (counts.sum() + self.codebook_size))
 
 
 def refuse_collapsed(quality: dict[str, float], name: str) -> None:
-    """Raises InputError where held-out images use a small part of the vocabulary."""
+    """Raises InputError where held-out images use a small part of the codebook."""
     if quality["used"] < LEAST_USE:
         raise InputError(
             f"{name}: held-out images use {100 * quality['used']:.1f} % of the words; at least {100 * LEAST_USE:.0f} % "
-            "are needed: a smaller vocabulary, or more training images"
+            "are needed: a smaller codebook_size, or more training images"
         )
 
 
@@ -123,7 +123,7 @@ def described(quality: dict[str, float]) -> str:
 
 
 class KMeansPatches(Tokenizer):
-    """Words are the nearest of `vocabulary` centres to a raw patch; a word decodes to its centre.
+    """Words are the nearest of `codebook_size` centres to a raw patch; a word decodes to its centre.
 
     Nothing is learned by gradients: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's iterations; a centre that
     lost its patches moves to the patch that is worst represented. As targets of masked image modelling: CCViT, arXiv
@@ -133,15 +133,15 @@ class KMeansPatches(Tokenizer):
     kind = "kmeans"
     centres: Tensor
 
-    def __init__(self, vocabulary: int, stride: int, channels: int = 3):
-        super().__init__(vocabulary)
-        if not 2 <= vocabulary <= MOST_WORDS:
-            raise InputError(f"k-means has 2 to {MOST_WORDS} words, not {vocabulary}")
-        self.vocabulary, self.stride, self.channels = vocabulary, stride, channels
-        self.register_buffer("centres", torch.zeros(vocabulary, channels * stride * stride))
+    def __init__(self, codebook_size: int, stride: int, channels: int = 3):
+        super().__init__(codebook_size)
+        if not 2 <= codebook_size <= MOST_WORDS:
+            raise InputError(f"k-means has 2 to {MOST_WORDS} words, not {codebook_size}")
+        self.codebook_size, self.stride, self.channels = codebook_size, stride, channels
+        self.register_buffer("centres", torch.zeros(codebook_size, channels * stride * stride))
 
     def arguments(self) -> dict[str, Any]:
-        return {"vocabulary": self.vocabulary, "stride": self.stride, "channels": self.channels}
+        return {"codebook_size": self.codebook_size, "stride": self.stride, "channels": self.channels}
 
     @torch.no_grad()
     def fit(self, patches: Float[Tensor, "n d"], seed: int = 0) -> None:
@@ -151,18 +151,18 @@ class KMeansPatches(Tokenizer):
         Raises:
             InputError: fewer than 10 patches a word, or fewer different ones than words.
         """
-        if len(patches) < LEAST_PATCHES * self.vocabulary:
+        if len(patches) < LEAST_PATCHES * self.codebook_size:
             raise InputError(
-                f"k-means of {self.vocabulary} words needs {LEAST_PATCHES * self.vocabulary} patches; there are "
-                f"{len(patches)}: more images, or a smaller vocabulary"
+                f"k-means of {self.codebook_size} words needs {LEAST_PATCHES * self.codebook_size} patches; there are "
+                f"{len(patches)}: more images, or a smaller codebook_size"
             )
         generator = torch.Generator().manual_seed(seed)
-        some = patches[torch.randperm(len(patches), generator=generator)[: 40 * self.vocabulary].to(patches.device)]
-        centres = _plus_plus(some, self.vocabulary, generator)
+        some = patches[torch.randperm(len(patches), generator=generator)[: 40 * self.codebook_size].to(patches.device)]
+        centres = _plus_plus(some, self.codebook_size, generator)
         for _ in range(ITERATIONS):
             word, distance = _nearest(patches, centres)
             sums = torch.zeros_like(centres).index_add_(0, word, patches)
-            counts = torch.bincount(word, minlength=self.vocabulary)
+            counts = torch.bincount(word, minlength=self.codebook_size)
             centres = torch.where(counts.unsqueeze(1) == 0, centres, sums / counts.clamp_min(1).unsqueeze(1))
             empty = (counts == 0).nonzero().flatten()
             if len(empty):
@@ -222,7 +222,7 @@ def width_for(image_size: tuple[int, int]) -> int:
     return 64 if max(image_size) <= 64 else 128
 
 
-def vocabulary_for(image_size: tuple[int, int]) -> int:
+def codebook_size_for(image_size: tuple[int, int]) -> int:
     """1024 words for images up to 64 px, 2048 above."""
     return 1024 if max(image_size) <= 64 else 2048
 
@@ -268,7 +268,7 @@ class ConvTokenizer(Tokenizer):
 
     Args:
         kind: fsq or vq.
-        vocabulary: words; for fsq one of `FSQ_LEVELS`.
+        codebook_size: words; for fsq one of `FSQ_LEVELS`.
         stride: pixels of a place, a power of 2.
         dim: channels, of the places; half of it at finer scales.
         blocks: residual blocks at each scale.
@@ -277,18 +277,18 @@ class ConvTokenizer(Tokenizer):
     def __init__(
         self,
         kind: Literal["fsq", "vq"],
-        vocabulary: int,
+        codebook_size: int,
         stride: int,
         channels: int = 3,
         dim: int = 128,
         blocks: int = 2,
     ):
-        if vocabulary < 2:
-            raise InputError(f"a tokenizer has 2 words or more, not {vocabulary}")
-        super().__init__(vocabulary)
+        if codebook_size < 2:
+            raise InputError(f"a tokenizer has 2 words or more, not {codebook_size}")
+        super().__init__(codebook_size)
         if stride not in (2, 4, 8, 16, 32):
             raise InputError(f"a convolutional tokenizer has a stride of 2, 4, 8, 16 or 32 pixels, not {stride}")
-        self.kind, self.vocabulary, self.stride, self.channels = kind, vocabulary, stride, channels
+        self.kind, self.codebook_size, self.stride, self.channels = kind, codebook_size, stride, channels
         self.dim, self.blocks = dim, blocks
         first = 4 if stride >= 16 else 2  # where words are large, finer scales would cost most and matter least
         strides = [first] + [2] * (round(math.log2(stride / first)))
@@ -310,16 +310,16 @@ class ConvTokenizer(Tokenizer):
         from vector_quantize_pytorch import FSQ, VectorQuantize
 
         if kind == "fsq":
-            if vocabulary not in FSQ_LEVELS:
+            if codebook_size not in FSQ_LEVELS:
                 raise InputError(
-                    f"an FSQ tokenizer has {', '.join(map(str, sorted(FSQ_LEVELS)))} words, not {vocabulary}"
+                    f"an FSQ tokenizer has {', '.join(map(str, sorted(FSQ_LEVELS)))} words, not {codebook_size}"
                 )
-            self.quantize: Any = FSQ(list(FSQ_LEVELS[vocabulary]))
-            code = len(FSQ_LEVELS[vocabulary])
+            self.quantize: Any = FSQ(list(FSQ_LEVELS[codebook_size]))
+            code = len(FSQ_LEVELS[codebook_size])
         else:
             code = min(32, dim)
             self.quantize = VectorQuantize(
-                code, vocabulary, decay=0.9, kmeans_init=True, threshold_ema_dead_code=1, commitment_weight=0.25
+                code, codebook_size, decay=0.9, kmeans_init=True, threshold_ema_dead_code=1, commitment_weight=0.25
             )
         self.narrow, self.widen = nn.Conv2d(dim, code, 1), nn.Conv2d(code, dim, 1)
         # each coordinate over all its levels from the first step on, so that all words are used
@@ -328,7 +328,7 @@ class ConvTokenizer(Tokenizer):
     def arguments(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
-            "vocabulary": self.vocabulary,
+            "codebook_size": self.codebook_size,
             "stride": self.stride,
             "channels": self.channels,
             "dim": self.dim,
@@ -398,12 +398,12 @@ class DallE(Tokenizer):
     """
 
     kind = "dalle"
-    vocabulary = 8192
+    codebook_size = 8192
 
-    def __init__(self, shrink: int = 2, width: int = 256, channels: int = 3, vocabulary: int = 8192):
-        super().__init__(vocabulary)
+    def __init__(self, shrink: int = 2, width: int = 256, channels: int = 3, codebook_size: int = 8192):
+        super().__init__(codebook_size)
         self.shrink, self.stride, self.channels, self.width = shrink, 8 * shrink, channels, width
-        self.vocabulary = vocabulary
+        self.codebook_size = codebook_size
         gain = 1 / 64  # of four groups of two blocks
         times = (1, 2, 4, 8)
         self.first = nn.Conv2d(channels, width, 7, padding=3)
@@ -414,8 +414,8 @@ class DallE(Tokenizer):
             )
             for before, after in zip(befores, times, strict=True)
         )
-        self.logits = nn.Conv2d(8 * width, vocabulary, 1)
-        self.codebook = nn.Conv2d(vocabulary, width // 2, 1)
+        self.logits = nn.Conv2d(8 * width, codebook_size, 1)
+        self.codebook = nn.Conv2d(codebook_size, width // 2, 1)
         self.decoder = nn.ModuleList()
         before = width // 2
         for after in times[::-1]:
@@ -427,7 +427,12 @@ class DallE(Tokenizer):
         self.last = nn.Conv2d(width, 2 * channels, 1)
 
     def arguments(self) -> dict[str, Any]:
-        return {"shrink": self.shrink, "width": self.width, "channels": self.channels, "vocabulary": self.vocabulary}
+        return {
+            "shrink": self.shrink,
+            "width": self.width,
+            "channels": self.channels,
+            "codebook_size": self.codebook_size,
+        }
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:

@@ -108,7 +108,7 @@ def pretrain(
         data: a folder, archive, parquet file, `hf:NAME[:SPLIT]` or `wds:PATTERN`.
         out: the run folder.
         recipe: a shipped name or a YAML file.
-        settings: any values of the recipe by path, `{"method.hidden_ratio": 0.6}`.
+        settings: any values of the recipe by path, `{"method.mask_ratio": 0.6}`.
         pause: seconds of training in all after which this call ends, with a probe and a checkpoint; the next call
             goes on. A comparison trains its methods in turn so, and judges them itself. `minutes` are then minutes on
             the clock, which the schedule follows, and no number of steps.
@@ -516,7 +516,7 @@ def _train(
             "loss": means.pop("loss", None),
             "gradient_norm": means.pop("gradient_norm", None),
             "terms": means,
-            "learning_rate": rate(step),
+            "lr": rate(step),
             "images_per_second": round(steps * batch_size / spent, 1),
             "data_wait": round(waited / spent, 4),
         }
@@ -601,7 +601,7 @@ def _train(
                 failed["rollbacks"] = state["rollbacks"] + 1
                 step, ended = state["step"], False
                 if not load():
-                    raise NotFinite("the loss is not finite from the first step on; try a lower --set optimiser.rate")
+                    raise NotFinite("the loss is not finite from the first step on; try a lower --set optimiser.lr")
                 state.update(failed, in_a_row=0)
                 if board is not None:
                     board.back_to(state["step"])
@@ -648,7 +648,7 @@ def _count_bad(run: Run, images: ImageSet, seen: Any, state: dict[str, Any], bar
     if state["bad"] >= STOP_AFTER:
         raise NotFinite(
             f"the loss stayed not finite ({state['bad']} batches, the last at step {step}); the last good checkpoint is "
-            f"kept in {run.path / 'checkpoints'}; try a lower --set optimiser.rate"
+            f"kept in {run.path / 'checkpoints'}; try a lower --set optimiser.lr"
         )
 
 
@@ -687,7 +687,7 @@ class Boards:
                 raise InputError(f"run.loggers: {name} is not installed; pip install underpaint[{name}]") from error
 
     def write(self, line: dict[str, Any]) -> None:
-        flat = {key: line[key] for key in ("loss", "learning_rate", "gradient_norm", "images_per_second", "data_wait")}
+        flat = {key: line[key] for key in ("loss", "lr", "gradient_norm", "images_per_second", "data_wait")}
         flat |= {f"terms/{key}": value for key, value in line["terms"].items()}
         flat |= {f"probe/{key}": value for key, value in line.get("probe", {}).items()}
         numbers = {key: value for key, value in flat.items() if value is not None}

@@ -227,7 +227,7 @@ class Swin(MapBackbone):
 
     # --- visible patches alone ------------------------------------------------------------------------------------
 
-    def mask_pool(self, hidden_ratio: float, masks: int = POOL, seed: int = 0) -> MaskPool:
+    def mask_pool(self, mask_ratio: float, masks: int = POOL, seed: int = 0) -> MaskPool:
         """Masks of units with as many hidden as this ratio makes.
 
         Raises:
@@ -238,7 +238,7 @@ class Swin(MapBackbone):
         if height % unit or width % unit:
             raise ValueError(f"an image of {height}x{width} px is no whole number of units of {unit} px")
         rows, columns = self.grid(height, width)
-        return MaskPool(self, hidden_count(rows * columns, hidden_ratio), masks, seed)
+        return MaskPool(self, hidden_count(rows * columns, mask_ratio), masks, seed)
 
     def merge(
         self, tokens: Float[Tensor, "b n d"], pool: MaskPool, draws: PooledMask, stage: int

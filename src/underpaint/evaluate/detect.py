@@ -50,7 +50,7 @@ class Detecting:
     """Settings. What torchvision would fix for COCO is measured on the training data: see `sizes_of`.
 
     Attributes:
-        rate, encoder_rate: peaks, of what is new and of the encoder; alike, so that an encoder that has all to learn is
+        lr, encoder_lr: peaks, of what is new and of the encoder; alike, so that an encoder that has all to learn is
             not held back.
         channels: of the pyramid; the heads are as wide (at 256 they are torchvision's).
         regions: of an image that the heads are trained on.
@@ -58,8 +58,8 @@ class Detecting:
 
     steps: int = 3_000
     batch_size: int = 4
-    rate: float = 3e-4
-    encoder_rate: float = 3e-4
+    lr: float = 3e-4
+    encoder_lr: float = 3e-4
     weight_decay: float = 0.05
     warmup: float = 0.1
     channels: int = 128
@@ -489,8 +489,8 @@ def _train(
     own = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
     optimiser = torch.optim.AdamW(
         [
-            {"params": own, "lr": settings.rate},
-            {"params": [p for p in encoder.parameters() if p.requires_grad], "lr": settings.encoder_rate},
+            {"params": own, "lr": settings.lr},
+            {"params": [p for p in encoder.parameters() if p.requires_grad], "lr": settings.encoder_lr},
         ],
         weight_decay=settings.weight_decay,
     )

@@ -45,25 +45,25 @@ class FineTuning:
     """A recipe. Defaults are MAE's for ViT-B (arXiv 2111.06377, table 9), which fit most ViTs.
 
     Attributes:
-        rate: peak, per 256 images.
+        lr: peak, per 256 images.
         layer_decay: rate of a layer over that of the layer above it; 1 for none.
         warmup: share of the run.
-        smallest: rate at the end, over the peak.
+        min_lr_ratio: rate at the end, over the peak.
         augment: timm's name of a RandAugment policy, or none; 8-bit RGB images only.
-        average: decay of the moving average of the weights that is judged; none where 0.
+        ema_decay: decay of the moving average of the weights that is judged; none where 0.
         binary: one binary loss a class in place of one softmax (RSB).
         head_scale: deviation of the head's first weights; 1 leaves them as timm made them.
     """
 
     epochs: float = 100.0
     batch_size: int = 1024
-    rate: float = 5e-4
+    lr: float = 5e-4
     optimiser: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05
     layer_decay: float = 0.65
     warmup: float = 0.05
-    smallest: float = 5e-4
+    min_lr_ratio: float = 5e-4
     clip: float | None = None
     drop_path: float = 0.1
     mixup: float = 0.8
@@ -71,7 +71,7 @@ class FineTuning:
     smoothing: float = 0.1
     erasing: float = 0.25
     augment: str | None = "rand-m9-mstd0.5-inc1"
-    average: float = 0.0
+    ema_decay: float = 0.0
     binary: bool = False
     head_scale: float = 2e-5
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -80,16 +80,16 @@ class FineTuning:
 # the four papers' and RSB's; batch sizes are the papers', `batch_size` given by the user scales the rate
 FINE_TUNING: dict[str, Callable[[], FineTuning]] = {
     "mae-vit-base": FineTuning,
-    "energy": lambda: FineTuning(rate=1e-3, layer_decay=0.75, cutmix=0.0, erasing=0.0, augment="rand-m9-mstd0.5"),
-    "cae-vit-base": lambda: FineTuning(batch_size=4096, rate=5e-4, warmup=0.05, smallest=1.25e-4),
-    "localmim-vit-base": lambda: FineTuning(rate=5e-4, layer_decay=0.65, warmup=0.2, smallest=5e-3),
-    "localmim-swin-base": lambda: FineTuning(rate=1e-3, layer_decay=0.9, warmup=0.2, smallest=6.25e-5),
+    "energy": lambda: FineTuning(lr=1e-3, layer_decay=0.75, cutmix=0.0, erasing=0.0, augment="rand-m9-mstd0.5"),
+    "cae-vit-base": lambda: FineTuning(batch_size=4096, lr=5e-4, warmup=0.05, min_lr_ratio=1.25e-4),
+    "localmim-vit-base": lambda: FineTuning(lr=5e-4, layer_decay=0.65, warmup=0.2, min_lr_ratio=5e-3),
+    "localmim-swin-base": lambda: FineTuning(lr=1e-3, layer_decay=0.9, warmup=0.2, min_lr_ratio=6.25e-5),
     "rsb-a2": lambda: _rsb(300.0, 5e-3, 0.05, "rand-m7-mstd0.5-inc1"),
     "rsb-a3": lambda: _rsb(100.0, 8e-3, 0.0, "rand-m6-mstd0.5-inc1"),
     # ours, for small images on a laptop; no rate serves all (docs/evaluate.md)
     "small": lambda: FineTuning(
         batch_size=128,
-        rate=1e-3,
+        lr=1e-3,
         mixup=0.0,
         cutmix=0.0,
         erasing=0.0,
@@ -105,12 +105,12 @@ def _rsb(epochs: float, rate: float, drop_path: float, augment: str) -> FineTuni
     return FineTuning(
         epochs=epochs,
         batch_size=2048,
-        rate=rate / 8,
+        lr=rate / 8,
         optimiser="lamb",
         weight_decay=0.02,
         layer_decay=1.0,
         warmup=5 / epochs,
-        smallest=1e-6 / rate,
+        min_lr_ratio=1e-6 / rate,
         drop_path=drop_path,
         mixup=0.1,
         smoothing=0.0,
@@ -237,14 +237,16 @@ def _train_one(
         raise InputError(f"fine-tuning needs at least 2 classes in train; there is only {classes[0]}")
     device = subject.standardize.mean.device
     torch.manual_seed(seed)
-    holder = _Judged(classifier(subject, len(classes), recipe.drop_path, recipe.head_scale).to(device), recipe.average)
+    holder = _Judged(
+        classifier(subject, len(classes), recipe.drop_path, recipe.head_scale).to(device), recipe.ema_decay
+    )
     model = holder.network
     # mixing pairs images, so a batch is even
     batch_size = min(recipe.batch_size, max(2, len(labels) // 2 * 2))
     optimiser = create_optimizer_v2(
         model,
         opt=recipe.optimiser,
-        lr=recipe.rate * batch_size / 256,
+        lr=recipe.lr * batch_size / 256,
         weight_decay=recipe.weight_decay,
         layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
         betas=recipe.betas,
@@ -294,7 +296,7 @@ def _train_one(
         loss_of,
         folder=folder,
         length=Length(max(1, round(recipe.epochs * len(labels) / batch_size)), minutes),
-        schedule=Schedule(recipe.warmup, recipe.smallest),
+        schedule=Schedule(recipe.warmup, recipe.min_lr_ratio),
         seed=seed,
         clip=recipe.clip,
         batch_size=batch_size,

@@ -39,7 +39,7 @@ class Segmenting:
     """Settings. Crops are as large as the encoder's images; a test image is covered by such windows.
 
     Attributes:
-        rate, encoder_rate: peaks, of what is new (ten times that for a linear head) and of the encoder (not so low that an
+        lr, encoder_lr: peaks, of what is new (ten times that for a linear head) and of the encoder (not so low that an
             encoder which has all to learn is held back); `power` of their polynomial decay, as in mmseg.
         overlap: of the windows at test, as a share of a window.
         scale: range of the random scale of a training crop.
@@ -48,8 +48,8 @@ class Segmenting:
 
     steps: int = 2_000
     batch_size: int = 16
-    rate: float = 1e-3
-    encoder_rate: float = 3e-4
+    lr: float = 1e-3
+    encoder_lr: float = 3e-4
     power: float = 0.9
     weight_decay: float = 0.05
     warmup: float = 0.1
@@ -335,9 +335,9 @@ def _train(
     model = segmenter(encoder, head, classes, subject.size, settings).to(device)
     inside = {id(parameter) for parameter in encoder.parameters()}
     own = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-    groups = [{"params": own, "lr": settings.rate * (LINEAR_RATE if head == "linear" else 1.0)}]
+    groups = [{"params": own, "lr": settings.lr * (LINEAR_RATE if head == "linear" else 1.0)}]
     if head == "upernet":
-        groups.append({"params": list(encoder.parameters()), "lr": settings.encoder_rate})
+        groups.append({"params": list(encoder.parameters()), "lr": settings.encoder_lr})
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
     mean = subject.standardize.mean.flatten().cpu()

@@ -22,10 +22,10 @@ class BEiT(WordMethod):
 
     Args:
         encoder: a plain ViT, or timm's own BEiT, which has relative position biases.
-        hidden_ratio: share of the patches that is hidden; 0.4 hides 78 of 196, 0.383 the paper's 75.
+        mask_ratio: share of the patches that is hidden; 0.4 hides 78 of 196, 0.383 the paper's 75.
         mask: block, or random.
         tokenizer: a file of `underpaint tokenizer`; k-means over the training images' patches where None.
-        vocabulary: words of that k-means: 1024 for images up to 64 px, 2048 above, where None.
+        codebook_size: words of that k-means: 1024 for images up to 64 px, 2048 above, where None.
 
     Raises:
         TypeError: an encoder of another kind.
@@ -35,15 +35,15 @@ class BEiT(WordMethod):
     def __init__(
         self,
         encoder: PatchBackbone,
-        hidden_ratio: float = 0.4,
+        mask_ratio: float = 0.4,
         mask: Literal["block", "random"] = "block",
         tokenizer: str | None = None,
-        vocabulary: int | None = None,
+        codebook_size: int | None = None,
     ):
-        super().__init__(encoder, tokenizer, vocabulary)
-        self.hidden_ratio, self.mask_kind = hidden_ratio, mask
+        super().__init__(encoder, tokenizer, codebook_size)
+        self.mask_ratio, self.mask_kind = mask_ratio, mask
         grid = encoder.grid(*encoder.image_size)
-        hidden_count(grid[0] * grid[1], hidden_ratio)  # says early that a ratio or a grid is impossible
+        hidden_count(grid[0] * grid[1], mask_ratio)  # says early that a ratio or a grid is impossible
         self.mask_token = nn.Parameter(torch.zeros(encoder.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.speak(self.tokenizer)
@@ -51,12 +51,12 @@ class BEiT(WordMethod):
     def speak(self, tokenizer: Tokenizer) -> None:
         """Take over the words of a tokenizer, with a new head for them."""
         self.tokenizer = tokenizer
-        self.head = nn.Linear(self.encoder.dim, tokenizer.vocabulary)
+        self.head = nn.Linear(self.encoder.dim, tokenizer.codebook_size)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
-        return word_mask(self.mask_kind, batch, self.encoder.grid(height, width), self.hidden_ratio, generator)
+        return word_mask(self.mask_kind, batch, self.encoder.grid(height, width), self.mask_ratio, generator)
 
     def logits(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h k"]:
         tokens = self.encoder.embed(images)

@@ -74,7 +74,7 @@ class CAE(WordMethod):
 
     >>> import torch, underpaint
     >>> from underpaint.tokenizers import sample_patches
-    >>> cae = underpaint.CAE(underpaint.encoder("vit_tiny_patch16_224", image_size=64), vocabulary=16)
+    >>> cae = underpaint.CAE(underpaint.encoder("vit_tiny_patch16_224", image_size=64), codebook_size=16)
     >>> cae.tokenizer.fit(sample_patches([torch.rand(64, 3, 64, 64)], 16, 1024, seed=0))  # a run does this by itself
     >>> objective = cae(torch.rand(2, 3, 64, 64))
     >>> objective.loss.backward(); sorted(objective.terms)
@@ -82,11 +82,11 @@ class CAE(WordMethod):
 
     Args:
         encoder: a plain ViT; the paper's have `init_values=0.1` (LayerScale).
-        hidden_ratio: share of the patches that is hidden (0.5 in the paper: 98 of 196).
+        mask_ratio: share of the patches that is hidden (0.5 in the paper: 98 of 196).
         mask: block (BEiT's), or random.
         target: words, or pixels: each hidden patch standardised, the control.
         tokenizer: a file of `underpaint tokenizer`; k-means over the training images' patches where None.
-        vocabulary: words of that k-means: 1024 for images up to 64 px, 2048 above, where None.
+        codebook_size: words of that k-means: 1024 for images up to 64 px, 2048 above, where None.
         regressor_depth, decoder_depth: blocks; 4 in the paper, a third of the encoder's where None.
         alignment: weight of the alignment (2 in the paper); 0 switches it off.
         decoder: where off, words are read from the regressor's output directly.
@@ -103,27 +103,27 @@ class CAE(WordMethod):
     def __init__(
         self,
         encoder: TokenBackbone,
-        hidden_ratio: float = 0.5,
+        mask_ratio: float = 0.5,
         mask: Literal["block", "random"] = "block",
         target: Literal["words", "pixels"] = "words",
         tokenizer: str | None = None,
-        vocabulary: int | None = None,
+        codebook_size: int | None = None,
         regressor_depth: int | None = None,
         decoder_depth: int | None = None,
         alignment: float = 2.0,
         decoder: bool = True,
         gamma: float = 0.1,
     ):
-        super().__init__(encoder, tokenizer, vocabulary)
+        super().__init__(encoder, tokenizer, codebook_size)
         if not isinstance(encoder, TokenBackbone):
             raise TypeError(
                 f"CAE needs an encoder that runs on part of its patches (a plain ViT), not {type(encoder).__name__}"
             )
-        self.hidden_ratio, self.mask_kind = hidden_ratio, mask
+        self.mask_ratio, self.mask_kind = mask_ratio, mask
         self.alignment, self.target = alignment, target
         self.task = "words" if target == "words" else "mask"
         grid, dim = encoder.grid(*encoder.image_size), encoder.dim
-        hidden_count(grid[0] * grid[1], hidden_ratio)
+        hidden_count(grid[0] * grid[1], mask_ratio)
         heads = heads_for(dim)
         for name, depth in (("regressor_depth", regressor_depth), ("decoder_depth", decoder_depth)):
             if depth is not None and depth < 1:
@@ -142,7 +142,7 @@ class CAE(WordMethod):
             Block(dim, heads, qkv_bias=True, init_values=gamma, norm_layer=LayerNorm) for _ in range(depth)
         )
         pixels = self.patch_size[0] * self.patch_size[1] * encoder.channels
-        outputs = self.tokenizer.vocabulary if target == "words" else pixels
+        outputs = self.tokenizer.codebook_size if target == "words" else pixels
         self.head = nn.Sequential(LayerNorm(dim), nn.Linear(dim, outputs))
         for part in (self.regressor, self.decoder, self.head):
             part.apply(xavier)
@@ -153,7 +153,7 @@ class CAE(WordMethod):
         return words if self.target == "words" else None
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
-        return word_mask(self.mask_kind, batch, self.encoder.grid(height, width), self.hidden_ratio, generator)
+        return word_mask(self.mask_kind, batch, self.encoder.grid(height, width), self.mask_ratio, generator)
 
     # --- the parts, in order ---------------------------------------------------------------------------------------
 

@@ -72,10 +72,10 @@ class CIM(Method):
     Args:
         encoder: the enhancer: any encoder whose last stride is a whole number of words.
         objective: pixels (ResPix), or detect (RevDet).
-        hidden_ratio: share of the words that is hidden (110 of 196 in secondary sources).
+        mask_ratio: share of the words that is hidden (110 of 196 in secondary sources).
         stride: pixels of a word; the patch of a ViT, or 8 up to 64 px and 16 above, where None.
         tokenizer: a file of `underpaint tokenizer --kind fsq`; one is trained on the training images where None.
-        vocabulary: words of that tokenizer; 1024 where None.
+        codebook_size: words of that tokenizer; 1024 where None.
         generator_depth: blocks; a quarter of a ViT's, or 3, where None.
         generator_dim: width; that of a ViT, or 192 up to 64 px and 384 above, where None.
         temperature: of the draws.
@@ -95,10 +95,10 @@ class CIM(Method):
         self,
         encoder: Backbone,
         objective: Literal["pixels", "detect"] = "pixels",
-        hidden_ratio: float = 0.56,
+        mask_ratio: float = 0.56,
         stride: int | None = None,
         tokenizer: str | None = None,
-        vocabulary: int | None = None,
+        codebook_size: int | None = None,
         generator_depth: int | None = None,
         generator_dim: int | None = None,
         temperature: float = 1.0,
@@ -121,7 +121,7 @@ class CIM(Method):
                 f"words of {self.stride} px: a place of this encoder is {place} px, which must be a whole number of words "
                 f"and divide images of {height}x{width}"
             )
-        self.objective, self.hidden_ratio, self.temperature = objective, hidden_ratio, temperature
+        self.objective, self.mask_ratio, self.temperature = objective, mask_ratio, temperature
         self.sampler, self.paste = sampler, paste
         self.window, self.epsilon = window or (4 if small else 8), epsilon
         self.image_size = (height, width)
@@ -133,10 +133,10 @@ class CIM(Method):
         if not 1 < self.window <= min(height, width):
             raise ValueError(f"window is {self.window} px; it must be 2 or more and fit an image of {height}x{width}")
         count = self.words_grid[0] * self.words_grid[1]
-        hidden_count(count, hidden_ratio)  # says early that a ratio or a grid is impossible
+        hidden_count(count, mask_ratio)  # says early that a ratio or a grid is impossible
         if tokenizer is None:
             words: Tokenizer = ConvTokenizer(
-                "fsq", vocabulary or 1024, self.stride, encoder.channels, width_for((height, width))
+                "fsq", codebook_size or 1024, self.stride, encoder.channels, width_for((height, width))
             )
         else:
             words = load_tokenizer(tokenizer)
@@ -145,8 +145,8 @@ class CIM(Method):
                     f"the tokenizer makes a word of {words.stride} px of {words.channels} channels; "
                     f"{self.stride} px of {encoder.channels} are needed"
                 )
-            if vocabulary not in (None, words.vocabulary):
-                raise ValueError(f"vocabulary is {vocabulary}, but the tokenizer has {words.vocabulary} words")
+            if codebook_size not in (None, words.codebook_size):
+                raise ValueError(f"codebook_size is {codebook_size}, but the tokenizer has {words.codebook_size} words")
         dim = generator_dim or (plain.dim if plain is not None else 192 if small else 384)
         depth = generator_depth or (max(1, plain.depth // 4) if plain is not None else 3)
         tokens: Any = make_encoder(
@@ -158,7 +158,7 @@ class CIM(Method):
             depth=depth,
             num_heads=heads_for(dim),
         )
-        self.generator = BEiT(tokens, hidden_ratio, "random", vocabulary=2)
+        self.generator = BEiT(tokens, mask_ratio, "random", codebook_size=2)
         self.generator.speak(words.requires_grad_(False).eval())
         times = (place // self.stride) ** 2  # words of a place
         self.head = nn.Linear(encoder.dim, encoder.channels * place * place if objective == "pixels" else times)
@@ -180,7 +180,7 @@ class CIM(Method):
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
         count = (height // self.stride) * (width // self.stride)
-        mask = random_mask(batch, count, hidden_count(count, self.hidden_ratio), generator)
+        mask = random_mask(batch, count, hidden_count(count, self.mask_ratio), generator)
         return Corruption(mask, torch.rand(mask.hidden.shape, generator=generator))
 
     def prepare(self, standardize: Standardize) -> Tokenizer | None:
@@ -193,20 +193,20 @@ class CIM(Method):
     ) -> Int[Tensor, "b h"]:
         """Replacements of hidden words, by the inverse of their cumulative distribution; no gradient."""
         logits = logits.detach().float()
-        vocabulary = logits.shape[-1]
+        codebook_size = logits.shape[-1]
         if self.sampler == "none":
             return golden
         if self.sampler == "argmax":
             return logits.argmax(-1)
         if self.sampler == "uniform":
-            return (uniform * vocabulary).long().clamp_max(vocabulary - 1)
+            return (uniform * codebook_size).long().clamp_max(codebook_size - 1)
         if self.sampler == "unigram":
             shares = self.tokenizer.shares.expand_as(logits)
         else:
             shares = (logits / self.temperature).softmax(-1)
         reached = shares.cumsum(-1)
         place = uniform.unsqueeze(-1) * reached[..., -1:]
-        return torch.searchsorted(reached, place, right=True).squeeze(-1).clamp_max(vocabulary - 1)
+        return torch.searchsorted(reached, place, right=True).squeeze(-1).clamp_max(codebook_size - 1)
 
     def corrupt(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Corrupted:
         """What the generator makes of part of the images."""

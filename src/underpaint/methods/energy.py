@@ -106,7 +106,7 @@ class Energy(Method):
     Args:
         encoder: any `Backbone` without batch norm (its statistics would couple the images of a batch).
         corruption: one task, or a mixture with one task an image, drawn uniformly.
-        hidden_ratio: share of the cells that masking hides.
+        mask_ratio: share of the cells that masking hides.
         cell: pixels of a side of a hidden cell, and of a shuffled patch where the encoder is no ViT; the patch of a
             ViT, else 8, where None.
         factors: of lost resolution, one an image.
@@ -127,7 +127,7 @@ class Energy(Method):
         upper_dim: width of the blocks above the encoder (context visible); half the encoder's where None.
         upper_depth: their number; a sixth of the encoder's depth where None, half of a masked autoencoder's decoder:
             going back through them does the other half.
-        standardize_targets: hidden patches to mean 0 and variance 1 each, as in MAE (context visible).
+        norm_pix_loss: hidden patches to mean 0 and variance 1 each, as in MAE (context visible).
         gradient: exact (double backward), or by a central finite difference along d loss / d x_{n+1}, which needs
             first derivatives only and their memory, and is approximate.
 
@@ -141,7 +141,7 @@ class Energy(Method):
         self,
         encoder: Backbone,
         corruption: Literal["mask", "shuffle", "downsample", "noise", "gray", "mixture"] = "mask",
-        hidden_ratio: float = 0.5,
+        mask_ratio: float = 0.5,
         cell: int | None = None,
         factors: Sequence[int] = (2, 4),
         steps: int = 1,
@@ -154,7 +154,7 @@ class Energy(Method):
         context: Literal["image", "visible"] = "image",
         upper_dim: int | None = None,
         upper_depth: int | None = None,
-        standardize_targets: bool = False,
+        norm_pix_loss: bool = False,
         gradient: Literal["exact", "difference"] = "exact",
     ):
         super().__init__()
@@ -172,7 +172,7 @@ class Energy(Method):
         self.encoder = encoder
         tasks = TASKS if corruption == "mixture" else (corruption,)
         self.tasks = tuple(task for task in tasks if encoder.channels > 1 or task != "gray")
-        self.hidden_ratio, self.factors, self.loss_on = hidden_ratio, tuple(factors), loss_on
+        self.mask_ratio, self.factors, self.loss_on = mask_ratio, tuple(factors), loss_on
         self.readout, self.steps, self.gradient_by = readout, steps, gradient
         self.part_count = steps if gradient == "exact" else 2 * steps
         patch: tuple[int, int] = getattr(encoder, "patch_size", (8, 8))
@@ -181,7 +181,7 @@ class Energy(Method):
         self.calibrated = step_size is not None
         self.log_step_size = nn.Parameter(torch.tensor(math.log(step_size or 0.1)))
         self.step_rate = step_rate
-        self.upper, self.standardize_targets = None, standardize_targets
+        self.upper, self.norm_pix_loss = None, norm_pix_loss
         dim, final_norm = encoder.dim, getattr(encoder.model, "norm", None)
         if context == "visible":
             if not isinstance(encoder, TokenBackbone) or self.tasks != ("mask",) or self.cell != patch:
@@ -192,8 +192,8 @@ class Energy(Method):
             self.embed_hidden = nn.Linear(patch[0] * patch[1] * encoder.channels, dim, bias=False)
             nn.init.xavier_uniform_(self.embed_hidden.weight)
             final_norm = self.upper.norm
-        elif standardize_targets:
-            raise ValueError("standardize_targets needs context visible: elsewhere the target is the image itself")
+        elif norm_pix_loss:
+            raise ValueError("norm_pix_loss needs context visible: elsewhere the target is the image itself")
         # a bias would be a constant of the energy
         self.head = nn.Linear(dim, dim if readout == "square" else 1, bias=False)
         nn.init.zeros_(self.head.weight) if zero_head else nn.init.xavier_uniform_(self.head.weight)
@@ -228,7 +228,7 @@ class Energy(Method):
         task = torch.tensor([TASKS.index(name) for name in self.tasks])[drawn]
         mask = order = factor = kept = noise = None
         if "mask" in self.tasks:
-            mask = random_mask(batch, cells, hidden_count(cells, self.hidden_ratio), generator)
+            mask = random_mask(batch, cells, hidden_count(cells, self.mask_ratio), generator)
         if "shuffle" in self.tasks:
             order = torch.rand(batch, pieces, generator=generator).argsort(1)
         if "downsample" in self.tasks:
@@ -421,7 +421,7 @@ class Energy(Method):
 
     def target(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Float[Tensor, "b c height width"]:
         """What is to be restored: the images, with each hidden patch standardised where that is asked for."""
-        if not self.standardize_targets:
+        if not self.norm_pix_loss:
             return images
         assert draws.mask is not None
         patches = patchify(images, self.piece)
@@ -569,7 +569,7 @@ class Energy(Method):
     def _shown(self, state: State, images: Tensor, draws: Corruption) -> Tensor:
         """Where positions are restored, the patches lie where their positions say; mean and contrast of patches that
         were standardised are those of the original."""
-        if self.standardize_targets:
+        if self.norm_pix_loss:
             assert draws.mask is not None
             patches, hidden = patchify(state.images, self.piece), draws.mask.hidden
             shown = unstandardize(take(patches, hidden), take(patchify(images, self.piece), hidden))

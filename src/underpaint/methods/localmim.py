@@ -118,7 +118,7 @@ class LocalMIM(Method):
 
     Args:
         encoder: a plain ViT or a Swin.
-        hidden_ratio: share of the patches that is hidden (of a Swin: of units, a place of its last stage each).
+        mask_ratio: share of the patches that is hidden (of a Swin: of units, a place of its last stage each).
         taps: blocks of a ViT with a loss, 0-based or from the end below 0, the last block among them; blocks 1, 3, L-3
             and L-1 where None (the outputs of evenly spread blocks below depth 8). A Swin's follow its stages.
         scales: pixels of a cell for each tap of a ViT: a quarter, a half, one and two patches where None, or for fewer
@@ -145,7 +145,7 @@ class LocalMIM(Method):
     def __init__(
         self,
         encoder: Backbone,
-        hidden_ratio: float = 0.75,
+        mask_ratio: float = 0.75,
         taps: Sequence[int] | None = None,
         scales: Sequence[int] | None = None,
         target: Literal["hog", "pixels"] = "hog",
@@ -160,7 +160,7 @@ class LocalMIM(Method):
         super().__init__()
         if not isinstance(encoder, (ViT, Swin)):
             raise TypeError(f"LocalMIM needs a plain ViT or a Swin, not {type(encoder).__name__}")
-        self.encoder, self.hidden_ratio = encoder, hidden_ratio
+        self.encoder, self.mask_ratio = encoder, mask_ratio
         self.bins, self.target_kind, self.stop_gradient = bins, target, stop_gradient
         self.images_per_mask = images_per_mask
         self.patch_size: tuple[int, int] = encoder.patch_size
@@ -168,7 +168,7 @@ class LocalMIM(Method):
         if isinstance(encoder, ViT):
             self.pool = None
             grid = encoder.grid(*encoder.image_size)
-            hidden_count(grid[0] * grid[1], hidden_ratio)  # says early that a ratio or a grid is impossible
+            hidden_count(grid[0] * grid[1], mask_ratio)  # says early that a ratio or a grid is impossible
             self.taps, self.scales = self._fitting(taps, scales)
             dims, grids = [encoder.dim] * len(self.taps), [grid] * len(self.taps)
             width = decoder_dim or max(64, round(encoder.dim / 3 / 32) * 32)
@@ -177,7 +177,7 @@ class LocalMIM(Method):
         else:
             if taps is not None or scales is not None:
                 raise ValueError("taps and scales of a Swin follow its stages; leave them away")
-            self.pool = encoder.mask_pool(hidden_ratio, seed=pool_seed or 0)
+            self.pool = encoder.mask_pool(mask_ratio, seed=pool_seed or 0)
             last = len(encoder.stages) - 1
             self.taps = list(range(last + 1))
             strides = [patch * 2 ** min(stage + 1, last) for stage in self.taps]
@@ -253,7 +253,7 @@ class LocalMIM(Method):
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask | PooledMask:
         if self.pool is None:
             rows, columns = self.encoder.grid(height, width)
-            return random_mask(batch, rows * columns, hidden_count(rows * columns, self.hidden_ratio), generator)
+            return random_mask(batch, rows * columns, hidden_count(rows * columns, self.mask_ratio), generator)
         groups = batch // self.images_per_mask if batch % self.images_per_mask == 0 else 1
         choice = torch.randint(self.pool.count, (groups,), generator=generator)
         return PooledMask(choice.repeat_interleave(batch // groups), groups)

@@ -33,13 +33,13 @@ class MAE(MaskedMethod):
 
     Args:
         encoder: any `TokenBackbone` (a plain ViT).
-        hidden_ratio: share of the patches that is hidden (0.75 in the paper).
+        mask_ratio: share of the patches that is hidden (0.75 in the paper).
         decoder_dim: width of the decoder; half the encoder's where None (512 in the paper at every encoder, which
             at ViT-Ti makes the decoder 90 % of a step).
         decoder_depth: blocks of the decoder; a third of the encoder's where None (8 in the paper).
         target: the pixels of a patch, or its HOG (cells of half a patch, 9 bins a channel): the control that shows
             what LocalMIM's several depths add to its target.
-        standardize_targets: each target patch to mean 0 and variance 1 (the paper's better variant).
+        norm_pix_loss: each target patch to mean 0 and variance 1 (the paper's better variant).
 
     Raises:
         TypeError: the encoder cannot run on a subset of its patches.
@@ -51,11 +51,11 @@ class MAE(MaskedMethod):
     def __init__(
         self,
         encoder: TokenBackbone,
-        hidden_ratio: float = 0.75,
+        mask_ratio: float = 0.75,
         decoder_dim: int | None = None,
         decoder_depth: int | None = None,
         target: Literal["pixels", "hog"] = "pixels",
-        standardize_targets: bool = True,
+        norm_pix_loss: bool = True,
     ):
         super().__init__()
         if not isinstance(encoder, TokenBackbone):
@@ -64,10 +64,10 @@ class MAE(MaskedMethod):
             )
         self.encoder = encoder
         self.patch_size = encoder.patch_size
-        self.hidden_ratio = hidden_ratio
-        self.target, self.standardize_targets = target, standardize_targets
+        self.mask_ratio = mask_ratio
+        self.target, self.norm_pix_loss = target, norm_pix_loss
         grid = encoder.grid(*encoder.image_size)
-        hidden_count(grid[0] * grid[1], hidden_ratio)  # says early that a ratio or a grid is impossible
+        hidden_count(grid[0] * grid[1], mask_ratio)  # says early that a ratio or a grid is impossible
         dim = decoder_dim or max(64, round(encoder.dim / 2 / 32) * 32)
         depth = decoder_depth or max(2, encoder.depth // 3)
         outputs = self.patch_size[0] * self.patch_size[1] * encoder.channels
@@ -82,7 +82,7 @@ class MAE(MaskedMethod):
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         rows, columns = self.encoder.grid(height, width)
-        return random_mask(batch, rows * columns, hidden_count(rows * columns, self.hidden_ratio), generator)
+        return random_mask(batch, rows * columns, hidden_count(rows * columns, self.mask_ratio), generator)
 
     def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
         """The hidden patches, from the visible ones."""
@@ -94,7 +94,7 @@ class MAE(MaskedMethod):
         if self.target == "hog":
             return take(patchify(self.hog(images), (2, 2)), mask.hidden)
         hidden = take(patchify(images, self.patch_size), mask.hidden)
-        return standardize(hidden) if self.standardize_targets else hidden
+        return standardize(hidden) if self.norm_pix_loss else hidden
 
     def hog(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b d rows columns"]:
         return hog_pyramid(images, [self.patch_size[0] // 2], BINS)[0]
@@ -128,7 +128,7 @@ class MAE(MaskedMethod):
                 frames[name] = hog_picture(values, BINS, images.shape[1], self.patch_size[0] // 2 * times)
             return frames
         patches = patchify(images, self.patch_size)
-        if self.standardize_targets:
+        if self.norm_pix_loss:
             predicted = unstandardize(predicted, take(patches, mask.hidden))
         restored = unpatchify(put(patches, mask.hidden, predicted), self.patch_size, grid)
         return {"original": images, "hidden": mask_cells(images, mask, self.patch_size), "restored": restored}

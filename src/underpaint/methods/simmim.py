@@ -31,7 +31,7 @@ class SimMIM(MaskedMethod):
 
     Args:
         encoder: a plain ViT or a Swin.
-        hidden_ratio: share of the cells that is hidden (0.6 in the paper).
+        mask_ratio: share of the cells that is hidden (0.6 in the paper).
         cell: pixels of a side of a hidden cell (32 in the paper): a place of a Swin's last stage, or two patches of a
             ViT where that divides the image, else one, where None.
 
@@ -42,11 +42,11 @@ class SimMIM(MaskedMethod):
 
     encoder: Any
 
-    def __init__(self, encoder: Backbone, hidden_ratio: float = 0.6, cell: int | None = None):
+    def __init__(self, encoder: Backbone, mask_ratio: float = 0.6, cell: int | None = None):
         super().__init__()
         if not isinstance(encoder, (ViT, Swin)):
             raise TypeError(f"SimMIM needs a plain ViT or a Swin, not {type(encoder).__name__}")
-        self.encoder, self.hidden_ratio = encoder, hidden_ratio
+        self.encoder, self.mask_ratio = encoder, mask_ratio
         height, width = encoder.image_size
         place = encoder.patch_size[0] if isinstance(encoder, ViT) else encoder.stride
         if cell is None:
@@ -57,7 +57,7 @@ class SimMIM(MaskedMethod):
             raise ValueError(f"cell is {cell} px; it must be a multiple of {place} px that divides {height}x{width}")
         self.cell, self.place = cell, place
         self.cells = (height // cell, width // cell)
-        self.hidden_cells = hidden_count(self.cells[0] * self.cells[1], hidden_ratio)
+        self.hidden_cells = hidden_count(self.cells[0] * self.cells[1], mask_ratio)
         dim = encoder.dim if isinstance(encoder, ViT) else encoder.info[0]["num_chs"]
         self.mask_token = nn.Parameter(torch.zeros(dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)

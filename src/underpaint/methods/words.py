@@ -12,7 +12,7 @@ from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask
 from underpaint.methods.masked import MaskedMethod
 from underpaint.patches import Standardize
-from underpaint.tokenizers import KMeansPatches, Tokenizer, load_tokenizer, vocabulary_for
+from underpaint.tokenizers import KMeansPatches, Tokenizer, codebook_size_for, load_tokenizer
 
 
 class WordMethod(MaskedMethod):
@@ -25,7 +25,7 @@ class WordMethod(MaskedMethod):
     encoder: PatchBackbone
     task = "words"
 
-    def __init__(self, encoder: PatchBackbone, tokenizer: str | None, vocabulary: int | None):
+    def __init__(self, encoder: PatchBackbone, tokenizer: str | None, codebook_size: int | None):
         super().__init__()
         if not isinstance(encoder, PatchBackbone):
             raise TypeError(f"{type(self).__name__} needs a plain vision transformer, not {type(encoder).__name__}")
@@ -34,7 +34,7 @@ class WordMethod(MaskedMethod):
         if self.patch_size != (side, side):
             raise ValueError(f"words need square patches, not {self.patch_size}")
         if tokenizer is None:
-            words = vocabulary or vocabulary_for(encoder.image_size)
+            words = codebook_size or codebook_size_for(encoder.image_size)
             self.tokenizer: Tokenizer = KMeansPatches(words, side, encoder.channels)
         else:
             self.tokenizer = load_tokenizer(tokenizer)
@@ -43,8 +43,10 @@ class WordMethod(MaskedMethod):
                     f"the tokenizer makes a word of {self.tokenizer.stride} px of {self.tokenizer.channels} channels; the "
                     f"encoder has patches of {side} px of {encoder.channels} channels"
                 )
-            if vocabulary not in (None, self.tokenizer.vocabulary):
-                raise ValueError(f"vocabulary is {vocabulary}, but the tokenizer has {self.tokenizer.vocabulary} words")
+            if codebook_size not in (None, self.tokenizer.codebook_size):
+                raise ValueError(
+                    f"codebook_size is {codebook_size}, but the tokenizer has {self.tokenizer.codebook_size} words"
+                )
         self.standardize = Standardize([0.0] * encoder.channels, [1.0] * encoder.channels)
         self.register_load_state_dict_post_hook(_ready)
 

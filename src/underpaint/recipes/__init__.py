@@ -14,10 +14,10 @@ def mae_vit_base_in1k() -> Recipe:
     The paper: 800 epochs; 83.6 % fine-tuned at 1600.
     """
     return Recipe(
-        method={"name": "mae", "hidden_ratio": 0.75, "decoder_dim": 512, "decoder_depth": 8},
+        method={"name": "mae", "mask_ratio": 0.75, "decoder_dim": 512, "decoder_depth": 8},
         encoder={"name": "vit_base_patch16_224"},
         data=Data(image_size=(224, 224), workers=8),
-        optimiser=Optimiser(rate=1.5e-4, warmup=40 / 800, batch_size=4096, clip=1e9),
+        optimiser=Optimiser(lr=1.5e-4, warmup=40 / 800, batch_size=4096, clip=1e9),
         run=Length(epochs=800.0),
     )
 
@@ -25,10 +25,10 @@ def mae_vit_base_in1k() -> Recipe:
 def mae_tiny_32() -> Recipe:
     """MAE for 32-px images on a laptop, tuned here: a ViT 128 wide, 4 blocks, 4-px patches, 8 minutes."""
     return Recipe(
-        method={"name": "mae", "hidden_ratio": 0.75},
+        method={"name": "mae", "mask_ratio": 0.75},
         encoder=dict(TINY),
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
-        optimiser=Optimiser(rate=2e-3, batch_size=256),
+        optimiser=Optimiser(lr=2e-3, batch_size=256),
         run=Length(minutes=8.0),
     )
 
@@ -37,9 +37,9 @@ def mae_tiny_32() -> Recipe:
 GIVEN_VISIBLE = {
     "name": "energy",
     "context": "visible",
-    "hidden_ratio": 0.75,
+    "mask_ratio": 0.75,
     "readout": "square",
-    "standardize_targets": True,
+    "norm_pix_loss": True,
 }
 
 
@@ -50,7 +50,7 @@ def energy_tiny_32() -> Recipe:
         method=dict(GIVEN_VISIBLE),
         encoder=dict(TINY),
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
-        optimiser=Optimiser(rate=2e-3, batch_size=256),
+        optimiser=Optimiser(lr=2e-3, batch_size=256),
         run=Length(minutes=8.0),
     )
 
@@ -59,10 +59,10 @@ def _energy_in1k(encoder: str) -> Recipe:
     """Known from secondary sources: N = 2, step size 0.1, AdamW 0.9/0.95, weight decay 0.05, rate 1e-4 at batch 256,
     cosine, random resized crops. Open, and chosen here: epochs, warm-up, clipping, cells of 32 px at 0.6."""
     return Recipe(
-        method={"name": "energy", "hidden_ratio": 0.6, "cell": 32, "steps": 2, "step_size": 0.1},
+        method={"name": "energy", "mask_ratio": 0.6, "cell": 32, "steps": 2, "step_size": 0.1},
         encoder={"name": encoder},
         data=Data(image_size=(224, 224), workers=8),
-        optimiser=Optimiser(rate=1e-4, batch_size=256),
+        optimiser=Optimiser(lr=1e-4, batch_size=256),
         run=Length(epochs=100.0),
     )
 
@@ -81,10 +81,10 @@ def _localmim_in1k(encoder: dict[str, object], rate: float, batch: int, epochs: 
     """Known from the official code and tables 8 and 9: AdamW 0.9/0.95, weight decay 0.05, cosine, crops of 20 to 100 %,
     no clipping. Here without the random bias of HOG, which the official runs of ViT-L and Swin have."""
     return Recipe(
-        method={"name": "localmim", "hidden_ratio": 0.75, **settings},
+        method={"name": "localmim", "mask_ratio": 0.75, **settings},
         encoder=encoder,
         data=Data(image_size=(224, 224), workers=8),
-        optimiser=Optimiser(rate=rate, warmup=40 / epochs, batch_size=batch, clip=1e9),
+        optimiser=Optimiser(lr=rate, warmup=40 / epochs, batch_size=batch, clip=1e9),
         run=Length(epochs=epochs),
     )
 
@@ -119,10 +119,10 @@ def localmim_tiny_32() -> Recipe:
     level with four but faster. The rate is that of mae-tiny-32.
     """
     return Recipe(
-        method={"name": "localmim", "hidden_ratio": 0.75, "target": "hog", "taps": [-3, -1]},
+        method={"name": "localmim", "mask_ratio": 0.75, "target": "hog", "taps": [-3, -1]},
         encoder=dict(TINY),
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
-        optimiser=Optimiser(rate=2e-3, batch_size=256),
+        optimiser=Optimiser(lr=2e-3, batch_size=256),
         run=Length(minutes=8.0),
     )
 
@@ -131,11 +131,11 @@ def _cae_in1k(encoder: dict[str, object], epochs: float, warmup: float, gamma: f
     """From the official code: AdamW 0.9/0.999, weight decay 0.05, 1.5e-3 at batch 2048, clipping at 3, drop path 0.1 of
     the encoder, LayerScale, 4 regressor and 4 decoder blocks. Here with 8192 words of k-means; the paper's are DALL-E's."""
     return Recipe(
-        method={"name": "cae", "vocabulary": 8192, "regressor_depth": 4, "decoder_depth": 4, "gamma": gamma},
+        method={"name": "cae", "codebook_size": 8192, "regressor_depth": 4, "decoder_depth": 4, "gamma": gamma},
         encoder={**encoder, "init_values": gamma, "drop_path_rate": 0.1},
         data=Data(image_size=(224, 224), crop_scale=(0.08, 1.0), workers=8),
         optimiser=Optimiser(
-            rate=1.5e-3 * 256 / 2048, betas=(0.9, 0.999), warmup=warmup / epochs, clip=3.0, batch_size=2048
+            lr=1.5e-3 * 256 / 2048, betas=(0.9, 0.999), warmup=warmup / epochs, clip=3.0, batch_size=2048
         ),
         run=Length(epochs=epochs),
     )
@@ -175,10 +175,10 @@ def beit_vit_base_in1k() -> Recipe:
     With DALL-E's words CAE's authors quote 41.8 % linear and 51.9 % attentive for it in a later paper.
     """
     return Recipe(
-        method={"name": "beit", "vocabulary": 8192},
+        method={"name": "beit", "codebook_size": 8192},
         encoder={"name": "beit_base_patch16_224", "drop_path_rate": 0.1},
         data=Data(image_size=(224, 224), crop_scale=(0.08, 1.0), workers=8),
-        optimiser=Optimiser(rate=1.5e-3 * 256 / 2048, betas=(0.9, 0.999), warmup=10 / 800, clip=3.0, batch_size=2048),
+        optimiser=Optimiser(lr=1.5e-3 * 256 / 2048, betas=(0.9, 0.999), warmup=10 / 800, clip=3.0, batch_size=2048),
         run=Length(epochs=800.0),
     )
 
@@ -187,10 +187,10 @@ def _cim_in1k(encoder: dict[str, object]) -> Recipe:
     """From secondary sources and memory, not from the paper: AdamW 0.9/0.98, weight decay 0.05, 1.5e-3 at batch 2048, 10
     epochs of warm-up, clipping at 3, crops and flips alone. Tokenizer, generator and windows are ours."""
     return Recipe(
-        method={"name": "cim", "vocabulary": 4375},
+        method={"name": "cim", "codebook_size": 4375},
         encoder=encoder,
         data=Data(image_size=(224, 224), workers=8),
-        optimiser=Optimiser(rate=1.5e-3 * 256 / 2048, betas=(0.9, 0.98), warmup=10 / 300, clip=3.0, batch_size=2048),
+        optimiser=Optimiser(lr=1.5e-3 * 256 / 2048, betas=(0.9, 0.98), warmup=10 / 300, clip=3.0, batch_size=2048),
         run=Length(epochs=300.0),
     )
 
@@ -215,7 +215,7 @@ def cim_tiny_32() -> Recipe:
         method=dict(CIM_TINY),
         encoder={**TINY, "patch_size": 8},
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
-        optimiser=Optimiser(rate=4e-3, batch_size=128),
+        optimiser=Optimiser(lr=4e-3, batch_size=128),
         run=Length(minutes=12.0),
     )
 
@@ -226,7 +226,7 @@ def cim_resnet_32() -> Recipe:
         method=dict(CIM_TINY),
         encoder={"name": "resnet10t", "output_stride": 8, "channels": [32, 64, 128, 256], "stem_width": 16},
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
-        optimiser=Optimiser(rate=4e-3, batch_size=128),
+        optimiser=Optimiser(lr=4e-3, batch_size=128),
         run=Length(minutes=12.0),
     )
 
@@ -239,10 +239,10 @@ def cim_resnet50_in1k() -> Recipe:
 def _words_tiny(method: dict[str, object]) -> Recipe:
     """8-px patches: 16 places leave time for a regressor and a decoder. 256 words were ahead of 1024 (docs/log.md)."""
     return Recipe(
-        method={"mask": "random", "vocabulary": 256, **method},
+        method={"mask": "random", "codebook_size": 256, **method},
         encoder={**TINY, "patch_size": 8},
         data=Data(image_size=(32, 32), crop_scale=(0.4, 1.0)),
-        optimiser=Optimiser(rate=2e-3, batch_size=256),
+        optimiser=Optimiser(lr=2e-3, batch_size=256),
         run=Length(minutes=12.0),
     )
 
@@ -262,7 +262,7 @@ def _small_64(method: dict[str, object], rate: float) -> Recipe:
         method=method,
         encoder=dict(SMALL),
         data=Data(image_size=(64, 64), crop_scale=(0.3, 1.0)),
-        optimiser=Optimiser(rate=rate, batch_size=256),
+        optimiser=Optimiser(lr=rate, batch_size=256),
         run=Length(minutes=30.0),
     )
 
@@ -270,7 +270,7 @@ def _small_64(method: dict[str, object], rate: float) -> Recipe:
 def localmim_small_64() -> Recipe:
     """LocalMIM for 64-px images: a ViT 192 wide, 8 blocks, 8-px patches, four taps, 30 minutes on a laptop. Rate and
     batch are carried over from 32 px, not tuned at this size."""
-    return _small_64({"name": "localmim", "hidden_ratio": 0.75}, 2e-3)
+    return _small_64({"name": "localmim", "mask_ratio": 0.75}, 2e-3)
 
 
 def energy_small_64() -> Recipe:

@@ -38,7 +38,7 @@ class Data:
 class Optimiser:
     """AdamW, warm-up and cosine."""
 
-    rate: float = 1.5e-4  # peak learning rate per 256 images
+    lr: float = 1.5e-4  # peak learning rate per 256 images
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: float = 0.05  # share of the run
@@ -100,7 +100,7 @@ def method_settings(name: str) -> dict[str, Any]:
 
 
 def override(settings: dict[str, Any], path: str, value: Any) -> None:
-    """Set one value of a plain recipe in place: `override(settings, "method.hidden_ratio", 0.6)`."""
+    """Set one value of a plain recipe in place: `override(settings, "method.mask_ratio", 0.6)`."""
     section, _, name = path.partition(".")
     if section not in settings or section in ("measured", "format") or (name == "") != (section == "init"):
         known = ", ".join(f"{s}.NAME" for s in ("method", "encoder", *SECTIONS))

@@ -296,7 +296,7 @@ def picture_section(path: Path, result: Mapping[str, Any]) -> str:
     given = [
         str(row.get("name"))
         for row in result["rows"]
-        if isinstance(row, dict) and ((row.get("recipe") or {}).get("method") or {}).get("standardize_targets")
+        if isinstance(row, dict) and ((row.get("recipe") or {}).get("method") or {}).get("norm_pix_loss")
     ]
     note = "The same images, each corrupted as the method does it, and restored."
     if given:

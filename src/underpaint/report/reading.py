@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +101,9 @@ def median(values: np.ndarray) -> float:
     return float(np.median(values)) if len(values) else math.nan
 
 
-def setting(recipe: Any, names: Sequence[str], at: str = "") -> tuple[str, Any] | None:
-    """The first setting of one of these names, with its path: what `--set` would change."""
-    if not isinstance(recipe, dict):
-        return None
-    for key, value in recipe.items():
-        path = f"{at}.{key}" if at else str(key)
-        if key in names and not isinstance(value, dict):
-            return path, value
-        deeper = setting(value, names, path) if key != "measured" else None
-        if deeper is not None:
-            return deeper
-    return None
-
-
 def rate_setting(recipe: dict) -> str:
     """How to set the learning rate of this run, in parentheses; nothing where the recipe does not tell."""
-    found = setting(recipe, ("learning_rate", "rate", "lr"))
-    return f" (`--set {found[0]}=...`, it was {found[1]})" if found else ""
+    optimiser = recipe.get("optimiser")
+    if not isinstance(optimiser, dict) or "lr" not in optimiser:
+        return ""
+    return f" (`--set optimiser.lr=...`, it was {optimiser['lr']})"

@@ -121,7 +121,7 @@ def training_section(metrics: list[dict]) -> str:
     if len(terms) > 1:
         large.append(line_plot(terms, x_label="step", y_label="term of the loss", title="What the loss is made of"))
     for title, unit, key, scale in (
-        ("Learning rate", "learning rate", "learning_rate", 1.0),
+        ("Learning rate", "learning rate", "lr", 1.0),
         ("Gradient norm", "norm, all weights", "gradient_norm", 1.0),
         ("Waiting for data", "share of time (%)", "data_wait", 100.0),
         ("Speed", "images per second", "images_per_second", 1.0),

@@ -77,7 +77,7 @@ def judge(metrics: list[dict], probes: dict, recipe: dict) -> Verdict:
     """The rules, the gravest first; each names the signal it went by."""
     trained = [line for line in metrics if number(line, "step") > 0 or math.isfinite(number(line, "loss"))]
     loss, gradient = column(trained, "loss"), column(trained, "gradient_norm")
-    rate, waiting = column(trained, "learning_rate"), column(trained, "data_wait")
+    rate, waiting = column(trained, "lr"), column(trained, "data_wait")
     quarter = max(1, len(loss) // 4)
     if len(loss) == 0:
         return Verdict("stalled", "No training step was logged, so there is nothing to judge.", START_AGAIN)
