@@ -21,7 +21,7 @@ import torch
 from step import BATCHES, ENCODERS, counted_flops, interleaved, matrix_rate
 
 import underpaint
-from underpaint.measure import peak, restart_peak
+from underpaint.train.speed import peak, restart_peak
 
 SMALL = "ViT-128x4/4, 32 px"
 SHAPES: dict[str, tuple[dict[str, Any], int]] = {  # encoder, batch

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from underpaint.data import eval_batches, load_images, open_source
-from underpaint.use import load_method
+from underpaint.inference import load_method
 
 COUNT, TRAIN, NEIGHBOURS = 1_000, 10_000, 10
 

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import underpaint
-from underpaint.measure import peak, restart_peak
 from underpaint.methods import CIM, METHODS
 from underpaint.methods.words import WordMethod, cross_entropies
-from underpaint.runs import environment
+from underpaint.train.run_folder import environment
+from underpaint.train.speed import peak, restart_peak
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "ViT-128x4/4, 32 px": {

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from underpaint.compare.stand import Arm, difference, spread, standing
+from underpaint.compare.statistics import Arm, difference, spread, standing
 from underpaint.data import eval_batches
 from underpaint.evaluate import extract, knn, linear
+from underpaint.inference import load_method
 from underpaint.judge import Judge
 from underpaint.methods.energy import TASKS
-from underpaint.train import build, open_data, pretrain
-from underpaint.use import load_method
+from underpaint.pretraining import build, open_data, pretrain
 
 
 def probed(judge: Judge, encoder: Any, standardize: Any) -> dict[str, np.ndarray]:

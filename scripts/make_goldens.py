@@ -96,7 +96,7 @@ def train_case(name: str, folder: Path) -> dict[str, Any]:
     import torch
     from conftest import word_file, write_pictures
 
-    from underpaint.train import pretrain
+    from underpaint.pretraining import pretrain
 
     pictures = folder / "pictures"
     if not pictures.is_dir():
@@ -174,7 +174,7 @@ def compare_methods(name: str, folder: Path) -> dict[str, Any]:
     import torch
     from conftest import write_pictures
 
-    from underpaint.compare import compare
+    from underpaint.compare.run import compare
 
     if not (folder / "answered").is_dir():
         write_pictures(folder / "answered", 90, seed=1)
@@ -252,7 +252,7 @@ def machine() -> dict[str, str]:
     import timm
     import torch
 
-    from underpaint.runs import processor
+    from underpaint.train.run_folder import processor
 
     return {
         "processor": processor(),

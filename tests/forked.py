@@ -21,13 +21,13 @@ IMPORTED = (
     "matplotlib.backends.backend_svg",
     "matplotlib.pyplot",
     "sklearn.manifold",
-    "underpaint.compare",
+    "underpaint.compare.run",
     "underpaint.evaluate.command",
     "underpaint.predict",
     "underpaint.report",
     "underpaint.tokenize",
-    "underpaint.train",
-    "underpaint.use",
+    "underpaint.pretraining",
+    "underpaint.inference",
 )
 
 

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from underpaint import judge, runs, train
+from underpaint import judge
+from underpaint import pretraining as train
 from underpaint.cli import main
+from underpaint.train import run_folder as runs
 
 seen = 0
 

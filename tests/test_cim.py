@@ -17,15 +17,15 @@ import underpaint
 from underpaint.backbones.norms import settled
 from underpaint.cli import main
 from underpaint.data import Batch
+from underpaint.inference import load_method
 from underpaint.methods import CIM
 from underpaint.methods.cim import Corruption, auroc
 from underpaint.patches import Standardize, patchify
+from underpaint.pretraining import pretrain
 from underpaint.recipes.recipe import checked
-from underpaint.step import session, update
 from underpaint.targets import sliding_window, window_moments
 from underpaint.tokenizers import ConvTokenizer
-from underpaint.train import pretrain
-from underpaint.use import load_method
+from underpaint.train.stepper import session, update
 
 ENCODERS: dict[str, Any] = {
     "vit": lambda: underpaint.encoder(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from underpaint.cli import main, parser
-from underpaint.train import pretrain
+from underpaint.pretraining import pretrain
 
 # argparse has no public way to the names of its subcommands
 COMMANDS = next(list(action.choices) for action in parser()._actions if isinstance(action, argparse._SubParsersAction))

@@ -17,17 +17,16 @@ import pytest
 import yaml
 from scipy import stats
 
-from underpaint.compare import compare
-from underpaint.compare.compare import Found, arms_of, load_worth, save_worth
-from underpaint.compare.stand import Arm, Difference, Part, difference, standing
+from underpaint.compare.run import Found, arms_of, compare, load_worth, save_worth
+from underpaint.compare.statistics import Arm, Difference, Part, difference, standing
 from underpaint.compare.verdict import order, verdict
 from underpaint.errors import InputError
 from underpaint.evaluate import Probe
 from underpaint.judge import Worth
+from underpaint.pretraining import pretrain
 from underpaint.report import write_comparison
 from underpaint.report.comparison import tokenizer_text, training_text
-from underpaint.runs import Run
-from underpaint.train import pretrain
+from underpaint.train.run_folder import Run
 
 PROBES = ("linear", "few_linear")
 

@@ -30,10 +30,10 @@ from underpaint.data import (
 )
 from underpaint.data.scaling import weighted_quantiles
 from underpaint.errors import InputError
+from underpaint.pretraining import build, open_data, pretrain
 from underpaint.recipes.recipe import checked, override, plain
-from underpaint.runs import Run
 from underpaint.tokenizers import tokenizer_scaling
-from underpaint.train import build, open_data, pretrain
+from underpaint.train.run_folder import Run
 
 NUCLEI = Path(__file__).parents[2] / "shared" / "data" / "demo-nuclei-128" / "nuclei128.zip"
 TINY: dict[str, Any] = {"encoder": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4, "batch_size": 16}

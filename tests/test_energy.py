@@ -16,7 +16,7 @@ from underpaint.masking import hidden_map
 from underpaint.methods.energy import TASKS, Energy, State
 from underpaint.patches import Standardize
 from underpaint.recipes.recipe import checked
-from underpaint.step import Window, session, update
+from underpaint.train.stepper import Window, session, update
 
 each_task = pytest.mark.parametrize("task", [*TASKS, "mixture"])
 

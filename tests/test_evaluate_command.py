@@ -19,7 +19,6 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import underpaint
-from underpaint import fit as fit_module
 from underpaint.cli import main
 from underpaint.data import eval_batches, load_images, open_source
 from underpaint.errors import InputError, NotFinite
@@ -27,9 +26,10 @@ from underpaint.evaluate import extract
 from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import open_subject
-from underpaint.fit import Length, Schedule, fit
-from underpaint.runs import Run
-from underpaint.train import pretrain
+from underpaint.pretraining import pretrain
+from underpaint.train import fit as fit_module
+from underpaint.train.fit import Length, Schedule, fit
+from underpaint.train.run_folder import Run
 
 TINY = {"encoder.embed_dim": 48, "encoder.depth": 2, "encoder.num_heads": 3}
 

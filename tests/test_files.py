@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from underpaint.files import append_lines, read_lines, replacing, replacing_folder, write_json
-from underpaint.runs import Run
+from underpaint.train.run_folder import Run
 
 pytestmark = pytest.mark.quick
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from underpaint import judge as judge_module
-from underpaint import train as train_module
+from underpaint import pretraining as train_module
 from underpaint.backbones import Backbone, create_arguments, from_arguments
 from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features

@@ -14,12 +14,12 @@ from torch.nn import functional
 
 import underpaint
 from underpaint.data import load_images, open_source, pretraining_indices
+from underpaint.inference import load_method
 from underpaint.masking import Mask, random_mask
 from underpaint.methods.localmim import LocalMIM, Tap
 from underpaint.methods.simmim import SimMIM
 from underpaint.patches import take, unpatchify
-from underpaint.train import build, pretrain
-from underpaint.use import load_method
+from underpaint.pretraining import build, pretrain
 
 
 def local(depth: int = 8, size: tuple[int, int] = (32, 32), patch: int = 8, **settings: Any) -> LocalMIM:

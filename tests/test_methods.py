@@ -20,7 +20,7 @@ from underpaint.masking import hidden_map
 from underpaint.methods import METHODS
 from underpaint.patches import Standardize, patchify
 from underpaint.recipes.recipe import checked
-from underpaint.step import Window, session, update
+from underpaint.train.stepper import Window, session, update
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 # weights that no gradient reaches, with the reason

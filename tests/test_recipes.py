@@ -104,7 +104,7 @@ def test_settings_are_the_constructors_arguments() -> None:
 def test_twenty_steps_of_each_tiny_recipe(name: str, tmp_path: Path) -> None:
     import numpy as np
 
-    from underpaint.train import pretrain
+    from underpaint.pretraining import pretrain
 
     rng = np.random.default_rng(0)
     for k in range(64):

@@ -34,8 +34,8 @@ from underpaint.evaluate.segment import VOID, Segmenting, crop_of, segment, segm
 from underpaint.evaluate.subject import Subject, open_subject
 from underpaint.methods import LocalMIM
 from underpaint.patches import Standardize
-from underpaint.step import step_seed
 from underpaint.tokenizers import ConvTokenizer, DallE, KMeansPatches, _nearest
+from underpaint.train.stepper import step_seed
 
 # -- the baseline is the loss of the trivial prediction ----------------------------------------------------------------
 

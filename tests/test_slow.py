@@ -8,7 +8,7 @@ import torch
 from test_methods import photographs, small
 
 from underpaint.methods import METHODS
-from underpaint.train import pretrain
+from underpaint.pretraining import pretrain
 
 pytestmark = pytest.mark.slow
 

@@ -20,13 +20,14 @@ from lightning.fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from underpaint import load_encoder, train
+from underpaint import load_encoder
+from underpaint import pretraining as train
 from underpaint.cli import main
 from underpaint.errors import InputError, NotFinite
 from underpaint.methods import METHODS, Objective
-from underpaint.runs import Run, training_state
-from underpaint.step import learning_rate
-from underpaint.train import pretrain
+from underpaint.pretraining import pretrain
+from underpaint.train.run_folder import Run, training_state
+from underpaint.train.stepper import learning_rate
 
 TINY: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import underpaint.train
+import underpaint.pretraining
 from underpaint.masking import Mask, random_mask
 from underpaint.methods import METHODS, Method, Objective
+from underpaint.pretraining import pretrain
 from underpaint.report import Verdict, verdict
-from underpaint.train import pretrain
 
 SETTINGS: dict[str, Any] = {
     "encoder.embed_dim": 32,
@@ -84,14 +84,14 @@ def test_features_that_collapse(pictures: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_run_starved_of_data(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = underpaint.train.train_batches
+    quick = underpaint.pretraining.train_batches
 
     def slow(*given: Any, **named: Any) -> Iterator[Any]:
         for batch in quick(*given, **named):
             time.sleep(0.1)
             yield batch
 
-    monkeypatch.setattr(underpaint.train, "train_batches", slow)
+    monkeypatch.setattr(underpaint.pretraining, "train_batches", slow)
     found = verdict_of(pictures, tmp_path / "run", optimiser__lr=2e-2)
     assert found.word == "starved"
     assert "`--workers`" in found.advice

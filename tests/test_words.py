@@ -20,14 +20,14 @@ from underpaint.cli import main
 from underpaint.data import load_images, open_source, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluate.pyramid import Pyramid
-from underpaint.fit import Length
+from underpaint.inference import load_method
 from underpaint.masking import Mask, block_mask, random_mask
 from underpaint.methods import CAE, BEiT
 from underpaint.methods.cae import Regress
 from underpaint.methods.words import frequency_losses
 from underpaint.patches import Standardize, patchify, unpatchify
+from underpaint.pretraining import pretrain
 from underpaint.recipes.recipe import Data
-from underpaint.runs import Run
 from underpaint.tokenize import make_ready
 from underpaint.tokenizers import (
     ConvTokenizer,
@@ -39,8 +39,8 @@ from underpaint.tokenizers import (
     refuse_collapsed,
     save_tokenizer,
 )
-from underpaint.train import pretrain
-from underpaint.use import load_method
+from underpaint.train.fit import Length
+from underpaint.train.run_folder import Run
 
 
 def photographs(count: int, size: int = 32, seed: int = 0) -> Tensor:

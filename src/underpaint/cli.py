@@ -242,14 +242,14 @@ def _pretrain(given: argparse.Namespace) -> None:
     flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
     recipe, settings = getattr(given, "recipe", None), dict(given.set)
     foresee(given.data, recipe, flags, settings)
-    from underpaint.train import pretrain
+    from underpaint.pretraining import pretrain
 
     pretrain(given.data, given.out, recipe=recipe, settings=settings, **flags)
 
 
 def _restore(given: argparse.Namespace) -> None:
     _run_at(given.run_folder)
-    from underpaint.use import restore
+    from underpaint.inference import restore
 
     restore(given.run_folder, given.images, given.out, corruption=given.corruption)
     print(given.out)
@@ -258,7 +258,7 @@ def _restore(given: argparse.Namespace) -> None:
 def _score(given: argparse.Namespace) -> None:
     _run_at(given.run_folder)
     place_of(given.data)
-    from underpaint.use import score
+    from underpaint.inference import score
 
     rows = score(given.run_folder, given.data)
     with open(given.out, "w", newline="") as file:
@@ -275,7 +275,7 @@ def _compare(given: argparse.Namespace) -> None:
     for entry in given.methods:
         recipe_named(entry)
     foresee(given.data, getattr(given, "recipe", None), flags, dict(given.set))
-    from underpaint.compare import compare
+    from underpaint.compare.run import compare
 
     compare(
         given.data,

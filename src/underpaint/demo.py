@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from underpaint.console import say
 from underpaint.demo_images import write_demo_images
-from underpaint.progress import say
-from underpaint.runs import Run
-from underpaint.train import pretrain
+from underpaint.pretraining import pretrain
+from underpaint.train.run_folder import Run
 
 
 def demo(out: Path) -> Run:

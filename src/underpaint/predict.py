@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from underpaint.backbones import from_arguments
+from underpaint.console import say
 from underpaint.data import (
     ImageSet,
     Source,
@@ -36,7 +37,6 @@ from underpaint.evaluate.subject import Subject, open_subject
 from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
 from underpaint.pictures import alike, legend_of, rgb, sheet, to_rgb
-from underpaint.progress import say
 
 SHOWN = 24  # images on a picture of classes
 SHOWN_DENSE = 6

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from underpaint.console import say
 from underpaint.data import ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
-from underpaint.fit import Length, Schedule, fit
 from underpaint.pictures import sheet
-from underpaint.progress import say
 from underpaint.recipes.recipe import Data
 from underpaint.tokenizers import (
     ConvTokenizer,
@@ -29,6 +28,7 @@ from underpaint.tokenizers import (
     save_tokenizer,
     width_for,
 )
+from underpaint.train.fit import Length, Schedule, fit
 
 KINDS = ("kmeans", "fsq", "vq")
 HELD_OUT, HELD_OUT_IMAGES = 20, 2_000  # each 20th image, and at most so many, judge

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from underpaint.compare.stand import Arm, Difference, difference, standing
+from underpaint.compare.statistics import Arm, Difference, difference, standing
 from underpaint.report.words import span_text, time_text
 
 EQUAL = 1.05  # most that one method's minutes may be over another's where they are called the same

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from underpaint.backbones.norms import batch_norms, settled
+from underpaint.console import say
 from underpaint.data import (
     ImageSet,
     Source,
@@ -41,12 +42,11 @@ from underpaint.evaluate.splits import stratified
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import Subject, open_subject
 from underpaint.files import write_json, write_text
-from underpaint.fit import changed
 from underpaint.judge import SETTLING, Judge
 from underpaint.looks import write_looks
-from underpaint.progress import say
 from underpaint.recipes.recipe import Recipe
-from underpaint.runs import Run, environment
+from underpaint.train.fit import changed
+from underpaint.train.run_folder import Run, environment
 
 TASKS = (*FROZEN, "finetune", "segment", "detect", "outliers")
 FORMAT = 1
@@ -406,7 +406,7 @@ def judge_outliers(subject: Subject, source: Source, against: str | Path, seed: 
 @torch.no_grad()
 def _own_score(subject: Subject, sets: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The energy or the restoration error of a trained run; None for an encoder without its method."""
-    from underpaint.use import load_method
+    from underpaint.inference import load_method
 
     if not subject.trained or not (Path(subject.name) / "checkpoints").is_dir():
         return None

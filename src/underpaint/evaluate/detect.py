@@ -26,6 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from underpaint.backbones import Backbone
+from underpaint.console import say
 from underpaint.data.answers import Detections, Objects, mask_of
 from underpaint.errors import InputError
 from underpaint.evaluate.keep import keep
@@ -33,9 +34,8 @@ from underpaint.evaluate.pyramid import Pyramid
 from underpaint.evaluate.result import Measured, measured, redraw
 from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.subject import Subject
-from underpaint.fit import Length, Schedule, fit
 from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
-from underpaint.progress import say
+from underpaint.train.fit import Length, Schedule, fit
 
 RATIOS = (0.5, 1.0, 2.0)
 DRAWS = 20  # of the test images, for standard errors

@@ -27,6 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from underpaint.backbones import PatchBackbone
 from underpaint.backbones.build import fill, with_drop_path
 from underpaint.backbones.swin import Swin
+from underpaint.console import say
 from underpaint.data import Batch, eval_batches, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluate.floors import majority
@@ -36,8 +37,7 @@ from underpaint.evaluate.parts import Part
 from underpaint.evaluate.plots import confusion_picture
 from underpaint.evaluate.result import Probe
 from underpaint.evaluate.subject import Subject
-from underpaint.fit import Length, Schedule, changed, fit
-from underpaint.progress import say
+from underpaint.train.fit import Length, Schedule, changed, fit
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from underpaint.console import say
 from underpaint.data import eval_batches
 from underpaint.evaluate.attentive import attentive_head
 from underpaint.evaluate.floors import hog, majority, raw_pixels
@@ -24,7 +25,6 @@ from underpaint.evaluate.plots import confusion_picture
 from underpaint.evaluate.result import Probe, gain
 from underpaint.evaluate.store import stored_features
 from underpaint.evaluate.subject import Subject
-from underpaint.progress import say
 
 FROZEN = ("knn", "linear", "attentive")
 FLOORS: dict[str, Callable[[Tensor], Tensor]] = {"raw pixels": raw_pixels, "HOG": hog}

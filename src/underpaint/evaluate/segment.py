@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from underpaint.backbones import Backbone
 from underpaint.backbones.protocols import Features
+from underpaint.console import say
 from underpaint.data.answers import Masks
 from underpaint.errors import InputError
 from underpaint.evaluate.keep import keep
@@ -22,11 +23,10 @@ from underpaint.evaluate.pyramid import Pyramid, padded, sliding, tokens_to_map
 from underpaint.evaluate.result import Measured, measured, redraw
 from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.subject import Subject
-from underpaint.fit import Length, Schedule, fit
 from underpaint.patches import patchify
 from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
-from underpaint.progress import say
 from underpaint.targets import hog_pyramid
+from underpaint.train.fit import Length, Schedule, fit
 
 VOID = 255  # of masks while training, whatever the file says
 LINEAR_RATE = 10.0  # of the linear head over UperNet's: one layer on normalised features takes large steps

@@ -17,7 +17,7 @@ from underpaint.backbones.norms import settled
 from underpaint.data import Scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
-from underpaint.runs import Run
+from underpaint.train.run_folder import Run
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 

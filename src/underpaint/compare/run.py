@@ -25,28 +25,28 @@ from safetensors.numpy import save_file
 from timm.models import is_model_in_modules
 
 from underpaint.backbones import Backbone, load_encoder, standardize_for
-from underpaint.compare.stand import Arm, Kind, difference, standing
+from underpaint.compare.statistics import Arm, Kind, difference, standing
 from underpaint.compare.verdict import verdict
+from underpaint.compare.worker import turn
+from underpaint.console import say
 from underpaint.data import ImageSet
 from underpaint.errors import InputError
 from underpaint.evaluate import Probe
 from underpaint.files import replacing, write_json, write_text
+from underpaint.inference import load_method
 from underpaint.judge import SHOTS, Judge, Worth
 from underpaint.looks import write_looks
 from underpaint.methods import METHODS
 from underpaint.pictures import sheet
-from underpaint.progress import say
+from underpaint.pretraining import build, open_data
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import Recipe, checked, differences, override, plain
 from underpaint.recipes.request import FLAGS, read_recipe, recipe_named
 from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
-from underpaint.runs import Run, environment
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.tokenizers import tokenizer_scaling
-from underpaint.train import build, open_data
-from underpaint.turn import turn
-from underpaint.use import load_method
+from underpaint.train.run_folder import Run, environment
 
 ROUNDS = (2, 6)  # least and most turns a method has: a point of its curve after each, a minute apart or more
 DRAWS = 5  # of the labelled images, where few are used
@@ -290,7 +290,7 @@ def _turn(
 
 def _process(told: Path, received: Sequence[int]) -> int:
     """A turn in a process of its own; returns its exit status."""
-    command = [sys.executable, "-m", "underpaint.turn", str(told)]
+    command = [sys.executable, "-m", "underpaint.compare.worker", str(told)]
     status, passed = None, False
     # it ends when the pipe does; the terminal's Ctrl-C comes here only, and is passed on once
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from underpaint.backbones import load_encoder, scaling_for, standardize_for
+from underpaint.console import say
 from underpaint.data import (
     Scaling,
     Unreadable,
@@ -22,10 +23,9 @@ from underpaint.errors import InputError
 from underpaint.methods import METHODS, Energy, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
-from underpaint.progress import say
 from underpaint.recipes import Recipe
 from underpaint.recipes.recipe import method_options
-from underpaint.runs import Run
+from underpaint.train.run_folder import Run
 
 
 def load_method(path: str | Path) -> tuple[Method, Standardize, Recipe]:

@@ -1,4 +1,4 @@
-"""One turn of one method of a comparison, in a process of its own: `python -m underpaint.turn TURN.json`.
+"""One turn of one method of a comparison, in a process of its own: `python -m underpaint.compare.worker TURN.json`.
 
 A process of its own, so that memory is measured from the same start for each method, and a method that runs out of it
 ends alone. Exit status as for the command line; the reason goes into the file that TURN.json names.
@@ -19,8 +19,8 @@ from underpaint.errors import InputError, NotFinite
 
 def turn(plan: dict[str, Any], clock: Callable[[], float] = time.perf_counter) -> int:
     """Train until `pause` seconds of training by `clock` are done, or to the end."""
+    from underpaint.pretraining import pretrain
     from underpaint.signals import Interrupted
-    from underpaint.train import pretrain
 
     try:
         pretrain(plan["data"], plan["out"], recipe=plan["recipe"], pause=float(plan["pause"]), clock=clock)

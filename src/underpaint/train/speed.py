@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from underpaint.data import Batch
 from underpaint.errors import InputError
-from underpaint.step import Session, scaler_of, session, update
+from underpaint.train.stepper import Session, scaler_of, session, update
 
 COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
 

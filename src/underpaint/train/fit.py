@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from underpaint.console import Bar, say
 from underpaint.errors import InputError, NotFinite
 from underpaint.files import write_json
-from underpaint.progress import Bar, say
-from underpaint.runs import Run, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
-from underpaint.step import step_seed
+from underpaint.train.run_folder import Run, restore_state, training_state
+from underpaint.train.stepper import step_seed
 
 CHECKPOINT_SECONDS = 120.0
 LINES = 200  # of metrics, about

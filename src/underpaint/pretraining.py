@@ -22,6 +22,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch.utils.tensorboard import SummaryWriter
 
 from underpaint.backbones import create_arguments, from_arguments, init_from, save_encoder
+from underpaint.console import Bar, say
 from underpaint.data import (
     Batch,
     ImageSet,
@@ -37,23 +38,22 @@ from underpaint.data import (
 )
 from underpaint.errors import InputError, NotFinite
 from underpaint.files import finite
-from underpaint.fit import Length
 from underpaint.judge import Judge
 from underpaint.looks import write_looks
-from underpaint.measure import measure, out_of_memory, restart_peak, warm
 from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
-from underpaint.progress import Bar, say
 from underpaint.recipes.recipe import Recipe, method_options
 from underpaint.recipes.request import DEFAULT_EPOCHS, FLAGS, resolve
 from underpaint.report import write_report
-from underpaint.runs import Run, environment, restore_state, training_state
 from underpaint.signals import Interrupted, watched_signals
-from underpaint.step import Session, Window, rate_at, scaler_of, session, update, warm_again
 from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import make_ready
 from underpaint.tokenizers import Tokenizer, making_seconds, save_tokenizer, tokenizer_scaling
+from underpaint.train.fit import Length
+from underpaint.train.run_folder import Run, environment, restore_state, training_state
+from underpaint.train.speed import measure, out_of_memory, restart_peak, warm
+from underpaint.train.stepper import Session, Window, rate_at, scaler_of, session, update, warm_again
 
 ROLL_BACK_AFTER, STOP_AFTER = 3, 10  # steps in a row without a finite gradient; such steps in all
 
