@@ -56,13 +56,13 @@ def make(way: str, shape: str, device: torch.device) -> tuple[Callable[[], None]
             gradient="difference" if "difference" in way else "exact",
         ).to(device)
         model = method
-        draws = method.draw(batch, *images.shape[-2:]).to(device)
+        noise = method.sample(batch, *images.shape[-2:]).to(device)
         called: Any = torch.compile(method) if "compiled" in way else method
 
         def losses() -> Any:
             carry = None
-            for part in range(method.part_count):
-                objective = called(images, draws, part, carry) if method.part_count > 1 else called(images, draws)
+            for part in range(method.num_losses):
+                objective = called(images, noise, part, carry) if method.num_losses > 1 else called(images, noise)
                 yield objective.loss
                 carry = objective.carry
 

@@ -30,11 +30,11 @@ def flops_per_image(recipe: dict[str, Any]) -> float:
     options = {name: value for name, value in recipe["method"].items() if name != "name"}
     method: Any = METHODS[recipe["method"]["name"]](from_arguments(arguments), **options)  # pyright: ignore[reportCallIssue]
     images = torch.randn(BATCH, recipe["data"]["channels"], *size)
-    draws = method.draw(BATCH, *size)
-    method.calibrate(images, draws)
+    noise = method.sample(BATCH, *size)
+    method.calibrate(images, noise)
 
     def step() -> None:
-        for part in method.parts(images, draws):
+        for part in method.parts(images, noise):
             part.loss.backward()
 
     return counted_flops(step) / BATCH

@@ -158,7 +158,7 @@ def own_rows(device: torch.device, seconds: float, only: str, methods: list[str]
                 method.tokenizer.ready = True
             if isinstance(method, CIM):
                 method.tokenizer.ready = True
-            mask = method.draw(batch, images.shape[2], images.shape[3]).to(device)
+            mask = method.sample(batch, images.shape[2], images.shape[3]).to(device)
             step = training_step(method, lambda m=method, k=mask, x=images: m(x, k).loss, device)
             flops = counted_flops(step)
             took = interleaved({"step": step}, device, seconds)["step"]
@@ -190,9 +190,9 @@ def cim_parts(device: torch.device, seconds: float, encoder_name: str) -> dict[s
     method = CIM(underpaint.encoder(arguments.pop("name"), **arguments)).to(device)
     method.tokenizer.ready = True
     images = torch.randn(batch, 3, size, size, device=device)
-    draws = method.draw(batch, size, size).to(device)
-    corrupted = method.corrupt(images, draws)
-    hidden = corrupted.golden.gather(1, draws.mask.hidden)
+    noise = method.sample(batch, size, size).to(device)
+    corrupted = method.corrupt(images, noise)
+    hidden = corrupted.golden.gather(1, noise.mask.hidden)
 
     def part(work: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -205,11 +205,11 @@ def cim_parts(device: torch.device, seconds: float, encoder_name: str) -> dict[s
 
     parts = {
         "encode": part(lambda: method.generator.words(images)),
-        "generator": part(lambda: cross_entropies(method.generator.logits(images, draws.mask), hidden).mean()),
-        "sampling": part(lambda: method.sample(corrupted.logits, hidden, draws.uniform)),
+        "generator": part(lambda: cross_entropies(method.generator.logits(images, noise.mask), hidden).mean()),
+        "sampling": part(lambda: method.sample_tokens(corrupted.logits, hidden, noise.uniform)),
         "decode": part(lambda: method.generator.spoken(images, corrupted.words)),
         "enhancer": part(lambda: method.losses(images, corrupted)[0].mean()),
-        "step": training_step(method, lambda: method(images, draws).loss, device),
+        "step": training_step(method, lambda: method(images, noise).loss, device),
     }
     found = interleaved(parts, device, seconds)
     print(json.dumps({"encoder": encoder_name, **{name: round(took, 4) for name, took in found.items()}}))

@@ -55,7 +55,7 @@ def made(family: str = "vit", **settings: Any) -> CIM:
 
 
 def drawn(method: CIM, count: int = 8, seed: int = 0) -> Corruption:
-    return method.draw(count, 32, 32, torch.Generator().manual_seed(seed))
+    return method.sample(count, 32, 32, torch.Generator().manual_seed(seed))
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------
@@ -92,35 +92,35 @@ def test_draws_follow_the_distribution() -> None:
     method = made()
     logits = torch.randn(1, 1, 64).expand(1, 200_000, -1)
     uniform = torch.rand(1, 200_000, generator=torch.Generator().manual_seed(0))
-    words = method.sample(logits, torch.zeros(1, 200_000, dtype=torch.long), uniform)
+    words = method.sample_tokens(logits, torch.zeros(1, 200_000, dtype=torch.long), uniform)
     share = torch.bincount(words.flatten(), minlength=64) / 200_000
     wanted = logits[0, 0].softmax(0)
     assert torch.allclose(share, wanted, atol=4e-3)
     # the ends of the interval are the first and the last possible word
     sure = torch.full((1, 2, 64), -200.0)
     sure[..., 5] = 50
-    assert method.sample(sure, torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0.0, 0.999999]])).tolist() == [
-        [5, 5]
-    ]
+    assert method.sample_tokens(
+        sure, torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0.0, 0.999999]])
+    ).tolist() == [[5, 5]]
 
 
 @pytest.mark.quick
 @each_family
 def test_corruption_stays_where_it_belongs(family: str) -> None:
     method, images = made(family), photographs()
-    draws = drawn(method)
-    found = method.corrupt(images, draws)
-    assert torch.equal(found.words.gather(1, draws.mask.visible), found.golden.gather(1, draws.mask.visible))
-    assert bool(found.replaced.gather(1, draws.mask.hidden).any())
+    noise = drawn(method)
+    found = method.corrupt(images, noise)
+    assert torch.equal(found.words.gather(1, noise.mask.visible), found.golden.gather(1, noise.mask.visible))
+    assert bool(found.replaced.gather(1, noise.mask.hidden).any())
     # all of it is the codec's: untouched places too are what the whole grid decodes to, not the photograph's pixels
     assert torch.equal(found.images, method.generator.spoken(images, found.words))
     size = (method.stride, method.stride)
-    index = draws.mask.visible.unsqueeze(-1).expand(-1, -1, 3 * method.stride**2)
+    index = noise.mask.visible.unsqueeze(-1).expand(-1, -1, 3 * method.stride**2)
     kept, own = (patchify(version, size).gather(1, index) for version in (found.images, images))
     assert float((kept - own).abs().mean()) > 0.05
     assert float(method.standardize.inverse(found.images).min()) >= 0
     assert float(method.standardize.inverse(found.images).max()) <= 1
-    assert torch.equal(method.corrupt(images, draws).words, found.words)
+    assert torch.equal(method.corrupt(images, noise).words, found.words)
     other = drawn(method, seed=1)
     assert not torch.equal(method.corrupt(images, other).words, found.words)
 
@@ -142,10 +142,10 @@ def test_a_replaced_word_shows_beyond_its_cell() -> None:
 @pytest.mark.quick
 def test_pasting_keeps_the_photograph() -> None:
     method, images = made(paste=True), photographs()
-    draws = drawn(method)
-    found = patchify(method.corrupt(images, draws).images, (8, 8))
+    noise = drawn(method)
+    found = patchify(method.corrupt(images, noise).images, (8, 8))
     wanted = patchify(images, (8, 8))
-    index = draws.mask.visible.unsqueeze(-1).expand(-1, -1, wanted.shape[-1])
+    index = noise.mask.visible.unsqueeze(-1).expand(-1, -1, wanted.shape[-1])
     assert torch.equal(found.gather(1, index), wanted.gather(1, index))
 
 
@@ -157,8 +157,8 @@ def test_pasting_keeps_the_photograph() -> None:
 @pytest.mark.parametrize("objective", ["pixels", "detect"])
 def test_shapes_and_gradients(family: str, objective: Any) -> None:
     method, images = made(family, objective=objective), photographs()
-    draws = drawn(method)
-    corrupted = method.corrupt(images, draws)
+    noise = drawn(method)
+    corrupted = method.corrupt(images, noise)
     answer = method.enhance(corrupted.images)
     assert answer.shape == ((8, 3, 32, 32) if objective == "pixels" else (8, 1, *method.words_grid))
     left, _, _ = method.losses(images, corrupted)
@@ -167,7 +167,7 @@ def test_shapes_and_gradients(family: str, objective: Any) -> None:
     assert all(parameter.grad is None for parameter in method.generator.parameters())
     assert any(parameter.grad is not None for parameter in method.encoder.parameters())
     method.zero_grad()
-    objective_ = method(images, draws)
+    objective_ = method(images, noise)
     objective_.loss.backward()
     assert all(parameter.grad is None for parameter in method.tokenizer.parameters())
     assert all(p.grad is not None for p in method.generator.parameters() if p.requires_grad)
@@ -264,15 +264,15 @@ def test_the_weight_of_one_loss_does_not_reach_the_other() -> None:
 def test_overfits_one_batch(objective: Any) -> None:
     # draws that do not follow the generator, or it would learn to make nothing that can be found
     method, images = made(objective=objective, sampler="uniform"), photographs()
-    draws = drawn(method)
+    noise = drawn(method)
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3, weight_decay=0.0)
     with torch.no_grad():
-        first = float(method.losses(images, method.corrupt(images, draws))[0].mean())
+        first = float(method.losses(images, method.corrupt(images, noise))[0].mean())
     for _ in range(150):
         optimiser.zero_grad()
-        method(images, draws).loss.backward()
+        method(images, noise).loss.backward()
         optimiser.step()
-    terms = method(images, draws).terms
+    terms = method(images, noise).terms
     assert float(terms["generator"]) < 0.5 * math.log(64)
     assert float(terms["enhancer"]) < 0.5 * first
     if objective == "detect":
@@ -309,8 +309,8 @@ def test_the_hidden_count_is_fixed(size: int, patch: int, hidden: int) -> None:
     encoder: Any = underpaint.encoder(
         "vit_tiny_patch16_224", image_size=size, patch_size=patch, embed_dim=32, depth=1, num_heads=1
     )
-    draws = CIM(encoder, codebook_size=64).draw(5, size, size)
-    assert draws.mask.hidden.shape == draws.uniform.shape == (5, hidden)
+    noise = CIM(encoder, codebook_size=64).sample(5, size, size)
+    assert noise.mask.hidden.shape == noise.uniform.shape == (5, hidden)
 
 
 @pytest.mark.quick

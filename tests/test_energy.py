@@ -22,7 +22,7 @@ each_task = pytest.mark.parametrize("task", [*TASKS, "mixture"])
 
 
 def fixed(method: Any, images: Tensor, seed: int = 0) -> Any:
-    return method.draw(len(images), *images.shape[-2:], torch.Generator().manual_seed(seed))
+    return method.sample(len(images), *images.shape[-2:], torch.Generator().manual_seed(seed))
 
 
 def watched(method: Any) -> dict[str, torch.nn.Parameter]:
@@ -61,9 +61,9 @@ def test_gradient_equals_finite_differences(task: str, readout: str) -> None:
     """One step, in float64, for a weight of every block."""
     method = small("energy", corruption=task, readout=readout, step_size=0.5, position_step=0.5).double()
     images = photographs(3).double()
-    draws = fixed(method, images)
-    draws = draws._replace(noise=None if draws.noise is None else draws.noise.double())
-    exact_equals_finite_differences(method, images, lambda: method(images, draws).loss)
+    noise = fixed(method, images)
+    noise = noise._replace(noise=None if noise.noise is None else noise.noise.double())
+    exact_equals_finite_differences(method, images, lambda: method(images, noise).loss)
 
 
 VISIBLE: dict[str, Any] = {"context": "visible", "mask_ratio": 0.75}
@@ -74,24 +74,24 @@ VISIBLE: dict[str, Any] = {"context": "visible", "mask_ratio": 0.75}
 def test_gradient_given_the_visible_patches_equals_finite_differences(readout: str, standardize: bool) -> None:
     method = small("energy", readout=readout, step_size=0.5, norm_pix_loss=standardize, **VISIBLE).double()
     images = photographs(3).double()
-    draws = fixed(method, images)
-    exact_equals_finite_differences(method, images, lambda: method(images, draws).loss)
+    noise = fixed(method, images)
+    exact_equals_finite_differences(method, images, lambda: method(images, noise).loss)
 
 
 def test_given_the_visible_patches_only_hidden_ones_are_restored_and_they_do_not_leak() -> None:
     for standardize in (False, True):
         method = small("energy", step_size=0.5, readout="square", norm_pix_loss=standardize, **VISIBLE)
         images = photographs()
-        draws = fixed(method, images)
-        corrupted = method.corrupt(images, draws)
-        restored = method.step(corrupted, draws).images
-        hidden = hidden_map(draws.mask, (4, 4), (4, 4)).expand_as(images)
+        noise = fixed(method, images)
+        corrupted = method.corrupt(images, noise)
+        restored = method.step(corrupted, noise).images
+        hidden = hidden_map(noise.mask, (4, 4), (4, 4)).expand_as(images)
         assert torch.equal(restored * (1 - hidden), images * (1 - hidden))
         assert not torch.equal(restored * hidden, corrupted.images * hidden)
         changed = images + 10 * hidden
-        assert torch.equal(method.step(method.corrupt(changed, draws), draws).images * hidden, restored * hidden)
+        assert torch.equal(method.step(method.corrupt(changed, noise), noise).images * hidden, restored * hidden)
         # the target is the image but for the mean and the contrast of hidden patches
-        target = method.target(images, draws)
+        target = method.target(images, noise)
         assert torch.equal(target * (1 - hidden), images * (1 - hidden))
         assert torch.equal(target, images) != standardize
 
@@ -100,33 +100,33 @@ def test_given_the_visible_patches_it_learns_and_its_parts_add_up() -> None:
     images = photographs(8)
     for gradient in ("exact", "difference"):
         method = small("energy", readout="square", gradient=gradient, norm_pix_loss=True, steps=2, **VISIBLE)
-        draws = fixed(method, images)
-        method.calibrate(images, draws)
-        whole = method(images, draws)
-        parts = [part.loss.detach() for part in method.parts(images, draws)]
+        noise = fixed(method, images)
+        method.calibrate(images, noise)
+        whole = method(images, noise)
+        parts = [part.loss.detach() for part in method.parts(images, noise)]
         torch.testing.assert_close(sum(parts), whole.loss.detach())
         optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
         for _ in range(150):
             optimiser.zero_grad()
-            method(images, draws).loss.backward()
+            method(images, noise).loss.backward()
             optimiser.step()
-        assert method(images, draws).terms["error"] < 0.6
+        assert method(images, noise).terms["error"] < 0.6
 
 
 @pytest.mark.parametrize("settings", [{"encoder": "swin"}, {"encoder": "resnet"}])
 def test_gradient_equals_finite_differences_in_other_encoders(settings: dict[str, str]) -> None:
     method, images = other(settings["encoder"])
     method, images = method.double(), images.double()
-    draws = fixed(method, images)
+    noise = fixed(method, images)
     names = [name for name, p in method.named_parameters() if p.requires_grad and p.dim() > 1]
-    method(images, draws).loss.backward()
+    method(images, noise).loss.backward()
     parameters = dict(method.named_parameters())
     generator = torch.Generator().manual_seed(5)
     for name in names[:: max(1, len(names) // 12)]:
         weight = parameters[name]
         assert weight.grad is not None, name
         direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        expected = numerical(method, weight, direction, lambda: method(images, draws).loss)
+        expected = numerical(method, weight, direction, lambda: method(images, noise).loss)
         torch.testing.assert_close((weight.grad * direction).sum(), expected, rtol=1e-5, atol=1e-10, msg=name)
 
 
@@ -166,18 +166,18 @@ def test_other_encoders_take_every_task(name: str, task: str) -> None:
 @each_task
 def test_each_task_is_restored_better_than_by_doing_nothing(task: str) -> None:
     method, images = small("energy", corruption=task, factors=(2, 4)), photographs(10)
-    draws = fixed(method, images)
+    noise = fixed(method, images)
     if task == "mixture":
-        draws = draws._replace(task=torch.arange(10) % len(TASKS))
-    method.calibrate(images, draws)
+        noise = noise._replace(task=torch.arange(10) % len(TASKS))
+    method.calibrate(images, noise)
     optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
     for _ in range(300):
         optimiser.zero_grad()
-        method(images, draws).loss.backward()
+        method(images, noise).loss.backward()
         optimiser.step()
-    left, before = method.errors(images, draws, method.restored(images, draws)[-1])
+    left, before = method.errors(images, noise, method.restored(images, noise)[-1])
     assert left.sum() < 0.7 * before.sum()
-    terms = method(images, draws).terms
+    terms = method(images, noise).terms
     names = {"error"} if task != "mixture" else {f"error_{name}" for name in TASKS}
     assert names <= set(terms)
     assert all(terms[name] < 1 for name in names)
@@ -195,9 +195,9 @@ def test_a_task_that_a_micro_batch_lacks_is_not_logged_as_restored() -> None:
     left: dict[str, list[float]] = {name: [] for name in TASKS}
     before: dict[str, list[float]] = {name: [] for name in TASKS}
     for step in range(2):
-        draws = current.draws(Batch(images, [0, 1, 2, 3]), step)
-        errors = method.errors(images, draws, method.restored(images, draws)[-1])
-        for task, restored, corrupted in zip(draws.task.tolist(), *(each.tolist() for each in errors), strict=True):
+        noise = current.noise(Batch(images, [0, 1, 2, 3]), step)
+        errors = method.errors(images, noise, method.restored(images, noise)[-1])
+        for task, restored, corrupted in zip(noise.task.tolist(), *(each.tolist() for each in errors), strict=True):
             left[TASKS[task]].append(restored)
             before[TASKS[task]].append(corrupted)
         window.add(*update(current, Batch(images, [0, 1, 2, 3]), step, 1e-4))
@@ -212,15 +212,15 @@ def test_a_task_that_a_micro_batch_lacks_is_not_logged_as_restored() -> None:
 
 def test_a_known_order_is_recovered() -> None:
     method, images = small("energy", corruption="shuffle"), photographs(8)
-    draws = fixed(method, images)
-    method.calibrate(images, draws)
-    before = method.placed(images, method.restored(images, draws)[-1]).mean()
+    noise = fixed(method, images)
+    method.calibrate(images, noise)
+    before = method.placed(images, method.restored(images, noise)[-1]).mean()
     optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
     for _ in range(300):
         optimiser.zero_grad()
-        method(images, draws).loss.backward()
+        method(images, noise).loss.backward()
         optimiser.step()
-    after = method.placed(images, method.restored(images, draws)[-1]).mean()
+    after = method.placed(images, method.restored(images, noise)[-1]).mean()
     assert before < 0.3
     assert after > 0.9
 
@@ -230,8 +230,8 @@ def test_an_untrained_network_places_patches_by_chance() -> None:
     method, images = small("energy", corruption="shuffle"), photographs(64)
     shares = []
     for seed in range(20):
-        draws = fixed(method, images, seed)
-        shares.append(method.placed(images, method.restored(images, draws)[-1]).mean())
+        noise = fixed(method, images, seed)
+        shares.append(method.placed(images, method.restored(images, noise)[-1]).mean())
     found = torch.stack(shares)
     # 64 x 20 x 16 patches at 1/16; the matches of one permutation have variance 1
     assert found.mean() == pytest.approx(1 / 16, abs=4 / 16 / (64 * 20) ** 0.5)
@@ -259,10 +259,10 @@ def test_the_order_of_tokens_changes_nothing() -> None:
 def test_where_a_patch_lies_is_not_told() -> None:
     """Sorting sees content and the wrong position: with both permuted together the answer is permuted with them."""
     method, images = small("energy", corruption="shuffle"), photographs(2)
-    draws = fixed(method, images)
-    state = method.corrupt(images, draws)
+    noise = fixed(method, images)
+    state = method.corrupt(images, noise)
     assert torch.equal(state.images, images)
-    assert torch.equal(method.nearest(state.positions), draws.order)
+    assert torch.equal(method.nearest(state.positions), noise.order)
     assert not method.encoder.model.pos_embed.requires_grad
 
 
@@ -274,14 +274,14 @@ def test_parts_add_up_to_the_whole(task: str, gradient: str) -> None:
     found = []
     for by_parts in (False, True):
         method = small("energy", corruption=task, steps=3, step_size=0.3, position_step=0.3, gradient=gradient)
-        draws = fixed(method, images)
+        noise = fixed(method, images)
         if by_parts:
             loss = 0.0
-            for part in method.parts(images, draws):
+            for part in method.parts(images, noise):
                 part.loss.backward()
                 loss += float(part.loss.detach())
         else:
-            whole = method(images, draws).loss
+            whole = method(images, noise).loss
             whole.backward()
             loss = float(whole.detach())
         found.append((loss, {k: p.grad for k, p in method.named_parameters() if p.grad is not None}))
@@ -294,12 +294,12 @@ def test_parts_add_up_to_the_whole(task: str, gradient: str) -> None:
 @pytest.mark.quick
 def test_no_gradient_flows_between_steps() -> None:
     method, images = small("energy", steps=2, step_size=0.3), photographs(2)
-    draws = fixed(method, images)
-    first, second = list(method.parts(images, draws))
+    noise = fixed(method, images)
+    first, second = list(method.parts(images, noise))
     reached, target = first.carry
     assert not reached.images.requires_grad
     # the second step's loss knows the first only by its result
-    alone = method(images, draws, 1, (State(reached.images.clone(), None), target))
+    alone = method(images, noise, 1, (State(reached.images.clone(), None), target))
     assert torch.equal(alone.loss, second.loss)
 
 
@@ -339,22 +339,22 @@ def test_constants_of_the_energy_are_absent() -> None:
 def test_with_the_step_size_frozen_the_network_still_learns() -> None:
     method, images = small("energy", step_size=0.3), photographs(8)
     method.log_step_size.requires_grad_(False)
-    draws = fixed(method, images)
-    first = method(images, draws).loss.detach()
+    noise = fixed(method, images)
+    first = method(images, noise).loss.detach()
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3, weight_decay=0.0)
     for _ in range(60):
         optimiser.zero_grad()
-        method(images, draws).loss.backward()
+        method(images, noise).loss.backward()
         optimiser.step()
-    assert method(images, draws).loss < 0.7 * first
+    assert method(images, noise).loss < 0.7 * first
 
 
 def test_the_energy_falls_from_corrupted_towards_clean() -> None:
     """Training asks for the slope at the corrupted image, so that comes first; trained on, the energy itself follows."""
     method, images = small("energy"), photographs(8)
-    draws = fixed(method, images)
-    corrupted = method.corrupt(images, draws)
-    method.calibrate(images, draws)
+    noise = fixed(method, images)
+    corrupted = method.corrupt(images, noise)
+    method.calibrate(images, noise)
 
     def slope() -> Tensor:
         with torch.no_grad():
@@ -365,7 +365,7 @@ def test_the_energy_falls_from_corrupted_towards_clean() -> None:
     optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
     for number in range(300):
         optimiser.zero_grad()
-        method(images, draws).loss.backward()
+        method(images, noise).loss.backward()
         optimiser.step()
         if number == 150:
             assert (slope() < 0).all()
@@ -377,25 +377,25 @@ def test_the_energy_falls_from_corrupted_towards_clean() -> None:
 @pytest.mark.quick
 def test_calibration_sets_each_change_to_a_tenth() -> None:
     method, images = small("energy", corruption="mixture"), photographs(8)
-    draws = fixed(method, images)
-    found = method.calibrate(images, draws)
-    before = method.corrupt(images, draws)
-    after = method.step(before, draws)
+    noise = fixed(method, images)
+    found = method.calibrate(images, noise)
+    before = method.corrupt(images, noise)
+    after = method.step(before, noise)
     for old, new in zip(before, after, strict=True):
         assert float((new - old).square().mean().sqrt().detach()) == pytest.approx(0.1, abs=1e-4)
     again = small("energy", corruption="mixture", **found)
-    assert again.calibrate(images, draws) == {}  # given: measured no more
+    assert again.calibrate(images, noise) == {}  # given: measured no more
     assert float(again.log_step_size.detach().exp()) == pytest.approx(found["step_size"], rel=1e-5)
 
 
 @pytest.mark.quick
 def test_a_zero_head_restores_nothing_at_first_and_learns() -> None:
     method, images = small("energy", zero_head=True), photographs(4)
-    draws = fixed(method, images)
-    method.calibrate(images, draws)
-    corrupted = method.corrupt(images, draws)
-    assert torch.equal(method.step(corrupted, draws).images, corrupted.images)
-    method(images, draws).loss.backward()
+    noise = fixed(method, images)
+    method.calibrate(images, noise)
+    corrupted = method.corrupt(images, noise)
+    assert torch.equal(method.step(corrupted, noise).images, corrupted.images)
+    method(images, noise).loss.backward()
     assert method.head.weight.grad.any()
 
 
@@ -403,12 +403,12 @@ def test_a_zero_head_restores_nothing_at_first_and_learns() -> None:
 def test_loss_on_hidden_cells_ignores_the_visible_ones() -> None:
     whole, hidden = (small("energy", loss_on=place, step_size=0.3) for place in ("image", "hidden"))
     images = photographs(4)
-    draws = fixed(whole, images)
-    corrupted = whole.corrupt(images, draws)
+    noise = fixed(whole, images)
+    corrupted = whole.corrupt(images, noise)
     # doing nothing is wrong on hidden cells only, half of the image
-    torch.testing.assert_close(hidden.loss(corrupted, images, draws), 2 * whole.loss(corrupted, images, draws))
+    torch.testing.assert_close(hidden.loss(corrupted, images, noise), 2 * whole.loss(corrupted, images, noise))
     off = State(corrupted.images + 3 * (corrupted.images != 0), None)
-    torch.testing.assert_close(hidden.loss(off, images, draws), hidden.loss(corrupted, images, draws))
+    torch.testing.assert_close(hidden.loss(off, images, noise), hidden.loss(corrupted, images, noise))
 
 
 @pytest.mark.quick
@@ -446,9 +446,9 @@ def test_what_cannot_be_is_said(settings: dict[str, Any], said: str) -> None:
 def test_other_paths_compile(task: str, gradient: str) -> None:
     given: dict[str, Any] = VISIBLE | {"readout": "square"} if task == "visible" else {"corruption": task}
     method, images = small("energy", step_size=0.3, position_step=0.3, gradient=gradient, **given), photographs()
-    draws = fixed(method, images)
-    eager = method(images, draws).loss
+    noise = fixed(method, images)
+    eager = method(images, noise).loss
     compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
-    loss = compiled(images, draws).loss
+    loss = compiled(images, noise).loss
     loss.backward()
     torch.testing.assert_close(loss, eager, rtol=1e-4, atol=1e-5)

@@ -31,7 +31,7 @@ def local(depth: int = 8, size: tuple[int, int] = (32, 32), patch: int = 8, **se
 
 
 def fixed(method: Any, images: torch.Tensor) -> Any:
-    return method.draw(len(images), *images.shape[-2:], torch.Generator().manual_seed(0))
+    return method.sample(len(images), *images.shape[-2:], torch.Generator().manual_seed(0))
 
 
 @pytest.mark.quick
@@ -137,14 +137,14 @@ def test_loss_at_the_start(model: str) -> None:
     torch.manual_seed(0)
     method = LocalMIM(underpaint.encoder(model, depth=4 if "base" in model else 12))
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    draws = fixed(method, images)
-    start = method(images, draws)
+    noise = fixed(method, images)
+    start = method(images, noise)
     assert 0.44 < start.loss < 2.2  # 1.10 in the official code's logs
     with torch.no_grad():
         for tap in method.decoders:
             tap.predict.weight.zero_()  # pyright: ignore
             tap.predict.bias.zero_()  # pyright: ignore
-    zero = method(images, draws)
+    zero = method(images, noise)
     for name, value in zero.terms.items():
         if name != "baseline":
             torch.testing.assert_close(value, torch.tensor(1 / 9), atol=1e-4, rtol=0)
@@ -152,14 +152,14 @@ def test_loss_at_the_start(model: str) -> None:
 
 def test_the_terms_fall_separately() -> None:
     method, images = local(pixel_head=True), photographs(8, 3, 32, 32)
-    draws = fixed(method, images)
+    noise = fixed(method, images)
     optimiser = torch.optim.AdamW(method.parameters(), 2e-3, weight_decay=0.0)
-    first = method(images, draws).terms
+    first = method(images, noise).terms
     for _ in range(60):
         optimiser.zero_grad()
-        method(images, draws).loss.backward()
+        method(images, noise).loss.backward()
         optimiser.step()
-    last = method(images, draws).terms
+    last = method(images, noise).terms
     assert set(last) == {"baseline", "hog_2px", "hog_4px", "hog_8px", "hog_16px", "pixels"}
     assert all(last[name] < first[name] for name in last if name != "baseline")
 
@@ -172,8 +172,8 @@ def test_stop_gradient_trains_each_part_by_its_own_loss() -> None:
     images = photographs(2, 3, 32, 32)
     for number in range(4):
         method = local(stop_gradient=True)
-        draws = fixed(method, images)
-        for part, objective in enumerate(method.parts(images, draws)):
+        noise = fixed(method, images)
+        for part, objective in enumerate(method.parts(images, noise)):
             if part == number:
                 objective.loss.backward()
         names = reached(method)
@@ -190,12 +190,12 @@ def test_stop_gradient_trains_each_part_by_its_own_loss() -> None:
 def test_parts_add_up_to_the_whole() -> None:
     images = photographs(2, 3, 32, 32)
     whole, pieces = local(stop_gradient=True), local(stop_gradient=True)
-    draws = fixed(whole, images)
-    objective = whole(images, draws)
+    noise = fixed(whole, images)
+    objective = whole(images, noise)
     objective.loss.backward()
     total = torch.zeros(())
     terms: dict[str, torch.Tensor] = {}
-    for part in pieces.parts(images, draws):
+    for part in pieces.parts(images, noise):
         part.loss.backward()
         total, terms = total + part.loss.detach(), part.terms
     torch.testing.assert_close(total, objective.loss.detach())
@@ -228,9 +228,9 @@ def swin_method(**settings: Any) -> LocalMIM:
 def test_swin_scales_follow_its_stages(target: Any) -> None:
     method, images = swin_method(target=target), photographs(4, 3, 64, 64)
     assert method.scales == [4, 8, 8]
-    draws = fixed(method, images)
-    assert draws.groups == 2
-    objective = method(images, draws)
+    noise = fixed(method, images)
+    assert noise.groups == 2
+    objective = method(images, noise)
     objective.loss.backward()
     assert {n for n, p in method.named_parameters() if p.grad is None or not p.grad.any()} == set()
     frames = method.restore(images)
@@ -242,13 +242,13 @@ def test_swin_scales_follow_its_stages(target: Any) -> None:
 @pytest.mark.quick
 def test_swin_hidden_pixels_do_not_leak() -> None:
     method, images = swin_method().eval(), photographs(2, 3, 64, 64)
-    draws = fixed(method, images)
-    mask = method.mask(draws, 2)
+    noise = fixed(method, images)
+    mask = method.mask(noise, 2)
     patches = torch.zeros(2, 64, 3 * 64).scatter(1, mask.hidden.unsqueeze(-1).expand(-1, -1, 192), 1.0)
     hidden = unpatchify(patches, (8, 8), (8, 8))
     simmim = SimMIM(swin()).eval()
     # the same units are SimMIM's cells, hidden in place
-    for predict, known in ((method.every_tap, draws), (simmim.predict, mask)):
+    for predict, known in ((method.every_tap, noise), (simmim.predict, mask)):
         before, after = predict(images, known), predict(images + hidden * torch.randn(images.shape), known)
         for a, b in zip(before, after, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -257,13 +257,13 @@ def test_swin_hidden_pixels_do_not_leak() -> None:
 def test_swin_overfits_one_batch() -> None:
     images = photographs(2, 3, 64, 64)
     for method in (swin_method(), SimMIM(swin())):
-        draws = fixed(method, images)
+        noise = fixed(method, images)
         optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
         for _ in range(150):
             optimiser.zero_grad()
-            method(images, draws).loss.backward()
+            method(images, noise).loss.backward()
             optimiser.step()
-        objective = method(images, draws)
+        objective = method(images, noise)
         assert objective.loss < 0.6 * objective.terms["baseline"]
 
 

@@ -28,7 +28,7 @@ WITHOUT_GRADIENT: dict[str, dict[str, str]] = {}
 # what a method predicts of hidden pixels, from the clean images and the mask
 PREDICTIONS: dict[str, Callable[[Any, Tensor, Any], Tensor]] = {
     "mae": lambda method, images, mask: method.predict(images, mask),
-    "energy": lambda method, images, draws: method.step(method.corrupt(images, draws), draws).images,
+    "energy": lambda method, images, noise: method.step(method.corrupt(images, noise), noise).images,
     "localmim": lambda method, images, mask: torch.cat(
         [
             tap(tokens, mask).flatten(1)
@@ -40,7 +40,7 @@ PREDICTIONS: dict[str, Callable[[Any, Tensor, Any], Tensor]] = {
     "beit": lambda method, images, mask: method.logits(images, mask),
     "cae": lambda method, images, mask: method.logits(images, mask),
     # the enhancer sees words of hidden patches on purpose; what must not see them is the generator
-    "cim": lambda method, images, draws: method.generator.logits(images, draws.mask),
+    "cim": lambda method, images, noise: method.generator.logits(images, noise.mask),
 }
 WORDS = ("beit", "cae")  # predict words, which come from the images
 each_method = pytest.mark.parametrize("name", sorted(METHODS))
@@ -107,10 +107,10 @@ def test_a_step_logs_the_loss_and_terms_of_the_whole(name: str, settings: dict[s
     recipe = checked({"method": {"name": name, **settings}, "optimiser": optimiser})
     recipe.measured["precision"] = "32"
     method, images = small(name, **settings), photographs()
-    assert method.part_count > 1
+    assert method.num_losses > 1
     current = session(Fabric(accelerator="cpu"), recipe, method, Standardize([0.0] * 3, [1.0] * 3), compiled=False)
-    draws, rows = current.draws(Batch(images, [0, 1, 2, 3]), 0), 4 // accumulation
-    wholes = [method(images[k : k + rows], draws.rows(slice(k, k + rows))) for k in range(0, 4, rows)]
+    noise, rows = current.noise(Batch(images, [0, 1, 2, 3]), 0), 4 // accumulation
+    wholes = [method(images[k : k + rows], noise.rows(slice(k, k + rows))) for k in range(0, 4, rows)]
     window = Window()
     window.add(*update(current, Batch(images, [0, 1, 2, 3]), 0, 1e-4))
     logged = window.means(current.fabric)
@@ -121,8 +121,8 @@ def test_a_step_logs_the_loss_and_terms_of_the_whole(name: str, settings: dict[s
     assert logged.keys() == wanted.keys() | {"gradient_norm"}
     for key, value in wanted.items():
         assert logged[key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
-    parts = list(method.parts(images, draws))
-    assert [bool(part.terms) for part in parts] == [False] * (method.part_count - 1) + [True]
+    parts = list(method.parts(images, noise))
+    assert [bool(part.terms) for part in parts] == [False] * (method.num_losses - 1) + [True]
 
 
 @pytest.mark.quick
@@ -138,7 +138,7 @@ def test_gradient_reaches_every_trainable_weight(name: str) -> None:
 @each_method
 def test_overfits_one_batch(name: str) -> None:
     method, images = small(name), photographs(8)
-    mask = method.draw(8, 16, 16, torch.Generator().manual_seed(0))
+    mask = method.sample(8, 16, 16, torch.Generator().manual_seed(0))
     method.calibrate(images, mask)
     optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
     for _ in range(200):
@@ -154,7 +154,7 @@ def test_overfits_one_batch(name: str) -> None:
 @each_method
 def test_hidden_pixels_do_not_leak(name: str) -> None:
     method, images = small(name), photographs()
-    mask = method.draw(4, 16, 16, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
     cell = 8 if name == "simmim" else 4  # pixels
     hidden = hidden_map(getattr(mask, "mask", mask), (16 // cell, 16 // cell), (cell, cell)).expand_as(images)
     predict = PREDICTIONS[name]
@@ -171,11 +171,11 @@ def test_same_seed_same_loss(name: str) -> None:
     losses = []
     for _ in range(2):
         method = small(name)
-        mask = method.draw(4, 16, 16, torch.Generator().manual_seed(3))
+        mask = method.sample(4, 16, 16, torch.Generator().manual_seed(3))
         losses.append(method(images, mask).loss)
     assert torch.equal(losses[0], losses[1])
     method = small(name)
-    other = method.draw(4, 16, 16, torch.Generator().manual_seed(4))
+    other = method.sample(4, 16, 16, torch.Generator().manual_seed(4))
     assert not torch.equal(method(images, other).loss, losses[0])
 
 
@@ -251,7 +251,7 @@ def test_held_out_errors_are_one_an_image_and_repeatable(name: str) -> None:
 @each_method
 def test_compiles(name: str) -> None:
     method, images = small(name), photographs()
-    mask = method.draw(4, 16, 16, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
     eager = method(images, mask).loss
     eager.backward()
     gradients = {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}

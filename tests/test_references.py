@@ -57,13 +57,13 @@ def trivial_beit(**_: Any) -> tuple[Any, Tensor, Any]:
     method, images = small("beit"), photographs()
     trivial_words(method)
     silent(method.head, method.tokenizer.shares.log())
-    return method, images, method.draw(4, 16, 16, torch.Generator().manual_seed(0))
+    return method, images, method.sample(4, 16, 16, torch.Generator().manual_seed(0))
 
 
 def trivial_cae(**settings: Any) -> tuple[Any, Tensor, Any]:
     method, images = small("cae", **settings), photographs()
     trivial_words(method)
-    mask = method.draw(4, 16, 16, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
     silent(method.head[1], method.tokenizer.shares.log() if method.target == "words" else 0.0)
     # the mean representation of hidden patches, whatever is seen
     silent(method.norm, method.aligned_to(method.encoder.embed(images), mask).mean((0, 1)))
@@ -74,16 +74,16 @@ def trivial_cim(**settings: Any) -> tuple[Any, Tensor, Any]:
     method, images = small("cim", **settings), photographs()
     trivial_words(method)
     silent(method.generator.head, method.tokenizer.shares.log())
-    draws = method.draw(4, 16, 16, torch.Generator().manual_seed(0))
-    share = method.corrupt(images, draws).replaced.float().mean()
+    noise = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
+    share = method.corrupt(images, noise).replaced.float().mean()
     assert 0 < float(share) < 1
     silent(method.head, share.logit() if method.objective == "detect" else 0.0)
-    return method, images, draws
+    return method, images, noise
 
 
 def trivial_energy(**settings: Any) -> tuple[Any, Tensor, Any]:
     method, images = small("energy", zero_head=True, **settings), photographs()
-    return method, images, method.draw(4, 16, 16, torch.Generator().manual_seed(0))
+    return method, images, method.sample(4, 16, 16, torch.Generator().manual_seed(0))
 
 
 def trivial_local(on: str = "vit", **settings: Any) -> tuple[Any, Tensor, Any]:
@@ -97,15 +97,15 @@ def trivial_local(on: str = "vit", **settings: Any) -> tuple[Any, Tensor, Any]:
             small("localmim", height=32, width=32, taps=[0, 1], scales=[4, 8], **settings),
             photographs(4, 3, 32, 32),
         )
-    draws = method.draw(4, *images.shape[-2:], torch.Generator().manual_seed(0))
+    noise = method.sample(4, *images.shape[-2:], torch.Generator().manual_seed(0))
     for number, (tap, level) in enumerate(zip(method.decoders, method.targets(images), strict=True)):
-        mask = method.mask(draws, number)
+        mask = method.mask(noise, number)
         wanted = tap.target(level, mask).numpy()
         shares = tap.weights(mask)
         weights = np.ones(wanted.shape[:-1]) if shares is None else shares.numpy()
         best = np.average(wanted.reshape(-1, wanted.shape[-1]), axis=0, weights=weights.reshape(-1))
         silent(tap.predict, torch.from_numpy(best).float())
-    return method, images, draws
+    return method, images, noise
 
 
 TRIVIAL: list[tuple[Any, dict[str, Any]]] = [
@@ -138,9 +138,9 @@ TRIVIAL: list[tuple[Any, dict[str, Any]]] = [
 def test_a_network_that_says_the_trivial_thing_has_the_baseline_as_its_loss(
     made: Any, settings: dict[str, Any]
 ) -> None:
-    method, images, draws = made(**settings)
+    method, images, noise = made(**settings)
     with torch.no_grad():
-        objective = method(images, draws)
+        objective = method(images, noise)
     assert float(objective.terms["baseline"]) > 0
     assert float(objective.loss) == pytest.approx(float(objective.terms["baseline"]), rel=1e-5)
     if made is trivial_local or settings.get("objective") == "detect":
@@ -155,15 +155,15 @@ def test_a_network_that_says_the_trivial_thing_has_the_baseline_as_its_loss(
 def test_the_best_constant_of_pooled_cells_is_that_of_hidden_ones() -> None:
     """Cells of two patches count by the share of them that is hidden, in the constant too."""
     method, images = small("localmim", height=32, width=32, taps=[0, 1], scales=[4, 8]), photographs(4, 3, 32, 32)
-    draws = method.draw(4, 32, 32, torch.Generator().manual_seed(0))
+    noise = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
     tap, level = method.decoders[1], method.targets(images)[1]
     wanted = level.flatten(2).transpose(1, 2)
-    hidden = torch.zeros(4, 64).scatter(1, draws.hidden, 1.0).view(4, 1, 8, 8)
+    hidden = torch.zeros(4, 64).scatter(1, noise.hidden, 1.0).view(4, 1, 8, 8)
     share = F.avg_pool2d(hidden, 2).flatten(1).double().numpy()
     best = np.average(wanted.reshape(-1, 27), axis=0, weights=share.reshape(-1))
     squares = ((wanted.double().numpy() - best) ** 2).mean(-1)
-    tokens = method.every_tap(images, draws)[1]
-    found = method.errors(1, tokens, level, draws)[1]
+    tokens = method.every_tap(images, noise)[1]
+    found = method.errors(1, tokens, level, noise)[1]
     np.testing.assert_allclose(found.detach().numpy(), np.average(squares, axis=1, weights=share), rtol=1e-5)
     assert tap.factor == 0
 

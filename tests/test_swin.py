@@ -77,16 +77,16 @@ def test_visible_windows_equal_dense_ones_without_hidden_keys(window: int, image
     encoder = swin(image_size, window).double().eval()
     relative_tables(encoder)
     pool = encoder.mask_pool(0.6, masks=5)
-    draws = PooledMask(torch.tensor([3, 3, 1, 1]), 2)
+    noise = PooledMask(torch.tensor([3, 3, 1, 1]), 2)
     rows, columns = image_size[0] // 2, image_size[1] // 2
     whole: Any = torch.randn(4, rows, columns, 16, dtype=torch.float64)
     shifts, before = set(), whole
     for number, stage in enumerate(encoder.stages):
-        mask = pool.mask(draws, number)
+        mask = pool.mask(noise, number)
         tokens = take(whole.flatten(1, 2), mask.visible)
         if number:
-            tokens = encoder.merge(before, pool, draws, number)
-        found = encoder.run_stage(tokens, pool, draws, number)
+            tokens = encoder.merge(before, pool, noise, number)
+        found = encoder.run_stage(tokens, pool, noise, number)
         if number:  # the grid of this stage: visible units are visible as a whole, so merging keeps them apart
             whole = stage.downsample(whole)
             torch.testing.assert_close(take(whole.flatten(1, 2), mask.visible), tokens)
@@ -132,12 +132,12 @@ def test_masks_on_finer_grids_cover_the_same_pixels() -> None:
 
 @pytest.mark.quick
 def test_rows_of_pooled_masks_keep_whole_groups() -> None:
-    draws = PooledMask(torch.tensor([5, 5, 7, 7, 9, 9]), 3)
-    assert draws.rows(slice(2, 6)).groups == 2
-    assert draws.rows(slice(2, 3)).groups == 1
+    noise = PooledMask(torch.tensor([5, 5, 7, 7, 9, 9]), 3)
+    assert noise.rows(slice(2, 6)).groups == 2
+    assert noise.rows(slice(2, 3)).groups == 1
     with pytest.raises(ValueError, match="no whole groups"):
-        draws.rows(slice(1, 4))
-    assert draws.rows(slice(0, 1)).repeat(4).choice.tolist() == [5] * 4
+        noise.rows(slice(1, 4))
+    assert noise.rows(slice(0, 1)).repeat(4).choice.tolist() == [5] * 4
 
 
 @pytest.mark.quick

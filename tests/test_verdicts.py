@@ -60,7 +60,7 @@ class Shrink(Method):
         super().__init__()
         self.encoder = encoder
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         rows, columns = self.encoder.grid(height, width)
         return random_mask(batch, rows * columns, 1, generator)
 

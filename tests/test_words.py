@@ -319,7 +319,7 @@ def test_block_masks_hang_together() -> None:
 def test_the_baseline_is_that_of_frequencies(kind: type) -> None:
     method, images = prepared(kind), photographs(16) * 2 - 1
     method.tokenizer.count([photographs(64, seed=1)])  # of other images: a batch's own would know its answers
-    mask = method.draw(16, 32, 32, torch.Generator().manual_seed(0))
+    mask = method.sample(16, 32, 32, torch.Generator().manual_seed(0))
     words = method.hidden_words(images, mask)
     counts = np.bincount(method.tokenizer.encode(photographs(64, seed=1)).flatten().numpy(), minlength=32) + 1
     wanted = float(np.mean([-math.log(counts[word] / counts.sum()) for word in words.flatten().tolist()]))
@@ -348,7 +348,7 @@ def test_an_unfitted_tokenizer_is_not_used() -> None:
 @pytest.mark.quick
 def test_alignment_target_is_the_encoder_without_gradient() -> None:
     method, images = prepared(CAE), photographs(4) * 2 - 1
-    mask = method.draw(4, 32, 32, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
     tokens = method.encoder.embed(images)
     target = method.aligned_to(tokens, mask)
     assert not target.requires_grad
@@ -374,7 +374,7 @@ def test_alignment_target_is_the_encoder_without_gradient() -> None:
 def test_alignment_target_has_no_drop_path() -> None:
     method: Any = CAE(encoder(drop_path_rate=0.8), codebook_size=32)
     method.train()
-    mask = method.draw(4, 32, 32, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
     tokens = method.encoder.embed(photographs(4))
     one, two = (method.aligned_to(tokens, mask) for _ in range(2))
     assert torch.equal(one, two)
@@ -385,7 +385,7 @@ def test_alignment_target_has_no_drop_path() -> None:
 @pytest.mark.quick
 def test_regressor_ignores_the_order_of_visible_patches_and_leaves_them_alone() -> None:
     method, images = prepared(CAE), photographs(4) * 2 - 1
-    mask = method.draw(4, 32, 32, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
     order = torch.randperm(mask.visible.shape[1])
     shuffled = Mask(mask.visible[:, order], mask.hidden)
     assert torch.allclose(method.logits(images, mask), method.logits(images, shuffled), atol=1e-5)
@@ -445,7 +445,7 @@ def test_settings_reach_the_modules() -> None:
             CAE(encoder(), codebook_size=32, **settings)
     assert torch.equal(method.decoder[0].ls1.gamma, torch.full((32,), 0.02))
     assert method.head[1].out_features == 32
-    assert method.draw(2, 32, 32).hidden.shape == (2, 4)
+    assert method.sample(2, 32, 32).hidden.shape == (2, 4)
     objective = method(photographs(4) * 2 - 1)
     assert objective.loss.item() == pytest.approx(
         float(objective.terms["words"] + 0.5 * objective.terms["alignment"]), rel=1e-5

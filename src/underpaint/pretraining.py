@@ -84,7 +84,7 @@ def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Met
     options = method_options(recipe, None if run is None else run.tokenizer)
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
-        method.draw(1, *recipe.data.image_size)
+        method.sample(1, *recipe.data.image_size)
     except (TypeError, ValueError) as error:
         raise InputError(f"method {recipe.method['name']}: {error}") from error
     standardize = Standardize(list(mean), list(std))
@@ -366,7 +366,7 @@ def _decide(fabric: Fabric, run: Run, recipe: Recipe, images: ImageSet, current:
         batches.close()
         calibrated = current.method.calibrate(
             current.standardize(seen[0].images),
-            current.draws(seen[0], 0),
+            current.noise(seen[0], 0),
             lambda number: torch.as_tensor(fabric.all_reduce(number, reduce_op="mean")),
         )
         wanted = {"on": True, "off": False, "auto": None}[length.compile]

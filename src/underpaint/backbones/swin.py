@@ -165,10 +165,10 @@ class MaskPool(nn.Module):
                 children = np.stack([_children(numbers, columns * factor) for numbers in tokens])
                 self.register_buffer(f"children{number}", torch.from_numpy(children), persistent=False)
 
-    def mask(self, draws: PooledMask, stage: int) -> Mask:
+    def mask(self, noise: PooledMask, stage: int) -> Mask:
         """Visible and hidden places of each image on the grid of a stage, in ascending order."""
         visible, hidden = getattr(self, f"visible{stage}"), getattr(self, f"hidden{stage}")
-        return Mask(visible[draws.choice], hidden[draws.choice])
+        return Mask(visible[noise.choice], hidden[noise.choice])
 
 
 def _kind(window: tuple[int, int], shift: tuple[int, int]) -> str:
@@ -241,21 +241,21 @@ class Swin(MapBackbone):
         return MaskPool(self, hidden_count(rows * columns, mask_ratio), masks, seed)
 
     def merge(
-        self, tokens: Float[Tensor, "b n d"], pool: MaskPool, draws: PooledMask, stage: int
+        self, tokens: Float[Tensor, "b n d"], pool: MaskPool, noise: PooledMask, stage: int
     ) -> Float[Tensor, "b m e"]:
         """Into this stage from the one before: four neighbours become one token."""
         if stage == 0:
             return tokens
-        children = getattr(pool, f"children{stage - 1}")[draws.choice]
+        children = getattr(pool, f"children{stage - 1}")[noise.choice]
         four = take(tokens, children.flatten(1)).unflatten(1, (-1, 4)).flatten(2)
         merging = self.stages[stage].downsample
         return merging.reduction(merging.norm(four))
 
     def run_stage(
-        self, tokens: Float[Tensor, "b n d"], pool: MaskPool, draws: PooledMask, stage: int
+        self, tokens: Float[Tensor, "b n d"], pool: MaskPool, noise: PooledMask, stage: int
     ) -> Float[Tensor, "b n d"]:
         """The blocks of a stage on its visible tokens."""
-        choice = draws.choice.view(draws.groups, -1)[:, 0]
+        choice = noise.choice.view(noise.groups, -1)[:, 0]
         windows: Any = pool.windows[stage]
         packings = {kind: windows[kind].chosen(choice, len(tokens)) for kind in windows}
         for block in self.stages[stage].blocks:

@@ -55,7 +55,7 @@ class BEiT(WordMethod):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         return word_mask(self.mask_kind, batch, self.encoder.grid(height, width), self.mask_ratio, generator)
 
     def logits(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h k"]:

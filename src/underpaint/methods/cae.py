@@ -152,7 +152,7 @@ class CAE(WordMethod):
         words = super().prepare(standardize)
         return words if self.target == "words" else None
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         return word_mask(self.mask_kind, batch, self.encoder.grid(height, width), self.mask_ratio, generator)
 
     # --- the parts, in order ---------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class CAE(WordMethod):
         """Also what the decoder makes of the encoder's own view of all patches: a picture only where regressed and
         encoded representations live in one space."""
         if mask is None:
-            mask = Mask(*self.fixed_draws(images, 1)[0])
+            mask = Mask(*self.fixed_noise(images, 1)[0])
         everything = torch.arange(self.positions.shape[0], device=images.device).expand(len(images), -1)
         own = self.decode(self.encoder(images).patches, everything)
         if self.target == "words":

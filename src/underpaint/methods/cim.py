@@ -178,7 +178,7 @@ class CIM(Method):
         mine = [p for name, p in self.named_parameters() if not name.startswith("generator.") and p.requires_grad]
         return [[p for p in self.generator.parameters() if p.requires_grad], mine]
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
         count = (height // self.stride) * (width // self.stride)
         mask = random_mask(batch, count, hidden_count(count, self.mask_ratio), generator)
         return Corruption(mask, torch.rand(mask.hidden.shape, generator=generator))
@@ -188,7 +188,7 @@ class CIM(Method):
 
     # --- corrupting ------------------------------------------------------------------------------------------------
 
-    def sample(
+    def sample_tokens(
         self, logits: Float[Tensor, "b h k"], golden: Int[Tensor, "b h"], uniform: Float[Tensor, "b h"]
     ) -> Int[Tensor, "b h"]:
         """Replacements of hidden words, by the inverse of their cumulative distribution; no gradient."""
@@ -208,17 +208,17 @@ class CIM(Method):
         place = uniform.unsqueeze(-1) * reached[..., -1:]
         return torch.searchsorted(reached, place, right=True).squeeze(-1).clamp_max(codebook_size - 1)
 
-    def corrupt(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Corrupted:
+    def corrupt(self, images: Float[Tensor, "b c height width"], noise: Corruption) -> Corrupted:
         """What the generator makes of part of the images."""
         golden = self.generator.words(images)
-        logits = self.generator.logits(images, draws.mask)
-        hidden = golden.gather(1, draws.mask.hidden)
-        words = golden.scatter(1, draws.mask.hidden, self.sample(logits, hidden, draws.uniform))
+        logits = self.generator.logits(images, noise.mask)
+        hidden = golden.gather(1, noise.mask.hidden)
+        words = golden.scatter(1, noise.mask.hidden, self.sample_tokens(logits, hidden, noise.uniform))
         decoded = self.generator.spoken(images, words)
         if self.paste:
             size = (self.stride, self.stride)
-            pieces = take(patchify(decoded, size), draws.mask.hidden)
-            whole = put(patchify(images, size), draws.mask.hidden, pieces)
+            pieces = take(patchify(decoded, size), noise.mask.hidden)
+            whole = put(patchify(images, size), noise.mask.hidden, pieces)
             grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
             decoded = unpatchify(whole, size, grid)
         return Corrupted(decoded.detach(), golden, words, logits)
@@ -254,15 +254,15 @@ class CIM(Method):
         trivial = -(truth * share.log() + (1 - truth) * (1 - share).log())
         return F.binary_cross_entropy_with_logits(answer.flatten(1), truth, reduction="none"), trivial, answer
 
-    def forward(self, images: Float[Tensor, "b c height width"], draws: Corruption | None = None) -> Objective:
-        if draws is None:
-            draws = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
-        corrupted = self.corrupt(images, draws)
-        hidden = corrupted.golden.gather(1, draws.mask.hidden)
+    def forward(self, images: Float[Tensor, "b c height width"], noise: Corruption | None = None) -> Objective:
+        if noise is None:
+            noise = self.sample(len(images), images.shape[2], images.shape[3]).to(images.device)
+        corrupted = self.corrupt(images, noise)
+        hidden = corrupted.golden.gather(1, noise.mask.hidden)
         generator = cross_entropies(corrupted.logits, hidden).mean()
         left, trivial, answer = self.losses(images, corrupted)
         replaced = corrupted.replaced.float()
-        hits = 1 - replaced.gather(1, draws.mask.hidden).mean()
+        hits = 1 - replaced.gather(1, noise.mask.hidden).mean()
         baseline = frequency_losses(hidden, self.tokenizer.shares).mean() + trivial.mean()
         terms = {
             "generator": generator.detach(),
@@ -286,10 +286,10 @@ class CIM(Method):
     # --- pictures and scores ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], draws: Corruption | None = None) -> dict[str, Tensor]:
+    def restore(self, images: Float[Tensor, "b c height width"], noise: Corruption | None = None) -> dict[str, Tensor]:
         """Original, what the codec alone makes of it, corrupted; then restored, or where a replacement is seen, with
         the truth beside it."""
-        same: Corruption = self.fixed_draws(images, 1)[0] if draws is None else draws
+        same: Corruption = self.fixed_noise(images, 1)[0] if noise is None else noise
         corrupted = self.corrupt(images, same)
         frames = {
             "original": images,
@@ -314,9 +314,9 @@ class CIM(Method):
     def held_out(
         self, images: Float[Tensor, "b c height width"], generator: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        draws = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
-        corrupted = self.corrupt(images, draws)
-        hidden = corrupted.golden.gather(1, draws.mask.hidden)
+        noise = self.sample(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        corrupted = self.corrupt(images, noise)
+        hidden = corrupted.golden.gather(1, noise.mask.hidden)
         left, trivial, _ = self.losses(images, corrupted)
         return {
             self.objective: (left.mean(1), trivial.mean(1)),
@@ -329,7 +329,7 @@ class CIM(Method):
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
         """The enhancer's loss, mean over four fixed corruptions."""
-        found = [self.losses(images, self.corrupt(images, draws))[0].mean(1) for draws in self.fixed_draws(images, 4)]
+        found = [self.losses(images, self.corrupt(images, noise))[0].mean(1) for noise in self.fixed_noise(images, 4)]
         return torch.stack(found).mean(0)
 
 

@@ -174,7 +174,7 @@ class Energy(Method):
         self.tasks = tuple(task for task in tasks if encoder.channels > 1 or task != "gray")
         self.mask_ratio, self.factors, self.loss_on = mask_ratio, tuple(factors), loss_on
         self.readout, self.steps, self.gradient_by = readout, steps, gradient
-        self.part_count = steps if gradient == "exact" else 2 * steps
+        self.num_losses = steps if gradient == "exact" else 2 * steps
         patch: tuple[int, int] = getattr(encoder, "patch_size", (8, 8))
         self.cell: tuple[int, int] = (cell, cell) if cell else patch
         self.piece = patch if isinstance(encoder, TokenBackbone) else self.cell  # what is put in order
@@ -216,7 +216,7 @@ class Energy(Method):
 
     # --- corrupting ------------------------------------------------------------------------------------------------
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
         needed = [("cell", self.cell[0])] if {"mask", "shuffle"} & set(self.tasks) else []
         needed += [("factor", factor) for factor in self.factors] if "downsample" in self.tasks else []
         for name, side in needed:
@@ -238,55 +238,55 @@ class Energy(Method):
             noise = torch.randn(batch, self.encoder.channels, height, width, generator=generator)
         return Corruption(task, mask, order, factor, kept, noise)
 
-    def corrupt(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> State:
+    def corrupt(self, images: Float[Tensor, "b c height width"], noise: Corruption) -> State:
         """Each image by its own task; where there are several, all are made and one is taken."""
         corrupted = images
         for name in self.tasks:
-            made = self._corrupt_all(images, name, draws)
+            made = self._corrupt_all(images, name, noise)
             if len(self.tasks) == 1:
                 corrupted = made
             else:
-                corrupted = torch.where(self._is(name, draws).view(-1, 1, 1, 1), made, corrupted)
+                corrupted = torch.where(self._is(name, noise).view(-1, 1, 1, 1), made, corrupted)
         if self.places is None:
             return State(corrupted, None)
         places = self.places.expand(len(images), -1, -1)
-        if draws.order is None:  # drawn for other tasks alone: `restore --corruption`
+        if noise.order is None:  # drawn for other tasks alone: `restore --corruption`
             return State(corrupted, places)
-        wrong = take(places, draws.order)
-        return State(corrupted, torch.where(self._is("shuffle", draws).view(-1, 1, 1), wrong, places))
+        wrong = take(places, noise.order)
+        return State(corrupted, torch.where(self._is("shuffle", noise).view(-1, 1, 1), wrong, places))
 
-    def _is(self, name: str, draws: Corruption) -> Tensor:
-        return draws.task == TASKS.index(name)
+    def _is(self, name: str, noise: Corruption) -> Tensor:
+        return noise.task == TASKS.index(name)
 
-    def _corrupt_all(self, images: Tensor, name: str, draws: Corruption) -> Tensor:
+    def _corrupt_all(self, images: Tensor, name: str, noise: Corruption) -> Tensor:
         if name == "mask":
-            assert draws.mask is not None
-            return mask_cells(images, draws.mask, self.cell)
+            assert noise.mask is not None
+            return mask_cells(images, noise.mask, self.cell)
         if name == "shuffle":
-            assert draws.order is not None
-            return images if self.places is not None else shuffle_patches(images, draws.order, self.piece)
+            assert noise.order is not None
+            return images if self.places is not None else shuffle_patches(images, noise.order, self.piece)
         if name == "downsample":
-            assert draws.factor is not None
+            assert noise.factor is not None
             made = images
             for place, factor in enumerate(self.factors):
-                made = torch.where((draws.factor == place).view(-1, 1, 1, 1), downsample(images, factor), made)
+                made = torch.where((noise.factor == place).view(-1, 1, 1, 1), downsample(images, factor), made)
             return made
         if name == "noise":
-            assert draws.noise is not None
-            assert draws.kept is not None
-            return add_noise(images, draws.noise, draws.kept)
+            assert noise.noise is not None
+            assert noise.kept is not None
+            return add_noise(images, noise.noise, noise.kept)
         return gray(images)
 
     # --- the energy and one step down ------------------------------------------------------------------------------
 
-    def given(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Given | None:
+    def given(self, images: Float[Tensor, "b c height width"], noise: Corruption) -> Given | None:
         """The visible patches through the encoder, where the energy is conditioned on them."""
         if self.upper is None:
             return None
-        assert draws.mask is not None
+        assert noise.mask is not None
         assert isinstance(self.encoder, TokenBackbone)
-        visible = draws.mask.visible
-        return Given(self.encoder.encode(self.encoder.embed(images, visible), visible).tokens, draws.mask)
+        visible = noise.mask.visible
+        return Given(self.encoder.encode(self.encoder.embed(images, visible), visible).tokens, noise.mask)
 
     def energy(
         self,
@@ -329,9 +329,9 @@ class Energy(Method):
         logarithms = [self.log_step_size] if self.places is None else [self.log_step_size, self.log_position_step]
         return [value.clamp(min=math.log(SMALLEST_STEP)).exp() for value in logarithms]
 
-    def step(self, state: State, draws: Corruption) -> State:
+    def step(self, state: State, noise: Corruption) -> State:
         """One restoring step down the energy; no clamp of pixels, which would kill gradients."""
-        return self._moved(state, self.gradient(state, self.given(state.images, draws))[0])
+        return self._moved(state, self.gradient(state, self.given(state.images, noise))[0])
 
     def _moved(self, state: State, gradient: State) -> State:
         three = zip(state.variables, self.step_sizes(), gradient.variables, strict=True)
@@ -342,34 +342,34 @@ class Energy(Method):
     def forward(
         self,
         images: Float[Tensor, "b c height width"],
-        draws: Corruption | None = None,
+        noise: Corruption | None = None,
         part: int | None = None,
         carry: Any = None,
     ) -> Objective:
-        if draws is None:
-            draws = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+        if noise is None:
+            noise = self.sample(len(images), images.shape[2], images.shape[3]).to(images.device)
         one = self._exact if self.gradient_by == "exact" else self._difference
         if part is not None:
-            return one(images, draws, part, carry)
-        objective = one(images, draws, 0, None)
+            return one(images, noise, part, carry)
+        objective = one(images, noise, 0, None)
         loss = objective.loss
-        for number in range(1, self.part_count):
-            objective = one(images, draws, number, objective.carry)
+        for number in range(1, self.num_losses):
+            objective = one(images, noise, number, objective.carry)
             loss = loss + objective.loss
         return Objective(loss, objective.terms, weights=objective.weights)
 
-    def _exact(self, images: Tensor, draws: Corruption, part: int, carry: Any) -> Objective:
+    def _exact(self, images: Tensor, noise: Corruption, part: int, carry: Any) -> Objective:
         """Step number `part`, from what the step before it reached."""
-        state, target = carry or (self.corrupt(images, draws), self.target(images, draws))
-        gradient, energy = self.gradient(state, self.given(state.images, draws))
+        state, target = carry or (self.corrupt(images, noise), self.target(images, noise))
+        gradient, energy = self.gradient(state, self.given(state.images, noise))
         moved = self._moved(state, gradient)
         terms, weights = {}, {}
         if part + 1 == self.steps:
-            corrupted = state if part == 0 else self.corrupt(images, draws)
-            terms, weights = self._terms(corrupted, target, draws, moved, gradient, energy)
-        return Objective(self.loss(moved, target, draws), terms, (moved.detach(), target), weights)
+            corrupted = state if part == 0 else self.corrupt(images, noise)
+            terms, weights = self._terms(corrupted, target, noise, moved, gradient, energy)
+        return Objective(self.loss(moved, target, noise), terms, (moved.detach(), target), weights)
 
-    def _difference(self, images: Tensor, draws: Corruption, part: int, carry: Any) -> Objective:
+    def _difference(self, images: Tensor, noise: Corruption, part: int, carry: Any) -> Objective:
         """Two parts a step, each with the memory of one ordinary forward and backward.
 
         With w = step_size * d loss / d x_{n+1}, the gradient for the weights is that of -<w, dE/dx_n>: of
@@ -377,19 +377,19 @@ class Energy(Method):
         """
         if part % 2 == 1:
             minus, weight, reached, target, (terms, weights) = carry
-            surrogate = (weight * self.energy(*minus.variables, given=self.given(images, draws))).sum()
+            surrogate = (weight * self.energy(*minus.variables, given=self.given(images, noise))).sum()
             return Objective(surrogate - surrogate.detach(), terms, (reached, target), weights)
-        state, target = carry or (self.corrupt(images, draws), self.target(images, draws))
-        given = self.given(state.images, draws)
+        state, target = carry or (self.corrupt(images, noise), self.target(images, noise))
+        given = self.given(state.images, noise)
         with torch.no_grad():  # the inner gradient alone
             gradient, energy = self.gradient(state, given)
         moved = self._moved(state, gradient)
-        loss = self.loss(moved, target, draws)  # its gradient reaches the step sizes
+        loss = self.loss(moved, target, noise)  # its gradient reaches the step sizes
         reached = moved.detach()
         wanted = tuple(range(len(reached.variables)))
 
         def loss_at(*variables: Tensor) -> Tensor:
-            return self.loss(State.of(variables), target, draws)
+            return self.loss(State.of(variables), target, noise)
 
         slopes = torch.func.grad(loss_at, wanted)(*reached.variables)
         directions = [size.detach() * slope for size, slope in zip(self.step_sizes(), slopes, strict=True)]
@@ -401,83 +401,83 @@ class Energy(Method):
         weight = 0.5 / h
         surrogate = -(weight * self.energy(*plus.variables, given=given)).sum()
         told = {}, {}
-        if part + 2 == self.part_count:
-            corrupted = state if part == 0 else self.corrupt(images, draws)
-            told = self._terms(corrupted, target, draws, moved, gradient, energy)
+        if part + 2 == self.num_losses:
+            corrupted = state if part == 0 else self.corrupt(images, noise)
+            told = self._terms(corrupted, target, noise, moved, gradient, energy)
         return Objective(loss + surrogate - surrogate.detach(), {}, (minus, weight, reached, target, told))
 
-    def loss(self, state: State, target: Float[Tensor, "b c height width"], draws: Corruption) -> Float[Tensor, ""]:
+    def loss(self, state: State, target: Float[Tensor, "b c height width"], noise: Corruption) -> Float[Tensor, ""]:
         """Smooth L1 (beta 1): of an image's pixels, or of the positions of its patches, mean over the batch."""
         error = functional.smooth_l1_loss(state.images, target, reduction="none")
         each = error.mean((1, 2, 3))
-        if self.loss_on == "hidden" and draws.mask is not None:
-            hidden = self._hidden(target, draws)
-            each = torch.where(self._is("mask", draws), (error * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)), each)
+        if self.loss_on == "hidden" and noise.mask is not None:
+            hidden = self._hidden(target, noise)
+            each = torch.where(self._is("mask", noise), (error * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)), each)
         if state.positions is not None and self.places is not None:
             places = self.places.expand_as(state.positions)
             sorting = functional.smooth_l1_loss(state.positions, places, reduction="none").mean((1, 2))
-            each = torch.where(self._is("shuffle", draws), sorting, each)
+            each = torch.where(self._is("shuffle", noise), sorting, each)
         return each.mean()
 
-    def target(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> Float[Tensor, "b c height width"]:
+    def target(self, images: Float[Tensor, "b c height width"], noise: Corruption) -> Float[Tensor, "b c height width"]:
         """What is to be restored: the images, with each hidden patch standardised where that is asked for."""
         if not self.norm_pix_loss:
             return images
-        assert draws.mask is not None
+        assert noise.mask is not None
         patches = patchify(images, self.piece)
-        hidden = standardize(take(patches, draws.mask.hidden))
-        return unpatchify(put(patches, draws.mask.hidden, hidden), self.piece, self._pieces(images))
+        hidden = standardize(take(patches, noise.mask.hidden))
+        return unpatchify(put(patches, noise.mask.hidden, hidden), self.piece, self._pieces(images))
 
     def _pieces(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.piece[0], images.shape[-1] // self.piece[1]
 
-    def _hidden(self, images: Tensor, draws: Corruption) -> Tensor:
-        assert draws.mask is not None
+    def _hidden(self, images: Tensor, noise: Corruption) -> Tensor:
+        assert noise.mask is not None
         grid = (images.shape[-2] // self.cell[0], images.shape[-1] // self.cell[1])
-        return hidden_map(draws.mask, grid, self.cell).expand_as(images)
+        return hidden_map(noise.mask, grid, self.cell).expand_as(images)
 
     # --- what is told of it ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _terms(
-        self, corrupted: State, target: Tensor, draws: Corruption, restored: State, gradient: State, energy: Tensor
+        self, corrupted: State, target: Tensor, noise: Corruption, restored: State, gradient: State, energy: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms, and the weights of those that some images have and others not."""
-        left, before = (self._error(state, target, draws) for state in (restored, corrupted))
+        left, before = (self._error(state, target, noise) for state in (restored, corrupted))
         weights = {}
         terms = {
-            "baseline": self.steps * self.loss(corrupted, target, draws),
+            "baseline": self.steps * self.loss(corrupted, target, noise),
             "step_size": self.step_sizes()[0],
             "gradient_rms": gradient.images.square().mean().sqrt(),
             "energy": energy.mean(),
         }
         for name in self.tasks:
-            those = self._is(name, draws).to(left.dtype)
+            those = self._is(name, noise).to(left.dtype)
             called = "error" if len(self.tasks) == 1 else f"error_{name}"
             weights[called] = (before * those).sum()
             terms[called] = (left * those).sum() / weights[called].clamp_min(torch.finfo(left.dtype).tiny)
         if "shuffle" in self.tasks:
-            those = self._is("shuffle", draws).to(left.dtype)
+            those = self._is("shuffle", noise).to(left.dtype)
             terms["placed"], weights["placed"] = weighted_mean(self.placed(target, restored), those), those.sum()
         return {name: value.detach() for name, value in terms.items()}, weights
 
     def errors(
-        self, images: Float[Tensor, "b c height width"], draws: Corruption, restored: State
+        self, images: Float[Tensor, "b c height width"], noise: Corruption, restored: State
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """Squared error on what was corrupted, after restoring and after doing nothing; a loss over a whole image
         falls while nothing is restored, since what was not corrupted is right already."""
-        target = self.target(images, draws)
-        return self._error(restored, target, draws), self._error(self.corrupt(images, draws), target, draws)
+        target = self.target(images, noise)
+        return self._error(restored, target, noise), self._error(self.corrupt(images, noise), target, noise)
 
-    def _error(self, state: State, target: Tensor, draws: Corruption) -> Float[Tensor, "b"]:
+    def _error(self, state: State, target: Tensor, noise: Corruption) -> Float[Tensor, "b"]:
         squares = (state.images - target).square()
-        if draws.mask is not None:
-            masked = self._is("mask", draws).view(-1, 1, 1, 1)
-            squares = torch.where(masked, squares * self._hidden(target, draws), squares)
+        if noise.mask is not None:
+            masked = self._is("mask", noise).view(-1, 1, 1, 1)
+            squares = torch.where(masked, squares * self._hidden(target, noise), squares)
         each = squares.mean((1, 2, 3))
         if state.positions is not None and self.places is not None:
             moved = (state.positions - self.places).square().mean((1, 2))
-            each = torch.where(self._is("shuffle", draws), moved, each)
+            each = torch.where(self._is("shuffle", noise), moved, each)
         return each
 
     def placed(self, images: Float[Tensor, "b c height width"], state: State) -> Float[Tensor, "b"]:
@@ -498,14 +498,14 @@ class Energy(Method):
     def calibrate(
         self,
         images: Float[Tensor, "b c height width"],
-        draws: Corruption,
+        noise: Corruption,
         mean: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> dict[str, float]:
         if self.calibrated:
             return {}
         with torch.no_grad():
-            state = self.corrupt(images, draws)
-            gradient, _ = self.gradient(state, self.given(state.images, draws))
+            state = self.corrupt(images, noise)
+            gradient, _ = self.gradient(state, self.given(state.images, noise))
         found = {}
         for name, log_size, slope in (
             ("step_size", self.log_step_size, gradient.images),
@@ -527,51 +527,51 @@ class Energy(Method):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Each task on all of these images; and the share of patches placed right, beside 1."""
         found = {}
-        drawn = self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        drawn = self.sample(len(images), images.shape[2], images.shape[3], generator).to(images.device)
         for name in self.tasks:
-            draws = drawn._replace(task=torch.full_like(drawn.task, TASKS.index(name)))
-            last = self.restored(images, draws)[-1]
-            found[name] = self.errors(images, draws, last)
+            noise = drawn._replace(task=torch.full_like(drawn.task, TASKS.index(name)))
+            last = self.restored(images, noise)[-1]
+            found[name] = self.errors(images, noise, last)
             if name == "shuffle":
                 found["placed"] = (self.placed(images, last), torch.ones(len(images), device=images.device))
         return found
 
     @torch.no_grad()
-    def restored(self, images: Float[Tensor, "b c height width"], draws: Corruption) -> list[State]:
+    def restored(self, images: Float[Tensor, "b c height width"], noise: Corruption) -> list[State]:
         """The corrupted images, and what each step makes of them."""
-        states = [self.corrupt(images, draws)]
+        states = [self.corrupt(images, noise)]
         for _ in range(self.steps):
-            states.append(self.step(states[-1], draws).detach())
+            states.append(self.step(states[-1], noise).detach())
         return states
 
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], draws: Corruption | None = None) -> dict[str, Tensor]:
+    def restore(self, images: Float[Tensor, "b c height width"], noise: Corruption | None = None) -> dict[str, Tensor]:
         """Original, corrupted, each step, and how far a step moves each pixel of the original itself, bright where
         it is most. Of a mixture, the images have its tasks in turn."""
-        if draws is None:
+        if noise is None:
             tasks = torch.tensor([TASKS.index(name) for name in self.tasks], device=images.device)
             turns = tasks[torch.arange(len(images), device=images.device) % len(tasks)]
-            same: Corruption = self.fixed_draws(images, 1)[0]
-            draws = same._replace(task=turns)
-        states = self.restored(images, draws)
-        frames = {"original": images, "corrupted": self._shown(states[0], images, draws)}
+            same: Corruption = self.fixed_noise(images, 1)[0]
+            noise = same._replace(task=turns)
+        states = self.restored(images, noise)
+        frames = {"original": images, "corrupted": self._shown(states[0], images, noise)}
         for number, state in enumerate(states[1:], start=1):
             caption = "restored" if number == self.steps else f"step {number}"
-            frames[caption] = self._shown(state, images, draws)
+            frames[caption] = self._shown(state, images, noise)
         still = State(
-            self.target(images, draws), None if self.places is None else self.places.expand(len(images), -1, -1)
+            self.target(images, noise), None if self.places is None else self.places.expand(len(images), -1, -1)
         )
-        change = (self.step(still, draws).images - still.images).square().mean(1, keepdim=True).sqrt()
+        change = (self.step(still, noise).images - still.images).square().mean(1, keepdim=True).sqrt()
         bright = change / change.amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
         frames["unusual"] = (4 * bright - 2).expand_as(images)  # about black to white of standardised images
         return frames
 
-    def _shown(self, state: State, images: Tensor, draws: Corruption) -> Tensor:
+    def _shown(self, state: State, images: Tensor, noise: Corruption) -> Tensor:
         """Where positions are restored, the patches lie where their positions say; mean and contrast of patches that
         were standardised are those of the original."""
         if self.norm_pix_loss:
-            assert draws.mask is not None
-            patches, hidden = patchify(state.images, self.piece), draws.mask.hidden
+            assert noise.mask is not None
+            patches, hidden = patchify(state.images, self.piece), noise.mask.hidden
             shown = unstandardize(take(patches, hidden), take(patchify(images, self.piece), hidden))
             return unpatchify(put(patches, hidden, shown), self.piece, self._pieces(images))
         if self.places is None or state.positions is None:
@@ -579,7 +579,7 @@ class Energy(Method):
         patches = patchify(images, self.piece)
         index = self.nearest(state.positions).unsqueeze(-1).expand_as(patches)
         arranged = torch.zeros_like(patches).scatter(1, index, patches)
-        sorted_ = self._is("shuffle", draws).view(-1, 1, 1, 1)
+        sorted_ = self._is("shuffle", noise).view(-1, 1, 1, 1)
         return torch.where(sorted_, unpatchify(arranged, self.piece, self._pieces(images)), state.images)
 
     @torch.no_grad()
@@ -588,8 +588,8 @@ class Energy(Method):
         if self.upper is None:
             return self.energy(images)
         energies = [
-            self.energy(self.target(images, draws), given=self.given(images, draws))
-            for draws in self.fixed_draws(images, 4)
+            self.energy(self.target(images, noise), given=self.given(images, noise))
+            for noise in self.fixed_noise(images, 4)
         ]
         return torch.stack(energies).mean(0)
 

@@ -194,7 +194,7 @@ class LocalMIM(Method):
             Tap(*settings)
             for settings in zip(dims, grids, widths, [decoder_depth] * len(dims), factors, outputs, strict=True)
         )
-        self.part_count = len(self.taps) if stop_gradient else 1
+        self.num_losses = len(self.taps) if stop_gradient else 1
         self.painter = max(number for number, factor in enumerate(factors) if factor == 1) if 1 in factors else None
         if pixel_head and self.painter is None:
             raise ValueError(f"pixel_head needs a tap whose cells are patches; scales are {self.scales} px")
@@ -250,7 +250,9 @@ class LocalMIM(Method):
 
     # --- masks and targets -----------------------------------------------------------------------------------------
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask | PooledMask:
+    def sample(
+        self, batch: int, height: int, width: int, generator: torch.Generator | None = None
+    ) -> Mask | PooledMask:
         if self.pool is None:
             rows, columns = self.encoder.grid(height, width)
             return random_mask(batch, rows * columns, hidden_count(rows * columns, self.mask_ratio), generator)
@@ -258,11 +260,11 @@ class LocalMIM(Method):
         choice = torch.randint(self.pool.count, (groups,), generator=generator)
         return PooledMask(choice.repeat_interleave(batch // groups), groups)
 
-    def mask(self, draws: Any, number: int) -> Mask:
+    def mask(self, noise: Any, number: int) -> Mask:
         """Which places of tap `number`'s grid are hidden."""
         if self.pool is None:
-            return draws
-        return self.pool.mask(draws, min(number + 1, len(self.taps) - 1))
+            return noise
+        return self.pool.mask(noise, min(number + 1, len(self.taps) - 1))
 
     def targets(self, images: Float[Tensor, "b c height width"]) -> list[Float[Tensor, "b d rows columns"]]:
         cells = sorted(set(self.scales))
@@ -272,24 +274,24 @@ class LocalMIM(Method):
     # --- the encoder, tap by tap -----------------------------------------------------------------------------------
 
     def advance(
-        self, number: int, state: Any, images: Float[Tensor, "b c height width"], draws: Any
+        self, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Any
     ) -> tuple[Tensor, Tensor]:
         """The encoder's state at tap `number` from that at the tap before, and the normed tokens there."""
         encoder, last = self.encoder, number == len(self.taps) - 1
         if self.pool is None:
             if state is None:
-                state = encoder.begin(encoder.embed(images, draws.visible), draws.visible)
+                state = encoder.begin(encoder.embed(images, noise.visible), noise.visible)
             first = self.taps[number - 1] + 1 if number else 0
             state = encoder.run(state, first, self.taps[number] + 1)
             if last:
                 return state, encoder.finish(state).tokens
             return state, self.norms[number](encoder.patches(state))
         if state is None:
-            state = encoder.embed(images, self.pool.mask(draws, 0).visible)
-        state = encoder.run_stage(state, self.pool, draws, number)
+            state = encoder.embed(images, self.pool.mask(noise, 0).visible)
+        state = encoder.run_stage(state, self.pool, noise, number)
         if last:
             return state, encoder.model.norm(state)
-        state = encoder.merge(state, self.pool, draws, number + 1)
+        state = encoder.merge(state, self.pool, noise, number + 1)
         return state, self.norms[number](state)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
@@ -297,21 +299,21 @@ class LocalMIM(Method):
     def forward(
         self,
         images: Float[Tensor, "b c height width"],
-        draws: Any = None,
+        noise: Any = None,
         part: int | None = None,
         carry: Any = None,
     ) -> Objective:
-        if draws is None:
-            draws = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+        if noise is None:
+            noise = self.sample(len(images), images.shape[2], images.shape[3]).to(images.device)
         state, targets, terms = carry or (None, self.targets(images), {"baseline": images.new_zeros(())})
         loss: Any = 0
         for number in range(len(self.taps)) if part is None else (part,):
-            state, tokens = self.advance(number, state, images, draws)
-            here, trivial = (each.mean() for each in self.errors(number, tokens, targets[number], draws))
+            state, tokens = self.advance(number, state, images, noise)
+            here, trivial = (each.mean() for each in self.errors(number, tokens, targets[number], noise))
             terms = terms | {self._name(number): here.detach(), "baseline": terms["baseline"] + trivial}
             loss = loss + here
             if number == self.painter and self.to_pixels is not None:
-                here, trivial = (each.mean() for each in self.painting(tokens, images, draws))
+                here, trivial = (each.mean() for each in self.painting(tokens, images, noise))
                 terms = terms | {"pixels": here.detach(), "baseline": terms["baseline"] + trivial}
                 loss = loss + here
             if self.stop_gradient:
@@ -327,11 +329,11 @@ class LocalMIM(Method):
         return f"{name}_{number}" if self.scales.count(self.scales[number]) > 1 else name
 
     def errors(
-        self, number: int, tokens: Float[Tensor, "b v d"], target: Float[Tensor, "b f rows columns"], draws: Any
+        self, number: int, tokens: Float[Tensor, "b v d"], target: Float[Tensor, "b f rows columns"], noise: Any
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """An image's mean squared error over hidden cells at one tap, and that of the best constant prediction."""
         tap: Any = self.decoders[number]
-        mask = self.mask(draws, number)
+        mask = self.mask(noise, number)
         wanted = tap.target(target, mask)
         squares = (tap(tokens, mask).float() - wanted).square().mean(-1)
         weights = tap.weights(mask)
@@ -355,19 +357,19 @@ class LocalMIM(Method):
             seen = tap.decoder(tokens, mask)
         return self.to_pixels(seen).float()
 
-    def painting(self, tokens: Tensor, images: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
+    def painting(self, tokens: Tensor, images: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
         number = self.painter or 0
-        mask = self.mask(draws, number)
+        mask = self.mask(noise, number)
         wanted = standardize(take(patchify(images, self._cell(number)), mask.hidden))
         return (self.paint(tokens, mask) - wanted).square().mean((1, 2)), wanted.square().mean((1, 2))
 
     # --- pictures and scores ----------------------------------------------------------------------------------------
 
-    def every_tap(self, images: Float[Tensor, "b c height width"], draws: Any) -> list[Float[Tensor, "b v d"]]:
+    def every_tap(self, images: Float[Tensor, "b c height width"], noise: Any) -> list[Float[Tensor, "b v d"]]:
         """The normed tokens at each tap."""
         state, found = None, []
         for number in range(len(self.taps)):
-            state, tokens = self.advance(number, state, images, draws)
+            state, tokens = self.advance(number, state, images, noise)
             found.append(tokens)
         return found
 
@@ -376,15 +378,15 @@ class LocalMIM(Method):
         self, images: Float[Tensor, "b c height width"], generator: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Each scale, against the best constant prediction for these images together."""
-        draws = self.draw(len(images), images.shape[2], images.shape[3], generator)
+        noise = self.sample(len(images), images.shape[2], images.shape[3], generator)
         if self.pool is not None:  # images share a mask for speed alone
             choice = torch.randint(self.pool.count, (len(images),), generator=generator)
-            draws = PooledMask(choice, len(images))
-        draws = draws.to(images.device)
+            noise = PooledMask(choice, len(images))
+        noise = noise.to(images.device)
         targets = self.targets(images)
         return {
-            self._name(number): self.errors(number, tokens, targets[number], draws)
-            for number, tokens in enumerate(self.every_tap(images, draws))
+            self._name(number): self.errors(number, tokens, targets[number], noise)
+            for number, tokens in enumerate(self.every_tap(images, noise))
         }
 
     @torch.no_grad()
@@ -392,31 +394,31 @@ class LocalMIM(Method):
         """The sum of the squared errors of all taps on hidden cells, mean over four fixed masks."""
         targets = self.targets(images)
         total = images.new_zeros(len(images))
-        for draws in self.fixed_draws(images, 4):
-            for number, tokens in enumerate(self.every_tap(images, draws)):
-                total = total + self.errors(number, tokens, targets[number], draws)[0] / 4
+        for noise in self.fixed_noise(images, 4):
+            for number, tokens in enumerate(self.every_tap(images, noise)):
+                total = total + self.errors(number, tokens, targets[number], noise)[0] / 4
         return total
 
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> dict[str, Tensor]:
+    def restore(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> dict[str, Tensor]:
         """Original, visible patches, and the target with the prediction in its hidden cells, at the finest scale and
         at the patch's: for HOG a stroke along the edges of each cell. All frames are enlarged alike, so that strokes
         can be seen."""
-        if draws is None:
-            draws = self.fixed_draws(images, 1)[0]
+        if noise is None:
+            noise = self.fixed_noise(images, 1)[0]
         times = enlargement(images)
         unit = self.encoder.stride if self.pool is not None else self.patch_size[0]
-        hidden = mask_cells(images, self.mask(draws, len(self.taps) - 1), (unit, unit))
+        hidden = mask_cells(images, self.mask(noise, len(self.taps) - 1), (unit, unit))
         frames = {"original": enlarge(images, times), "hidden": enlarge(hidden, times)}
-        targets, tokens = self.targets(images), self.every_tap(images, draws)
+        targets, tokens = self.targets(images), self.every_tap(images, noise)
         shown = {number for number, scale in enumerate(self.scales) if scale <= unit}
         for number in sorted({min(shown, default=0), max(shown, default=0)}):
             scale, level = self.scales[number], targets[number]
-            filled = self._filled(number, tokens[number], level, self.mask(draws, number))
+            filled = self._filled(number, tokens[number], level, self.mask(noise, number))
             for name, values in (("target", level), ("restored", filled)):
                 frames[f"{name}\n{self.target_kind} {scale} px"] = self._picture(values, images, scale, times)
         if self.to_pixels is not None and self.painter is not None:
-            patches, mask = patchify(images, self._cell(self.painter)), self.mask(draws, self.painter)
+            patches, mask = patchify(images, self._cell(self.painter)), self.mask(noise, self.painter)
             painted = unstandardize(self.paint(tokens[self.painter], mask), take(patches, mask.hidden))
             grid = (images.shape[-2] // self.scales[self.painter], images.shape[-1] // self.scales[self.painter])
             whole = unpatchify(put(patches, mask.hidden, painted), self._cell(self.painter), grid)

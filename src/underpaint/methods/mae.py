@@ -80,7 +80,7 @@ class MAE(MaskedMethod):
             outputs = 4 * BINS * encoder.channels
         self.decoder = MaskedDecoder(encoder.dim, grid, dim, depth, outputs)
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         rows, columns = self.encoder.grid(height, width)
         return random_mask(batch, rows * columns, hidden_count(rows * columns, self.mask_ratio), generator)
 
@@ -116,7 +116,7 @@ class MAE(MaskedMethod):
     def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
         """Standardised targets leave mean and contrast of a hidden patch open: pictures take them from the original."""
         if mask is None:
-            mask = Mask(*self.fixed_draws(images, 1)[0])
+            mask = Mask(*self.fixed_noise(images, 1)[0])
         grid = self.encoder.grid(*images.shape[-2:])
         predicted = self.predict(images, mask)
         if self.target == "hog":

@@ -21,7 +21,7 @@ class MaskedMethod(Method):
 
     def mask_for(self, images: Float[Tensor, "b c height width"], generator: torch.Generator | None = None) -> Mask:
         """A mask for each image, on their device."""
-        return self.draw(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        return self.sample(len(images), images.shape[2], images.shape[3], generator).to(images.device)
 
     @torch.no_grad()
     def held_out(
@@ -32,4 +32,4 @@ class MaskedMethod(Method):
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
         """The error on hidden patches, mean over four fixed masks."""
-        return torch.stack([self.errors(images, mask)[0] for mask in self.fixed_draws(images, 4)]).mean(0)
+        return torch.stack([self.errors(images, mask)[0] for mask in self.fixed_noise(images, 4)]).mean(0)

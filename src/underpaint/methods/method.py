@@ -31,23 +31,23 @@ class Objective(NamedTuple):
 class Method(nn.Module):
     """A pretraining method around an encoder: `method(images)` is an `Objective`.
 
-    Images are standardised, float32 [b, c, height, width]. What is random in a step is drawn by `draw`, outside
-    compiled regions; a method called without draws makes its own. Draws are a `Mask`, or a tuple of a method's own that
-    has the same three verbs: `to(device)`, `rows(slice)`, and `repeat(batch)` of the draws of one image.
+    Images are standardised, float32 [b, c, height, width]. What is random in a step is drawn by `sample`, outside
+    compiled regions; a method called without noise makes its own. Draws are a `Mask`, or a tuple of a method's own that
+    has the same three verbs: `to(device)`, `rows(slice)`, and `repeat(batch)` of the noise of one image.
 
-    A loss that is a sum of independent parts has `part_count` above 1. `forward(images, draws, part, carry)` is then
+    A loss that is a sum of independent parts has `num_losses` above 1. `forward(images, noise, part, carry)` is then
     one of them, to be backpropagated before the next is made, which starts from the `carry` of the one before; the
     last one has the terms. Without `part`, forward is their sum.
     """
 
     encoder: Backbone
-    part_count: int = 1
+    num_losses: int = 1
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
         """The random part of a step for `batch` images of this size in pixels, on the CPU."""
         raise NotImplementedError
 
-    def forward(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> Objective:
+    def forward(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> Objective:
         raise NotImplementedError
 
     def rate_factors(self) -> dict[str, float]:
@@ -58,16 +58,16 @@ class Method(nn.Module):
         """Weights whose gradients are clipped by norms of their own; all together where empty."""
         return []
 
-    def parts(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> Iterator[Objective]:
+    def parts(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> Iterator[Objective]:
         """The parts of the loss one by one; backpropagate each before asking for the next, and memory is that of one."""
-        if self.part_count == 1:
-            yield self(images, draws)
+        if self.num_losses == 1:
+            yield self(images, noise)
             return
-        if draws is None:
-            draws = self.draw(len(images), images.shape[2], images.shape[3]).to(images.device)
+        if noise is None:
+            noise = self.sample(len(images), images.shape[2], images.shape[3]).to(images.device)
         carry = None
-        for part in range(self.part_count):
-            objective = self(images, draws, part, carry)
+        for part in range(self.num_losses):
+            objective = self(images, noise, part, carry)
             yield objective
             carry = objective.carry
 
@@ -77,7 +77,7 @@ class Method(nn.Module):
         return None
 
     def calibrate(
-        self, images: Float[Tensor, "b c height width"], draws: Any, mean: Callable[[Tensor], Tensor] = lambda x: x
+        self, images: Float[Tensor, "b c height width"], noise: Any, mean: Callable[[Tensor], Tensor] = lambda x: x
     ) -> dict[str, float]:
         """Settings that are measured on the first batch before step 0: taken over at once, and returned by name.
 
@@ -85,7 +85,11 @@ class Method(nn.Module):
         """
         return {}
 
-    def restore(self, images: Float[Tensor, "b c height width"], draws: Any = None) -> dict[str, Tensor]:
+    def after_step(self, progress: float) -> None:
+        """After a step that was taken, where the share `progress` of the run is done: a moving-average teacher follows
+        here."""
+
+    def restore(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> dict[str, Tensor]:
         """Pictures by caption, standardised like the images, from the original to the restoration."""
         raise NotImplementedError
 
@@ -99,8 +103,8 @@ class Method(nn.Module):
         """By task: each image's squared error on what was corrupted, restored and trivially restored ([b] each)."""
         raise NotImplementedError
 
-    def fixed_draws(self, images: Tensor, count: int) -> list[Any]:
-        """The same `count` draws at every call, for scores and pictures that can be compared."""
+    def fixed_noise(self, images: Tensor, count: int) -> list[Any]:
+        """The noise of `count` steps, the same at every call, for scores and pictures that can be compared."""
         generator = torch.Generator().manual_seed(0)
         batch, _, height, width = images.shape
-        return [self.draw(1, height, width, generator).repeat(batch).to(images.device) for _ in range(count)]
+        return [self.sample(1, height, width, generator).repeat(batch).to(images.device) for _ in range(count)]

@@ -63,7 +63,7 @@ class SimMIM(MaskedMethod):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(encoder.dim, encoder.channels * place * place)
 
-    def draw(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         return random_mask(batch, self.cells[0] * self.cells[1], self.hidden_cells, generator)
 
     def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
@@ -89,7 +89,7 @@ class SimMIM(MaskedMethod):
     @torch.no_grad()
     def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
         if mask is None:
-            mask = Mask(*self.fixed_draws(images, 1)[0])
+            mask = Mask(*self.fixed_noise(images, 1)[0])
         size = (self.place, self.place)
         grid = (images.shape[-2] // self.place, images.shape[-1] // self.place)
         places = refine(mask, self.cells, self.cell // self.place).hidden

@@ -77,7 +77,7 @@ class WordMethod(MaskedMethod):
     def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
         """What the tokenizer makes of all patches, and the same with the hidden ones as predicted."""
         if mask is None:
-            mask = Mask(*self.fixed_draws(images, 1)[0])
+            mask = Mask(*self.fixed_noise(images, 1)[0])
         words = self.words(images)
         predicted = words.scatter(1, mask.hidden, self.logits(images, mask).argmax(-1))
         return {

@@ -104,10 +104,10 @@ class Session:
     def local_batch(self) -> int:
         return self.recipe.optimiser.batch_size // self.fabric.world_size
 
-    def draws(self, batch: Batch, step: int) -> Any:
+    def noise(self, batch: Batch, step: int) -> Any:
         """What is random in a step: drawn for the global batch, so that it does not depend on the processes."""
         generator = torch.Generator().manual_seed(step_seed(self.seed, step, 0))
-        drawn = self.method.draw(
+        drawn = self.method.sample(
             self.recipe.optimiser.batch_size, batch.images.shape[2], batch.images.shape[3], generator
         )
         first = self.fabric.global_rank * self.local_batch
@@ -141,7 +141,7 @@ def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict
     A number is [2]: a weighted sum, and its weight. The flag is 1 where the gradient was not finite; the update then changed nothing (fused AdamW skips by flag).
     """
     fabric, optimiser = session.fabric, session.recipe.optimiser
-    draws = session.draws(batch, step)
+    noise = session.noise(batch, step)
     torch.manual_seed(step_seed(session.seed, step, 1 + fabric.global_rank))  # dropout and drop path, where used
     with torch.no_grad():
         images = session.standardize(batch.images)
@@ -152,12 +152,12 @@ def update(session: Session, batch: Batch, step: int, rate: float) -> tuple[dict
     weights: dict[str, Tensor] = {}  # of the numbers that have one; all others count 1 a step
     for k in range(optimiser.accumulation):
         rows = slice(k * part, (k + 1) * part)
-        count, carry = session.method.part_count, None
+        count, carry = session.method.num_losses, None
         for number in range(count):
             last = k + 1 == optimiser.accumulation and number + 1 == count
             with fabric.no_backward_sync(session.model, enabled=not last):
                 given = (
-                    (images[rows], draws.rows(rows)) if count == 1 else (images[rows], draws.rows(rows), number, carry)
+                    (images[rows], noise.rows(rows)) if count == 1 else (images[rows], noise.rows(rows), number, carry)
                 )
                 objective = session.model(*given)
                 fabric.backward(objective.loss / optimiser.accumulation)
