@@ -17,13 +17,13 @@ import numpy as np
 from underpaint.compare.statistics import Arm, difference, spread, standing
 from underpaint.data import eval_batches
 from underpaint.evaluate import extract, knn, linear
+from underpaint.evaluate.probes import ProbeSuite
 from underpaint.inference import load_method
-from underpaint.judge import Judge
 from underpaint.methods.energy import TASKS
 from underpaint.pretraining import build, open_data, pretrain
 
 
-def probed(judge: Judge, encoder: Any, standardize: Any) -> dict[str, np.ndarray]:
+def probed(judge: ProbeSuite, encoder: Any, standardize: Any) -> dict[str, np.ndarray]:
     """By probe, the hits on the test images."""
     made = []
     for part in judge.full():

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from underpaint import judge
 from underpaint import pretraining as train
 from underpaint.cli import main
+from underpaint.evaluate import probes
 from underpaint.train import run_folder as runs
 
 seen = 0
@@ -43,9 +43,9 @@ def arm(moment: str, count: int) -> None:
     elif moment == "save":
         runs.save_file = dying(runs.save_file, count, half_a_file)
     elif moment == "probe":
-        judge.Judge.quick = dying(judge.Judge.quick, count)
+        probes.ProbeSuite.quick = dying(probes.ProbeSuite.quick, count)
     elif moment == "judge":  # trained, and the last checkpoint written
-        judge.Judge.restoration = dying(judge.Judge.restoration, count)
+        probes.ProbeSuite.restoration = dying(probes.ProbeSuite.restoration, count)
     elif moment == "term":
         real, calls = train.update, 0
 

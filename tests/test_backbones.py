@@ -10,8 +10,8 @@ import underpaint
 from underpaint.backbones import TokenBackbone, create_arguments, from_arguments, save_encoder
 from underpaint.backbones.build import fill, init_from, read_weights
 from underpaint.errors import InputError
+from underpaint.evaluate.bundle import open_bundle
 from underpaint.evaluate.finetune import classifier
-from underpaint.evaluate.subject import open_subject
 from underpaint.patches import Standardize
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -133,12 +133,12 @@ def test_drop_path_of_pretraining_ends_with_it(
     pretrained = from_arguments(arguments)
     assert max(drop_paths(pretrained)) == pytest.approx(0.1)
     save_encoder(tmp_path, pretrained, arguments, Standardize([0.5] * 3, [0.25] * 3))
-    subject = open_subject(str(tmp_path), image_size=(own["img_size"][0], own["img_size"][1]))
-    assert not drop_paths(subject.encoder)  # what segmentation and detection train
-    assert not drop_paths(subject.twin(0).encoder)
-    assert subject.arguments["drop_path_rate"] == 0
-    assert not drop_paths(classifier(subject, 3, drop_path=0.0, head_scale=1.0))
-    assert max(drop_paths(classifier(subject, 3, drop_path=0.3, head_scale=1.0))) == pytest.approx(0.3)
+    bundle = open_bundle(str(tmp_path), image_size=(own["img_size"][0], own["img_size"][1]))
+    assert not drop_paths(bundle.encoder)  # what segmentation and detection train
+    assert not drop_paths(bundle.random_init(0).encoder)
+    assert bundle.arguments["drop_path_rate"] == 0
+    assert not drop_paths(classifier(bundle, 3, drop_path=0.0, head_scale=1.0))
+    assert max(drop_paths(classifier(bundle, 3, drop_path=0.3, head_scale=1.0))) == pytest.approx(0.3)
 
 
 @pytest.mark.quick

@@ -22,7 +22,7 @@ from underpaint.compare.statistics import Arm, Difference, Part, difference, sta
 from underpaint.compare.verdict import order, verdict
 from underpaint.errors import InputError
 from underpaint.evaluate import Probe
-from underpaint.judge import Worth
+from underpaint.evaluate.probes import Worth
 from underpaint.pretraining import pretrain
 from underpaint.report import write_comparison
 from underpaint.report.comparison import tokenizer_text, training_text

@@ -95,8 +95,8 @@ def test_an_image_in_train_and_test_is_one_and_the_same(deep: Path) -> None:
         override(settings, path, value)
     said: list[str] = []
     pool, judge = open_data(checked(settings), said.append)
-    assert judge.parts is not None
-    train, test = (part.images for part in judge.parts)
+    assert judge.splits is not None
+    train, test = (part.images for part in judge.splits)
     twice = [
         next(iter(eval_batches(images, size=SIZE, indices=[images.names.index(name)]))).images
         for images, name in ((train, "train/class1/001.tif"), (test, "test/class1/same.tif"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import underpaint
 from underpaint.data import open_source
-from underpaint.data.answers import Objects, detections_of, masks_of
+from underpaint.data.annotations import Instances, coco_annotations, masks_of
 from underpaint.errors import InputError
 from underpaint.evaluate.detect import (
     Detecting,
@@ -58,7 +58,7 @@ def test_masks_and_boxes_belong_to_their_images(scenes: Path, tmp_path: Path, zi
     masks = masks_of(data, source)
     assert len(masks.names) == len(source.entries) == 18
     assert masks.classes == ["ground", "disc", "square"]
-    boxes = detections_of(data, source)
+    boxes = coco_annotations(data, source)
     assert {split: len(found.images) for split, found in boxes.items()} == {"train": 12, "val": 6}
     for index, entry in enumerate(source.entries):
         assert entry.split is not None
@@ -207,26 +207,26 @@ def test_images_without_a_known_pixel_or_an_object_change_no_measure() -> None:
 
 @pytest.mark.quick
 def test_a_test_part_without_answers_is_refused(scenes: Path) -> None:
-    from underpaint.data.answers import Detections, Masks
+    from underpaint.data.annotations import CocoAnnotations, Masks
+    from underpaint.evaluate.bundle import EncoderBundle
     from underpaint.evaluate.detect import detect
-    from underpaint.evaluate.scenes import Scenes
-    from underpaint.evaluate.segment import Answered, _present
-    from underpaint.evaluate.subject import Subject
+    from underpaint.evaluate.full_res import FullResImages
+    from underpaint.evaluate.segment import MaskedSplit, _present
 
     source = open_source(scenes)
-    boxes = detections_of(scenes, source)
-    empty = Detections({**boxes["val"].coco, "annotations": []}, boxes["val"].images, boxes["val"].categories)
+    boxes = coco_annotations(scenes, source)
+    empty = CocoAnnotations({**boxes["val"].coco, "annotations": []}, boxes["val"].images, boxes["val"].categories)
     parts = [(found, sorted(found.images)) for found in (boxes["train"], empty)]
-    whole = Scenes(source, list(range(len(source.entries))), 3)
-    nothing = Subject.__new__(Subject)  # not looked at before the answers are
+    whole = FullResImages(source, list(range(len(source.entries))), 3)
+    nothing = EncoderBundle.__new__(EncoderBundle)  # not looked at before the answers are
     with pytest.raises(InputError, match="no image of test has an object"):
         detect(nothing, whole, parts[0], parts[1], Detecting(), minutes=None, seed=0, folder=scenes)
     masks = masks_of(scenes, source)
-    train = Answered(whole, masks, parts[0][1], 3, VOID)
+    train = MaskedSplit(whole, masks, parts[0][1], 3, VOID)
     names = {index: masks.names[index] for index in parts[1][1]}
     white = Masks(names, [], None, lambda name: _white(masks.read(name)))
     with pytest.raises(InputError, match="no pixel of the test masks has a class"):
-        _present(train, Answered(whole, white, parts[1][1], 3, VOID), ["ground", "disc", "square"])
+        _present(train, MaskedSplit(whole, white, parts[1][1], 3, VOID), ["ground", "disc", "square"])
 
 
 def _white(data: bytes) -> bytes:
@@ -236,7 +236,7 @@ def _white(data: bytes) -> bytes:
 
 
 def _perturbed(coco: dict[str, Any], kind: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Detections near the annotations: moved, some left out, some of another class, some made up."""
+    """CocoAnnotations near the annotations: moved, some left out, some of another class, some made up."""
     rng = np.random.default_rng(seed)
     categories = [c["id"] for c in coco["categories"]]
     shapes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
@@ -332,7 +332,7 @@ def test_boxes_stay_around_their_objects() -> None:
         picture, _, objects = made_scene(rng, 60, 80)
         boxes = np.array([box_of(mask) for _, mask in objects], float)
         boxes[:, 2:] += boxes[:, :2]
-        given = Objects(
+        given = Instances(
             boxes,
             np.array([kind for kind, _ in objects]),
             np.zeros(len(objects), bool),
@@ -438,7 +438,7 @@ def test_wrong_boxes_are_named(tmp_path: Path, change: dict[str, Any], said: str
     coco["annotations"][0] |= change
     file.write_text(json.dumps(coco))
     with pytest.raises(InputError, match=said):
-        detections_of(folder, open_source(folder))
+        coco_annotations(folder, open_source(folder))
 
 
 @pytest.mark.quick
@@ -446,7 +446,7 @@ def test_broken_annotations_are_named(tmp_path: Path) -> None:
     folder = write_scenes(tmp_path, 2, 1)
     (folder / "annotations/train.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(InputError, match=r"train.json is not COCO json"):
-        detections_of(folder, open_source(folder))
+        coco_annotations(folder, open_source(folder))
     (folder / "classes.json").write_text('[{"nome": "a"}]')
     with pytest.raises(InputError, match=r"classes.json does not name classes"):
         masks_of(folder, open_source(folder))

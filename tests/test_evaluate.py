@@ -33,7 +33,7 @@ from underpaint.evaluate import (
 )
 from underpaint.evaluate import features as features_module
 from underpaint.evaluate.attentive import AttentiveProbe, heads_of, normalized
-from underpaint.evaluate.floors import luma
+from underpaint.evaluate.baselines import luma
 from underpaint.evaluate.outliers import separation
 from underpaint.evaluate.result import redraw
 from underpaint.evaluate.segment import Confusion

@@ -23,9 +23,9 @@ from underpaint.cli import main
 from underpaint.data import eval_batches, load_images, open_source
 from underpaint.errors import InputError, NotFinite
 from underpaint.evaluate import extract
+from underpaint.evaluate.bundle import open_bundle
 from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
 from underpaint.evaluate.store import stored_features
-from underpaint.evaluate.subject import open_subject
 from underpaint.pretraining import pretrain
 from underpaint.train import fit as fit_module
 from underpaint.train.fit import Length, Schedule, fit
@@ -189,36 +189,36 @@ def test_schedule() -> None:
 
 
 def test_stored_features_are_those_of_the_encoder(run: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = open_subject(str(run))
-    images = load_images(open_source(pictures), range(20), size=subject.size)
-    stored = stored_features(subject, images, range(3, 20), patches=True)
+    bundle = open_bundle(str(run))
+    images = load_images(open_source(pictures), range(20), size=bundle.size)
+    stored = stored_features(bundle, images, range(3, 20), patches=True)
     found = extract(
-        subject.encoder, eval_batches(images, size=subject.size, indices=range(3, 20)), transform=subject.standardize
+        bundle.encoder, eval_batches(images, size=bundle.size, indices=range(3, 20)), transform=bundle.standardize
     )
     assert torch.equal(stored.pooled, found.pooled)
     assert torch.allclose(stored.patches.float(), found.patches, atol=2e-3)
     assert stored.samples.tolist() == list(range(3, 20))
-    encoder = subject.encoder
-    subject.encoder = None  # pyright: ignore[reportAttributeAccessIssue] -- a second call asks for the weights' name only
-    monkeypatch.setattr(type(subject), "weights", lambda _: dict(encoder.model.state_dict().items()))
-    again = stored_features(subject, images, range(3, 20), patches=True)
+    encoder = bundle.encoder
+    bundle.encoder = None  # pyright: ignore[reportAttributeAccessIssue] -- a second call asks for the weights' name only
+    monkeypatch.setattr(type(bundle), "weights", lambda _: dict(encoder.model.state_dict().items()))
+    again = stored_features(bundle, images, range(3, 20), patches=True)
     assert torch.equal(again.pooled, stored.pooled)
 
 
 def test_subjects(run: Path) -> None:
-    own = open_subject(str(run))
-    larger = open_subject(str(run), image_size=(48, 64))
-    blank = open_subject(str(run), untrained=True)
+    own = open_bundle(str(run))
+    larger = open_bundle(str(run), image_size=(48, 64))
+    blank = open_bundle(str(run), untrained=True)
     assert own.size == (32, 32)
     assert larger.encoder(torch.zeros(1, 3, 48, 64)).patches.shape[1] == 48
     assert torch.equal(own.weights()["blocks.0.attn.qkv.weight"], larger.weights()["blocks.0.attn.qkv.weight"])
     assert not torch.equal(own.weights()["blocks.0.attn.qkv.weight"], blank.weights()["blocks.0.attn.qkv.weight"])
-    twin = own.twin(0)
+    twin = own.random_init(0)
     assert torch.equal(twin.weights()["blocks.0.attn.qkv.weight"], blank.weights()["blocks.0.attn.qkv.weight"])
-    public = open_subject("timm:resnet10t", untrained=True, image_size=(64, 64))
+    public = open_bundle("timm:resnet10t", untrained=True, image_size=(64, 64))
     assert public.encoder(torch.zeros(1, 3, 64, 64)).pooled.shape == (1, 512)
     with pytest.raises(InputError, match="timm has no model"):
-        open_subject("timm:resnet1000")
+        open_bundle("timm:resnet1000")
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------

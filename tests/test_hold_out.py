@@ -13,7 +13,6 @@ from conftest import write_pictures
 from PIL import Image
 from torch import Tensor, nn
 
-from underpaint import judge as judge_module
 from underpaint import pretraining as train_module
 from underpaint.backbones import Backbone, create_arguments, from_arguments
 from underpaint.backbones.build import save_encoder
@@ -21,7 +20,8 @@ from underpaint.backbones.protocols import Features
 from underpaint.cli import main
 from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
 from underpaint.evaluate import command, raw_pixels
-from underpaint.judge import Judge
+from underpaint.evaluate import probes as probes_module
+from underpaint.evaluate.probes import ProbeSuite
 from underpaint.methods import Method
 from underpaint.patches import Standardize
 
@@ -37,24 +37,24 @@ class Seen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trained: set[str] = set()
         self.judged: list[list[str]] = []
-        batches, of, frozen = train_module.train_batches, Judge.of, command.judge_frozen
+        batches, of, frozen = train_module.train_batches, ProbeSuite.of, command.judge_frozen
 
         def noted_batches(images: ImageSet, **given: Any) -> Any:
             for batch in batches(images, **given):
                 self.trained |= {images.names[k] for k in batch.samples}
                 yield batch
 
-        def noted_of(*given: Any) -> Judge:
+        def noted_of(*given: Any) -> ProbeSuite:
             made = of(*given)
-            self.judged += [] if made.parts is None else [made.parts[1].images.names]
+            self.judged += [] if made.splits is None else [made.splits[1].images.names]
             return made
 
-        def noted_frozen(subject: Any, train: Any, test: Any, *given: Any, **named: Any) -> Any:
+        def noted_frozen(bundle: Any, train: Any, test: Any, *given: Any, **named: Any) -> Any:
             self.judged.append([test.images.names[k] for k in test.indices])
-            return frozen(subject, train, test, *given, **named)
+            return frozen(bundle, train, test, *given, **named)
 
         monkeypatch.setattr(train_module, "train_batches", noted_batches)
-        monkeypatch.setattr(Judge, "of", noted_of)
+        monkeypatch.setattr(ProbeSuite, "of", noted_of)
         monkeypatch.setattr(command, "judge_frozen", noted_frozen)
 
 
@@ -177,13 +177,13 @@ class RecordingMethod(Method):
         return {"mask": (torch.ones(len(images)), torch.ones(len(images)))}
 
 
-def judge_of(folder: Path) -> Judge:
+def judge_of(folder: Path) -> ProbeSuite:
     def load(source: Source, indices: list[int]) -> ImageSet:
         return load_images(source, indices, size=(16, 16))
 
     source = open_source(folder)
     indices = pretraining_indices(source)
-    return Judge.of(source, load, load(source, indices), indices, (16, 16), 0)
+    return ProbeSuite.of(source, load, load(source, indices), indices, (16, 16), 0)
 
 
 @pytest.mark.quick
@@ -192,8 +192,8 @@ def test_rank_and_restoration_read_images_from_the_first_to_the_last(
 ) -> None:
     for n in range(58):
         Image.fromarray(np.full((16, 16, 3), 4 * n, np.uint8)).save(tmp_path / f"{n:02d}.png")
-    monkeypatch.setattr(judge_module, "QUICK_TEST", 20)
-    monkeypatch.setattr(judge_module, "RESTORED", 20)
+    monkeypatch.setattr(probes_module, "QUICK_TEST", 20)
+    monkeypatch.setattr(probes_module, "RESTORED", 20)
     judge, encoder, method = judge_of(tmp_path), Recorder(), RecordingMethod()
     judge.quick(encoder, IDENTITY)
     judge.restoration(method, IDENTITY)
@@ -211,12 +211,12 @@ def test_few_labels_are_drawn_from_all_images_alike_for_networks_and_floors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = judge_of(write_pictures(tmp_path, 180, size=16))
-    assert judge.parts is not None
-    train, _ = judge.parts
+    assert judge.splits is not None
+    train, _ = judge.splits
     assert len(train.indices) == 144
     # as for a ViT-B/16 with 1,000 classes: memory holds two or three images a class, and one draw in half precision
-    monkeypatch.setattr(judge_module, "TOKEN_MEMORY", 4.0 * 16 * 16 * 16)
-    worth, floors = judge.worth(Recorder(), IDENTITY, 4), judge.floors(4)
+    monkeypatch.setattr(probes_module, "TOKEN_MEMORY", 4.0 * 16 * 16 * 16)
+    worth, floors = judge.worth(Recorder(), IDENTITY, 4), judge.baselines(4)
     for ours, theirs in zip(worth.probes["few_linear"], floors["raw_pixels"].probes["few_linear"], strict=True):
         assert np.array_equal(ours.correct, theirs.correct)
     assert len({probe.correct.tobytes() for probe in worth.probes["few_linear"]}) > 1
@@ -226,7 +226,7 @@ def test_few_labels_are_drawn_from_all_images_alike_for_networks_and_floors(
     assert 0 < few.overlap < 0.5  # 10 of 48 a class: 0.21
     assert worth.counts == {"attentive_train": 16, "attentive_test": 16, "shots": 10, "few_attentive_test": 16}
     assert "tested on 16" in judge.notes(worth.counts, 4)[0]
-    monkeypatch.setattr(judge_module, "TOKEN_MEMORY", 4.0 * 14 * 16 * 16)
+    monkeypatch.setattr(probes_module, "TOKEN_MEMORY", 4.0 * 14 * 16 * 16)
     assert "few_attentive" not in judge.worth(Recorder(), IDENTITY, 2).probes
 
 
@@ -236,7 +236,7 @@ def test_there_is_no_row_of_few_labels_where_a_class_has_too_few(tmp_path: Path)
     for file in sorted((folder / "class1").iterdir())[12:]:
         file.unlink()
     judge = judge_of(folder)
-    worth, floors = judge.worth(Recorder(), IDENTITY, 2), judge.floors(2)
+    worth, floors = judge.worth(Recorder(), IDENTITY, 2), judge.baselines(2)
     for found in (worth, *floors.values()):
         assert not any(name.startswith("few") for name in found.probes)
     assert "class class1 has 10 images to train on" in judge.notes(worth.counts, 2)[-1]

@@ -24,14 +24,14 @@ from torchvision.transforms import InterpolationMode, v2
 
 from underpaint.backbones import create_arguments, from_arguments, save_encoder
 from underpaint.data import load_images, open_source, train_batches
-from underpaint.data.answers import Objects
+from underpaint.data.annotations import Instances
 from underpaint.errors import InputError
+from underpaint.evaluate.bundle import EncoderBundle, open_bundle
 from underpaint.evaluate.command import boxed_parts, masked_parts
 from underpaint.evaluate.detect import Detecting, detect, detected, mask_of, placed
 from underpaint.evaluate.finetune import FineTuning, finetune
-from underpaint.evaluate.parts import Part
 from underpaint.evaluate.segment import VOID, Segmenting, crop_of, segment, segmented
-from underpaint.evaluate.subject import Subject, open_subject
+from underpaint.evaluate.splits import Split
 from underpaint.methods import LocalMIM
 from underpaint.patches import Standardize
 from underpaint.tokenizers import ConvTokenizer, DallE, KMeansPatches, _nearest
@@ -335,15 +335,15 @@ def test_dalle_converted_is_dalle() -> None:
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Part]:
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderBundle, Split]:
     """A tiny ViT, and 12 pictures of three classes."""
     folder = tmp_path_factory.mktemp("tuned")
     arguments = create_arguments("vit_tiny_patch16_224", image_size=(32, 32), patch_size=8, **SMALL)
     torch.manual_seed(0)
     save_encoder(folder, from_arguments(arguments), arguments, Standardize([0.5] * 3, [0.25] * 3))
-    subject = open_subject(str(folder), untrained=True)
+    bundle = open_bundle(str(folder), untrained=True)
     images = load_images(open_source(write_pictures(folder / "pictures", 12)), range(12), size=(32, 32))
-    return subject, Part(images, list(range(12)))
+    return bundle, Split(images, list(range(12)))
 
 
 def mixed_by_hand(x: Tensor, y: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
@@ -368,18 +368,18 @@ def mixed_by_hand(x: Tensor, y: Tensor, mixup: float, cutmix: float) -> tuple[Te
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_the_first_loss_of_fine_tuning_is_that_by_hand(
-    tuned: tuple[Subject, Part], tmp_path: Path, mixup: float, cutmix: float
+    tuned: tuple[EncoderBundle, Split], tmp_path: Path, mixup: float, cutmix: float
 ) -> None:
-    subject, part = tuned
+    bundle, part = tuned
     recipe = FineTuning(
         epochs=1.0, batch_size=12, mixup=mixup, cutmix=cutmix, erasing=0.0, augment=None, head_scale=0.9, drop_path=0.0
     )
-    found = [finetune(subject, part, part, recipe, minutes=None, seed=0, folder=tmp_path / str(k)) for k in (0, 1)]
+    found = [finetune(bundle, part, part, recipe, minutes=None, seed=0, folder=tmp_path / str(k)) for k in (0, 1)]
     assert found[0]["trained"]["encoder"]["steps"] == 1
     assert found[0]["trained"]["encoder"]["loss"] == found[1]["trained"]["encoder"]["loss"]
     torch.manual_seed(0)
-    model: Any = timm.create_model(**{**subject.arguments, "num_classes": 3})
-    model.load_state_dict(subject.weights(), strict=False)
+    model: Any = timm.create_model(**{**bundle.arguments, "num_classes": 3})
+    model.load_state_dict(bundle.weights(), strict=False)
     with torch.no_grad():
         model.head.weight.normal_(std=0.9)
         model.head.bias.zero_()
@@ -394,28 +394,28 @@ def test_the_first_loss_of_fine_tuning_is_that_by_hand(
 
 @pytest.mark.quick
 @pytest.mark.parametrize("size", [0, 7])
-def test_a_batch_that_cannot_be_mixed_is_refused(tuned: tuple[Subject, Part], tmp_path: Path, size: int) -> None:
+def test_a_batch_that_cannot_be_mixed_is_refused(tuned: tuple[EncoderBundle, Split], tmp_path: Path, size: int) -> None:
     recipe = FineTuning(epochs=1.0, batch_size=size, augment=None)
     with pytest.raises(InputError, match=rf"batch_size={size}: 1 or more are needed, and an even number"):
         finetune(tuned[0], tuned[1], tuned[1], recipe, minutes=None, seed=0, folder=tmp_path)
 
 
-def test_an_odd_batch_is_trained_on_where_nothing_is_mixed(tuned: tuple[Subject, Part], tmp_path: Path) -> None:
+def test_an_odd_batch_is_trained_on_where_nothing_is_mixed(tuned: tuple[EncoderBundle, Split], tmp_path: Path) -> None:
     recipe = FineTuning(epochs=1.0, batch_size=7, augment=None, mixup=0.0, cutmix=0.0)
     found = finetune(tuned[0], tuned[1], tuned[1], recipe, minutes=None, seed=0, folder=tmp_path)
     assert found["trained"]["encoder"]["steps"] == 2
 
 
-def test_the_average_that_is_judged_is_that_of_timm(tuned: tuple[Subject, Part], tmp_path: Path) -> None:
+def test_the_average_that_is_judged_is_that_of_timm(tuned: tuple[EncoderBundle, Split], tmp_path: Path) -> None:
     """Two steps, of which the first has a rate of 0: the decay warms up as 1 - (1 + step) ** (-2 / 3)."""
-    subject, part = tuned
+    bundle, part = tuned
     kept: list[dict[str, Tensor]] = []
     for average in (0.0, 0.9):
         recipe = FineTuning(epochs=1.0, batch_size=6, augment=None, ema_decay=average, head_scale=0.9, lr=1e-2)
-        finetune(subject, part, part, recipe, minutes=None, seed=0, folder=tmp_path / str(average))
+        finetune(bundle, part, part, recipe, minutes=None, seed=0, folder=tmp_path / str(average))
         kept.append(load_file(tmp_path / str(average) / "model.safetensors"))
     decay = 1 - 2 ** (-2 / 3)
-    for name, before in subject.weights().items():
+    for name, before in bundle.weights().items():
         wanted = decay * before + (1 - decay) * kept[0][name]
         torch.testing.assert_close(kept[1][name], wanted, atol=1e-6, rtol=1e-5)
     assert not torch.equal(kept[0]["patch_embed.proj.weight"], kept[1]["patch_embed.proj.weight"])
@@ -491,7 +491,9 @@ def test_windows_are_averaged_as_by_hand(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.quick
-def test_more_classes_than_masks_of_bytes_tell_apart_are_refused(tuned: tuple[Subject, Part], tmp_path: Path) -> None:
+def test_more_classes_than_masks_of_bytes_tell_apart_are_refused(
+    tuned: tuple[EncoderBundle, Split], tmp_path: Path
+) -> None:
     """Class 255 would be taken for what is ignored."""
     rng = np.random.default_rng(0)
     for number, split in enumerate(("train", "train", "val", "val")):
@@ -512,7 +514,7 @@ def test_more_classes_than_masks_of_bytes_tell_apart_are_refused(tuned: tuple[Su
     [({"overlap": 1.0}, "overlap=1"), ({"overlap": -0.5}, "overlap=-0.5"), ({"scale": (0.0, 2.0)}, "scale=")],
 )
 def test_windows_with_gaps_and_scales_of_nothing_are_refused(
-    tuned: tuple[Subject, Part], tmp_path: Path, settings: dict[str, Any], said: str
+    tuned: tuple[EncoderBundle, Split], tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     folder = write_scenes(tmp_path / "scenes", 2, 1, (32, 96))
     parts, names = masked_parts(open_source(folder), folder, tuned[0], None, 0, 1.0)
@@ -537,7 +539,7 @@ def test_objects_move_as_in_torchvision() -> None:
         for mask, (left, top, right, bottom) in zip(drawn, boxes.astype(int), strict=True):
             mask[top:bottom, left:right] = 1
         polygons = [[[a, b, c, b, c, d, a, d]] for a, b, c, d in boxes.tolist()]
-        given = Objects(boxes, np.arange(1, 6), np.array([False] * 4 + [True]), polygons)
+        given = Instances(boxes, np.arange(1, 6), np.array([False] * 4 + [True]), polygons)
         found, target, _ = placed(image, given, size, True, np.random.default_rng(seed))
         draws = np.random.default_rng(seed)
         low = 48 / 90
@@ -575,7 +577,9 @@ def test_objects_move_as_in_torchvision() -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("shape", [(24, 40), (96, 64), (20, 128)])
-def test_detections_come_back_into_the_images_own_pixels(tuned: tuple[Subject, Part], shape: tuple[int, int]) -> None:
+def test_detections_come_back_into_the_images_own_pixels(
+    tuned: tuple[EncoderBundle, Split], shape: tuple[int, int]
+) -> None:
     height, width = shape
     scale = min(1.0, 32 / height, 32 / width)
     tall, wide = round(height * scale), round(width * scale)
@@ -605,7 +609,7 @@ def test_detections_come_back_into_the_images_own_pixels(tuned: tuple[Subject, P
 
 
 def test_objects_without_masks_among_others_leave_boxes_alone(
-    tuned: tuple[Subject, Part], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tuned: tuple[EncoderBundle, Split], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_scenes(tmp_path / "scenes", 2, 2, (32, 32))
     file = folder / "annotations" / "val.json"

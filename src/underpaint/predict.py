@@ -28,12 +28,12 @@ from underpaint.data import (
 )
 from underpaint.errors import InputError
 from underpaint.evaluate.attentive import AttentiveHead
+from underpaint.evaluate.bundle import EncoderBundle, open_bundle
 from underpaint.evaluate.detect import FOUND, Detecting, Sizes, detected, detector, found_frame
 from underpaint.evaluate.frozen import Classifier, LinearHead
+from underpaint.evaluate.full_res import FullResImages
 from underpaint.evaluate.keep import kept
-from underpaint.evaluate.scenes import Scenes
 from underpaint.evaluate.segment import Segmenting, painted, segmented, segmenter
-from underpaint.evaluate.subject import Subject, open_subject
 from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
 from underpaint.pictures import alike, legend_of, rgb, sheet, to_rgb
@@ -59,7 +59,7 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
     """
     described, weights = kept(Path(trained))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    subject = Subject(
+    bundle = EncoderBundle(
         described["encoder"],
         from_arguments(dict(described["create_model"])),
         described["create_model"],
@@ -68,45 +68,45 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
         True,
         scaling=stored_scaling(described.get("scaling")),
     )
-    model = _rebuilt(described, subject)
+    model = _rebuilt(described, bundle)
     model.load_state_dict(weights)
     model = model.to(device).eval()
     source = open_source(images)
-    subject = _scaled(subject, source)
+    bundle = _scaled(bundle, source)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     task, names = described["task"], described["classes"]
     if task.startswith("segment"):
-        _masks(model, subject, source, names, described, folder)
+        _masks(model, bundle, source, names, described, folder)
     elif task == "detect":
-        _boxes(model, subject, source, names, described, folder)
+        _boxes(model, bundle, source, names, described, folder)
     else:
-        _classes(model, subject, source, names, folder)
+        _classes(model, bundle, source, names, folder)
 
 
-def _scaled(subject: Subject, source: Source) -> Subject:
+def _scaled(bundle: EncoderBundle, source: Source) -> EncoderBundle:
     """With a scaling for all images: its own, else one measured on them."""
-    every, channels = range(len(source.entries)), subject.encoder.channels
-    found = settle_scaling(subject.scaling, source, every, size=subject.size, channels=channels, tell=say)
-    return replace(subject, scaling=found)
+    every, channels = range(len(source.entries)), bundle.encoder.channels
+    found = settle_scaling(bundle.scaling, source, every, size=bundle.size, channels=channels, tell=say)
+    return replace(bundle, scaling=found)
 
 
-def _rebuilt(described: dict[str, Any], subject: Subject) -> nn.Module:
+def _rebuilt(described: dict[str, Any], bundle: EncoderBundle) -> nn.Module:
     """The network that was trained, untrained."""
     task, classes = described["task"], len(described["classes"])
     if task == "linear":
-        return Classifier(subject.encoder, LinearHead(subject.encoder.dim, classes), False)
+        return Classifier(bundle.encoder, LinearHead(bundle.encoder.dim, classes), False)
     if task == "attentive":
-        return Classifier(subject.encoder, AttentiveHead.untrained(subject.encoder.dim, classes), True)
+        return Classifier(bundle.encoder, AttentiveHead.untrained(bundle.encoder.dim, classes), True)
     if task == "finetune":
         return timm.create_model(**{**described["create_model"], "num_classes": classes})
     if task.startswith("segment-"):
         head = task.removeprefix("segment-")
-        return segmenter(subject.encoder, head, classes, subject.size, Segmenting(**_tuples(described["settings"])))
+        return segmenter(bundle.encoder, head, classes, bundle.size, Segmenting(**_tuples(described["settings"])))
     if task == "detect":
         sizes = Sizes(tuple(map(tuple, described["sizes"]["anchors"])), described["sizes"]["limit"])
         settings = Detecting(**_tuples(described["settings"]))
-        return detector(subject.encoder, subject.size, classes, described["masks"], sizes, settings)
+        return detector(bundle.encoder, bundle.size, classes, described["masks"], sizes, settings)
     raise InputError(f"a model of task '{task}'; this version does not know it")
 
 
@@ -115,12 +115,12 @@ def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _classes(model: nn.Module, subject: Subject, source: Source, names: list[str], folder: Path) -> None:
-    images = _load(source, subject)
+def _classes(model: nn.Module, bundle: EncoderBundle, source: Source, names: list[str], folder: Path) -> None:
+    images = _load(source, bundle)
     rows: list[tuple[str, str, str]] = []
     tiles: list[tuple[np.ndarray, str]] = []
-    for batch in eval_batches(images, size=subject.size, device=subject.standardize.mean.device):
-        best = model(subject.standardize(batch.images)).softmax(1).max(1)
+    for batch in eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device):
+        best = model(bundle.standardize(batch.images)).softmax(1).max(1)
         shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
         for place, sample in enumerate(batch.samples):
             name, probability = names[int(best.indices[place])], float(best.values[place])
@@ -154,12 +154,12 @@ def _contact_sheet(tiles: list[tuple[np.ndarray, str]], path: Path, columns: int
     canvas.save(path, format="PNG", optimize=True)
 
 
-def _load(source: Source, subject: Subject) -> ImageSet:
-    every, channels = range(len(source.entries)), subject.encoder.channels
-    return load_images(source, every, size=subject.size, channels=channels, scaling=subject.scaling)
+def _load(source: Source, bundle: EncoderBundle) -> ImageSet:
+    every, channels = range(len(source.entries)), bundle.encoder.channels
+    return load_images(source, every, size=bundle.size, channels=channels, scaling=bundle.scaling)
 
 
-def _readable(scenes: Scenes, source: Source) -> Iterator[tuple[int, Tensor]]:
+def _readable(scenes: FullResImages, source: Source) -> Iterator[tuple[int, Tensor]]:
     for index in range(len(source.entries)):
         if index in scenes:
             try:
@@ -169,15 +169,15 @@ def _readable(scenes: Scenes, source: Source) -> Iterator[tuple[int, Tensor]]:
 
 
 def _masks(
-    model: nn.Module, subject: Subject, source: Source, names: list[str], described: dict[str, Any], folder: Path
+    model: nn.Module, bundle: EncoderBundle, source: Source, names: list[str], described: dict[str, Any], folder: Path
 ) -> None:
-    scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels, subject.scaling)
+    scenes = FullResImages(source, range(len(source.entries)), bundle.encoder.channels, bundle.scaling)
     columns: dict[str, list[Tensor]] = {"image": [], "found": []}
     count = 0
     for index, image in _readable(scenes, source):
-        device = subject.standardize.mean.device
-        standard = subject.standardize(image[None].to(device))[0]
-        found = segmented(model, standard, subject.size, len(names), described["settings"]["overlap"]).argmax(0)
+        device = bundle.standardize.mean.device
+        standard = bundle.standardize(image[None].to(device))[0]
+        found = segmented(model, standard, bundle.size, len(names), described["settings"]["overlap"]).argmax(0)
         mask = found.to(torch.uint8).cpu().numpy()
         path = folder / "masks" / _safe(source.entries[index].name).with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,9 +195,9 @@ def _masks(
 
 
 def _boxes(
-    model: nn.Module, subject: Subject, source: Source, names: list[str], described: dict[str, Any], folder: Path
+    model: nn.Module, bundle: EncoderBundle, source: Source, names: list[str], described: dict[str, Any], folder: Path
 ) -> None:
-    scenes = Scenes(source, range(len(source.entries)), subject.encoder.channels, subject.scaling)
+    scenes = FullResImages(source, range(len(source.entries)), bundle.encoder.channels, bundle.scaling)
     back = dict(enumerate(described["categories"], start=1))
     listed, results = [], []
     columns: dict[str, list[Tensor]] = {"image": [], FOUND: []}
@@ -205,7 +205,7 @@ def _boxes(
         number = len(listed) + 1
         height, width = (int(side) for side in image.shape[-2:])
         listed.append({"id": number, "file_name": source.entries[index].name, "width": width, "height": height})
-        found = detected(model, subject, image, number, back, described["masks"])
+        found = detected(model, bundle, image, number, back, described["masks"])
         results += found
         if number <= SHOWN_DENSE:
             for column, frame in zip(
@@ -241,19 +241,19 @@ def embed(encoder: str, data: str | Path, out: str | Path, *, image_size: tuple[
     Raises:
         InputError: an encoder or data that cannot be used.
     """
-    subject = open_subject(encoder, image_size=image_size)
+    bundle = open_bundle(encoder, image_size=image_size)
     source = open_source(data)
-    subject = _scaled(subject, source)
-    images = _load(source, subject)
+    bundle = _scaled(bundle, source)
+    images = _load(source, bundle)
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kind = pa.list_(pa.float32(), subject.encoder.dim)
+        kind = pa.list_(pa.float32(), bundle.encoder.dim)
         schema = pa.schema([("path", pa.string()), ("vector", kind)])
         with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            for batch in eval_batches(images, size=subject.size, device=subject.standardize.mean.device):
-                pooled = subject.encoder(subject.standardize(batch.images)).pooled.float().cpu().numpy()
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(pooled.reshape(-1)), subject.encoder.dim)
+            for batch in eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device):
+                pooled = bundle.encoder(bundle.standardize(batch.images)).pooled.float().cpu().numpy()
+                vectors = pa.FixedSizeListArray.from_arrays(pa.array(pooled.reshape(-1)), bundle.encoder.dim)
                 names = pa.array([images.names[k] for k in batch.samples])
                 writer.write_table(pa.Table.from_arrays([names, vectors], schema=schema))
     except OSError as error:

@@ -37,9 +37,9 @@ from underpaint.data import (
     train_batches,
 )
 from underpaint.errors import InputError, NotFinite
+from underpaint.evaluate.probes import ProbeSuite
+from underpaint.evaluate.visualizations import write_visualizations
 from underpaint.files import finite
-from underpaint.judge import Judge
-from underpaint.looks import write_looks
 from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet
@@ -198,7 +198,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
     return fabric
 
 
-def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
+def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, ProbeSuite]:
     """The images to pretrain on and, where there are labels, those to judge by; says what was understood."""
     settings = recipe.data
     assert settings.path is not None
@@ -249,9 +249,9 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, Judge]:
                 f"note: images are {side} px, enlarged to {min(settings.image_size)}: "
                 f"--image-size {side} with a smaller --patch-size is many times faster"
             )
-    judge = Judge.of(labelled, load, images, indices, settings.image_size, recipe.run.seed)
+    judge = ProbeSuite.of(labelled, load, images, indices, settings.image_size, recipe.run.seed)
     judge.seen = seen
-    for part in judge.parts or ():
+    for part in judge.splits or ():
         if part.images is not images and part.images.skipped:
             first = f"{part.images.skipped[0]['path']}: {part.images.skipped[0]['reason']}"
             shout(f"{len(part.images.skipped)} images to judge by are left out, the first: {first}")
@@ -416,7 +416,7 @@ def _train(
     recipe: Recipe,
     resumed: bool,
     images: ImageSet,
-    judge: Judge,
+    judge: ProbeSuite,
     method: Method,
     standardize: Standardize,
     arguments: dict[str, Any],
@@ -495,7 +495,11 @@ def _train(
             scale = None if scaler is None else scaler.state_dict()
             run.save(state["step"], tensors, {**state, "window": window.names, "scaler": scale}, keep)
             save_encoder(
-                run.path, judge.settled(method.encoder, current.standardize), arguments, standardize, images.scaling
+                run.path,
+                judge.recalibrate_bn(method.encoder, current.standardize),
+                arguments,
+                standardize,
+                images.scaling,
             )
         fabric.barrier()
 
@@ -617,8 +621,8 @@ def _train(
         report = {"restoration": judge.restoration(method, current.standardize)}
         report |= judge.final(method.encoder, untrained.to(fabric.device), current.standardize, start, shout)
         run.write_json("probes.json", report)
-        mine, other = (judge.settled(encoder, current.standardize) for encoder in (method.encoder, untrained))
-        write_looks(mine, other, judge, current.standardize, run.path / "pictures")
+        mine, other = (judge.recalibrate_bn(encoder, current.standardize) for encoder in (method.encoder, untrained))
+        write_visualizations(mine, other, judge, current.standardize, run.path / "pictures")
         write_report(run.path)
         shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")
     fabric.barrier()
@@ -652,7 +656,7 @@ def _count_bad(run: Run, images: ImageSet, seen: Any, state: dict[str, Any], bar
         )
 
 
-def _look(run: Run, judge: Judge, current: Session, step: int, main: bool) -> dict[str, float] | None:
+def _look(run: Run, judge: ProbeSuite, current: Session, step: int, main: bool) -> dict[str, float] | None:
     """A probe and a picture of where the run stands; training's randomness is not touched."""
     if not main:
         return None

@@ -32,10 +32,10 @@ from underpaint.console import say
 from underpaint.data import ImageSet
 from underpaint.errors import InputError
 from underpaint.evaluate import Probe
+from underpaint.evaluate.probes import SHOTS, ProbeSuite, Worth
+from underpaint.evaluate.visualizations import write_visualizations
 from underpaint.files import replacing, write_json, write_text
 from underpaint.inference import load_method
-from underpaint.judge import SHOTS, Judge, Worth
-from underpaint.looks import write_looks
 from underpaint.methods import METHODS
 from underpaint.pictures import sheet
 from underpaint.pretraining import build, open_data
@@ -322,7 +322,7 @@ class Found:
     kinds: dict[str, tuple[Kind, bool]]  # of row, and whether a seed plays a part in it
 
 
-def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: Judge, received: Sequence[int]) -> Found:
+def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: ProbeSuite, received: Sequence[int]) -> Found:
     say("judging: floors, untrained encoders, then every run ...")
     found = Found({}, {})
     first = next(iter(plan.recipes.values()))
@@ -340,10 +340,10 @@ def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: Judge, receive
 
     def floor(name: str) -> Worth:
         if not floors:
-            floors.update(judge.floors(DRAWS))
+            floors.update(judge.baselines(DRAWS))
         return floors[name]
 
-    if judge.parts is not None:
+    if judge.splits is not None:
         for name, title in (("raw_pixels", "raw pixels"), ("hog", "HOG")):
             found.worths[title] = [judged(name, 0, partial(floor, name))]
             found.kinds[title] = ("floor", False)
@@ -375,8 +375,12 @@ def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: Judge, receive
                     known |= {key: found.worths[title][0]} if title in found.worths else {}
                 restoration = judge.restoration(load_method(run.path)[0], standardize)
                 run.write_json("probes.json", {"restoration": restoration} | judge.summary(known, encoder))
-                write_looks(
-                    encoder, judge.settled(untrained[seed], standardize), judge, standardize, run.path / "pictures"
+                write_visualizations(
+                    encoder,
+                    judge.recalibrate_bn(untrained[seed], standardize),
+                    judge,
+                    standardize,
+                    run.path / "pictures",
                 )
                 write_report(run.path)
         found.kinds[name] = ("method", True)
@@ -436,7 +440,7 @@ def arms_of(found: Found) -> list[Arm]:
     return sorted(arms, key=lambda arm: places.index(arm.kind))
 
 
-def _result(plan: Plan, judge: Judge, folder: Path, found: Found) -> dict[str, Any]:
+def _result(plan: Plan, judge: ProbeSuite, folder: Path, found: Found) -> dict[str, Any]:
     arms = arms_of(found)
     first = next(iter(plan.recipes.values()))
     runs = {
@@ -463,7 +467,7 @@ def _result(plan: Plan, judge: Judge, folder: Path, found: Found) -> dict[str, A
         "images": len(judge.pool),
         "start": start,
     }
-    if judge.parts is not None:
+    if judge.splits is not None:
         train, test = judge.full()
         classes = len(np.unique(train.labels))
         result |= {"train": len(train.indices), "test": len(test.indices), "classes": classes, "chance": 1 / classes}
@@ -588,7 +592,7 @@ def _curve(runs: Sequence[Run]) -> dict[str, Any]:
     return curve
 
 
-def _restorations(judge: Judge, runs: Mapping[str, Sequence[Run]], path: Path) -> None:
+def _restorations(judge: ProbeSuite, runs: Mapping[str, Sequence[Run]], path: Path) -> None:
     """The same images restored by every method: a row an image, original first."""
     columns: dict[str, torch.Tensor] = {}
     for name, those in runs.items():

@@ -1,8 +1,8 @@
 """What features are worth: probes of a frozen encoder, floors without any network, and the rank of the features."""
 
 from underpaint.evaluate.attentive import attentive
+from underpaint.evaluate.baselines import hog, majority, raw_pixels
 from underpaint.evaluate.features import Features, extract
-from underpaint.evaluate.floors import hog, majority, raw_pixels
 from underpaint.evaluate.knn import knn
 from underpaint.evaluate.linear import linear
 from underpaint.evaluate.probe import probe_features

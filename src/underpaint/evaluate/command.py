@@ -27,23 +27,22 @@ from underpaint.data import (
     settle_scaling,
     split_indices,
 )
-from underpaint.data.answers import Detections, detections_of, masks_of
+from underpaint.data.annotations import CocoAnnotations, coco_annotations, masks_of
 from underpaint.errors import InputError
+from underpaint.evaluate.baselines import raw_pixels
+from underpaint.evaluate.bundle import EncoderBundle, open_bundle
 from underpaint.evaluate.detect import Detecting, detect
 from underpaint.evaluate.finetune import finetune, recipe_for
-from underpaint.evaluate.floors import raw_pixels
 from underpaint.evaluate.frozen import FROZEN, judge_frozen
+from underpaint.evaluate.full_res import FullResImages
 from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
-from underpaint.evaluate.parts import Part
 from underpaint.evaluate.plots import histogram_picture
-from underpaint.evaluate.scenes import Scenes
-from underpaint.evaluate.segment import VOID, Answered, Segmenting, segment
-from underpaint.evaluate.splits import stratified
+from underpaint.evaluate.probes import SETTLING, ProbeSuite
+from underpaint.evaluate.segment import VOID, MaskedSplit, Segmenting, segment
+from underpaint.evaluate.splits import Split, stratified
 from underpaint.evaluate.store import stored_features
-from underpaint.evaluate.subject import Subject, open_subject
+from underpaint.evaluate.visualizations import write_visualizations
 from underpaint.files import write_json, write_text
-from underpaint.judge import SETTLING, Judge
-from underpaint.looks import write_looks
 from underpaint.recipes.recipe import Recipe
 from underpaint.train.fit import changed
 from underpaint.train.run_folder import Run, environment
@@ -70,7 +69,7 @@ def evaluate(
     recipe: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Judge an encoder on answered images; where `out` holds an earlier evaluation of it, go on with it.
+    """ProbeSuite an encoder on answered images; where `out` holds an earlier evaluation of it, go on with it.
 
     `out` gets results.json, table.md, and a folder a task with pictures and what was trained (`underpaint predict`).
 
@@ -108,14 +107,14 @@ def evaluate(
             f"--groups {groups!r}: no name in {data} matches, the first is {source.entries[0].name}; give a regular "
             "expression that does, or '' for none"
         )
-    subject = open_subject(encoder, image_size=image_size, untrained=untrained, seed=seed)
-    subject = _scaled(subject, source)
-    for note in subject.notes:
+    bundle = open_bundle(encoder, image_size=image_size, untrained=untrained, seed=seed)
+    bundle = _scaled(bundle, source)
+    for note in bundle.notes:
         say(f"note: {note}")
-    if batch_norms(subject.encoder):
-        subject = replace(subject, clean=partial(_clean, source, subject, seed))
-        if untrained and subject.clean is not None:
-            subject = replace(subject, encoder=settled(subject.encoder, subject.clean))
+    if batch_norms(bundle.encoder):
+        bundle = replace(bundle, clean=partial(_clean, source, bundle, seed))
+        if untrained and bundle.clean is not None:
+            bundle = replace(bundle, encoder=settled(bundle.encoder, bundle.clean))
     results = _earlier(
         folder,
         {
@@ -123,44 +122,46 @@ def evaluate(
             "encoder": encoder,
             "untrained": untrained,
             "data": str(data),
-            "image_size": list(subject.size),
+            "image_size": list(bundle.size),
             "seed": seed,
             "label_fraction": label_fraction,
             "groups": groups,
         },
     )
-    results["notes"] = [*subject.notes, *_seen(run, data, source)] if subject.trained else []
+    results["notes"] = [*bundle.notes, *_seen(run, data, source)] if bundle.trained else []
     folder.mkdir(parents=True, exist_ok=True)
     given = dict(settings or {})
     found: dict[str, Any] = {}
     if frozen := [task for task in FROZEN if task in tasks]:
-        train, test = labelled_parts(source, subject, seed, label_fraction)
-        found = judge_frozen(subject, train, test, frozen, seed=seed, folder=folder)
-        judge = Judge(train.images, (train, test), subject.size, seed)
-        write_looks(subject.encoder, subject.twin(seed).encoder, judge, subject.standardize, folder / "pictures")
+        train, test = labelled_parts(source, bundle, seed, label_fraction)
+        found = judge_frozen(bundle, train, test, frozen, seed=seed, folder=folder)
+        judge = ProbeSuite(train.images, (train, test), bundle.size, seed)
+        write_visualizations(
+            bundle.encoder, bundle.random_init(seed).encoder, judge, bundle.standardize, folder / "pictures"
+        )
         _write(folder, results, found)
     if "finetune" in tasks:
-        train, test = labelled_parts(source, subject, seed, label_fraction)
-        chosen = recipe_for(subject, recipe, given)
-        numbers = finetune(subject, train, test, chosen, minutes=minutes, seed=seed, folder=folder / "finetune")
+        train, test = labelled_parts(source, bundle, seed, label_fraction)
+        chosen = recipe_for(bundle, recipe, given)
+        numbers = finetune(bundle, train, test, chosen, minutes=minutes, seed=seed, folder=folder / "finetune")
         _write(folder, results, {"finetune": numbers})
     if "segment" in tasks:
         chosen_segmenting = changed(Segmenting(), given, "segmentation")
-        parts, names = masked_parts(source, data, subject, ignore_index, seed, label_fraction)
+        parts, names = masked_parts(source, data, bundle, ignore_index, seed, label_fraction)
         numbers = segment(
-            subject, *parts, names, chosen_segmenting, minutes=minutes, seed=seed, folder=folder / "segment"
+            bundle, *parts, names, chosen_segmenting, minutes=minutes, seed=seed, folder=folder / "segment"
         )
         _write(folder, results, {"segment": numbers})
     if "detect" in tasks:
         chosen_detecting = changed(Detecting(), given, "detection")
-        scenes, *boxed = boxed_parts(source, data, subject, seed, label_fraction)
+        scenes, *boxed = boxed_parts(source, data, bundle, seed, label_fraction)
         numbers = detect(
-            subject, scenes, boxed[0], boxed[1], chosen_detecting, minutes=minutes, seed=seed, folder=folder / "detect"
+            bundle, scenes, boxed[0], boxed[1], chosen_detecting, minutes=minutes, seed=seed, folder=folder / "detect"
         )
         _write(folder, results, {"detect": numbers})
     if "outliers" in tasks:
         assert against is not None
-        numbers = judge_outliers(subject, source, against, seed, folder / "outliers")
+        numbers = judge_outliers(bundle, source, against, seed, folder / "outliers")
         _write(folder, results, {"outliers": numbers})
     for line in table(results):
         say(line)
@@ -168,17 +169,17 @@ def evaluate(
     return results
 
 
-def _scaled(subject: Subject, source: Source) -> Subject:
+def _scaled(bundle: EncoderBundle, source: Source) -> EncoderBundle:
     """With a scaling for all images of the evaluation: its own, else that of those it trains on."""
     train, _ = labelled_indices(source) or split_indices(source, list(range(len(source.entries))))
-    channels = subject.encoder.channels
-    found = settle_scaling(subject.scaling, source, train, size=subject.size, channels=channels, tell=say)
-    return replace(subject, scaling=found)
+    channels = bundle.encoder.channels
+    found = settle_scaling(bundle.scaling, source, train, size=bundle.size, channels=channels, tell=say)
+    return replace(bundle, scaling=found)
 
 
-def _load(source: Source, indices: Sequence[int], subject: Subject) -> ImageSet:
+def _load(source: Source, indices: Sequence[int], bundle: EncoderBundle) -> ImageSet:
     images = load_images(
-        source, list(indices), size=subject.size, channels=subject.encoder.channels, scaling=subject.scaling
+        source, list(indices), size=bundle.size, channels=bundle.encoder.channels, scaling=bundle.scaling
     )
     if images.skipped:
         first = f"{images.skipped[0]['path']}: {images.skipped[0]['reason']}"
@@ -226,13 +227,13 @@ def _seen(run: Recipe | None, data: str | Path, source: Source) -> list[str]:
     return [f"{shared:,} of the {len(sides[1]):,} images held out to test on were pretrained on, without their labels."]
 
 
-def _clean(source: Source, subject: Subject, seed: int) -> Iterator[Tensor]:
-    """Training images for the batch norms of an untrained twin."""
+def _clean(source: Source, bundle: EncoderBundle, seed: int) -> Iterator[Tensor]:
+    """Training images for the batch norms of a random-init network."""
     train, _ = split_indices(source, list(range(len(source.entries))))
-    images = _load(source, train, subject)
-    device = subject.standardize.mean.device
-    for batch in fair_batches(images, size=subject.size, count=SETTLING, seed=seed, device=device):
-        yield subject.standardize(batch.images)
+    images = _load(source, train, bundle)
+    device = bundle.standardize.mean.device
+    for batch in fair_batches(images, size=bundle.size, count=SETTLING, seed=seed, device=device):
+        yield bundle.standardize(batch.images)
 
 
 def _checked(tasks: Sequence[str], label_fraction: float, against: Any, out: str | Path) -> None:
@@ -253,7 +254,7 @@ def _checked(tasks: Sequence[str], label_fraction: float, against: Any, out: str
 # -- the images of a task --------------------------------------------------------------------------------------------
 
 
-def labelled_parts(source: Source, subject: Subject, seed: int, fraction: float) -> tuple[Part, Part]:
+def labelled_parts(source: Source, bundle: EncoderBundle, seed: int, fraction: float) -> tuple[Split, Split]:
     """Images with class labels, to train on and to test on.
 
     Raises:
@@ -262,8 +263,8 @@ def labelled_parts(source: Source, subject: Subject, seed: int, fraction: float)
     found = labelled_indices(source)
     if found is None:
         raise InputError(f"{source.location} has no class labels; expected a folder a class, or a label column")
-    loaded = [_load(source, indices, subject) for indices in found]
-    train, test = (Part(images, list(range(len(images)))) for images in loaded)
+    loaded = [_load(source, indices, bundle) for indices in found]
+    train, test = (Split(images, list(range(len(images)))) for images in loaded)
     if fraction < 1:
         train = train.subset(max(len(np.unique(train.labels)), round(fraction * len(train.indices))), seed)
     lacking = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
@@ -282,8 +283,8 @@ def _fewer(indices: list[int], fraction: float, seed: int) -> list[int]:
 
 
 def masked_parts(
-    source: Source, data: str | Path, subject: Subject, ignore_index: int | None, seed: int, fraction: float
-) -> tuple[tuple[Answered, Answered], list[str]]:
+    source: Source, data: str | Path, bundle: EncoderBundle, ignore_index: int | None, seed: int, fraction: float
+) -> tuple[tuple[MaskedSplit, MaskedSplit], list[str]]:
     """Images with masks, to train on and to test on, and the classes by name.
 
     Raises:
@@ -313,23 +314,23 @@ def masked_parts(
         names = names[:-1]  # the ignored class may be named too
     if len(names) > VOID:
         raise InputError(f"{data}: masks of {len(names)} classes; segmentation takes up to {VOID}")
-    scenes = Scenes(source, [*train, *test], subject.encoder.channels, subject.scaling)
+    scenes = FullResImages(source, [*train, *test], bundle.encoder.channels, bundle.scaling)
     made = [
-        Answered(scenes, masks, [k for k in indices if k in scenes], len(names), ignore) for indices in (train, test)
+        MaskedSplit(scenes, masks, [k for k in indices if k in scenes], len(names), ignore) for indices in (train, test)
     ]
     say(f"masks: {len(made[0])} images to train on, {len(made[1])} to test on, {len(names)} classes")
     return (made[0], made[1]), names
 
 
 def boxed_parts(
-    source: Source, data: str | Path, subject: Subject, seed: int, fraction: float
-) -> tuple[Scenes, tuple[Detections, list[int]], tuple[Detections, list[int]]]:
+    source: Source, data: str | Path, bundle: EncoderBundle, seed: int, fraction: float
+) -> tuple[FullResImages, tuple[CocoAnnotations, list[int]], tuple[CocoAnnotations, list[int]]]:
     """Images with boxes, to train on and to test on; where only one part is annotated, some of it are held out.
 
     Raises:
         InputError: there are no boxes; images that annotations list are not there.
     """
-    by_split = detections_of(data, source)
+    by_split = coco_annotations(data, source)
     for note in dict.fromkeys(note for found in by_split.values() for note in found.notes):
         say(f"note: {note}")
     judge = next((split for split in ("test", "val") if split in by_split), None)
@@ -339,7 +340,7 @@ def boxed_parts(
         judge, only = next(iter(by_split.items()))
         parts = [(only, indices) for indices in split_indices(source, sorted(only.images))]
     parts[0] = (parts[0][0], _fewer(parts[0][1], fraction, seed))
-    scenes = Scenes(source, [*parts[0][1], *parts[1][1]], subject.encoder.channels, subject.scaling)
+    scenes = FullResImages(source, [*parts[0][1], *parts[1][1]], bundle.encoder.channels, bundle.scaling)
     train, test = ((found, [k for k in indices if k in scenes]) for found, indices in parts)
     if not train[1] or not test[1]:
         raise InputError(
@@ -352,34 +353,36 @@ def boxed_parts(
 # -- outliers ----------------------------------------------------------------------------------------------------------
 
 
-def judge_outliers(subject: Subject, source: Source, against: str | Path, seed: int, folder: Path) -> dict[str, Any]:
+def judge_outliers(
+    bundle: EncoderBundle, source: Source, against: str | Path, seed: int, folder: Path
+) -> dict[str, Any]:
     """Test images of `source` against all of `against`, by every score there is."""
     train, test = split_indices(source, list(range(len(source.entries))))
     other = open_source(against)
     strange_indices = list(range(len(other.entries)))
     sets = {
-        "train": _load(source, train, subject),
-        "usual": _load(source, test, subject),
-        "strange": _load(other, strange_indices, subject),
+        "train": _load(source, train, bundle),
+        "usual": _load(source, test, bundle),
+        "strange": _load(other, strange_indices, bundle),
     }
     scores: dict[str, dict[str, np.ndarray]] = {}
     groups: list[str] | None = None
-    for who, one in {"encoder": subject, **({"untrained": subject.twin(seed)} if subject.trained else {})}.items():
+    for who, one in {"encoder": bundle, **({"untrained": bundle.random_init(seed)} if bundle.trained else {})}.items():
         stored = {
             name: stored_features(one, images, list(range(len(images))), patches=False) for name, images in sets.items()
         }
         pooled = {name: features.pooled for name, features in stored.items()}
-        groups = Part(sets["usual"], []).groups_of(stored["usual"].samples.tolist())
+        groups = Split(sets["usual"], []).groups_of(stored["usual"].samples.tolist())
         for how, score in (("kNN distance", neighbour_distance), ("Mahalanobis", mahalanobis)):
             scores[f"{who}, {how}"] = {name: score(pooled["train"], pooled[name]) for name in ("usual", "strange")}
     floor = {
-        name: torch.cat([raw_pixels(b.images) for b in eval_batches(images, size=subject.size)])
+        name: torch.cat([raw_pixels(b.images) for b in eval_batches(images, size=bundle.size)])
         for name, images in sets.items()
     }
     scores["raw pixels, kNN distance"] = {
         name: neighbour_distance(floor["train"], floor[name]) for name in ("usual", "strange")
     }
-    own = _own_score(subject, sets)
+    own = _own_score(bundle, sets)
     if own is not None:
         scores = {"the method's own score": own, **scores}
     found = {name: separation(pair["usual"], pair["strange"], seed, groups) for name, pair in scores.items()}
@@ -404,13 +407,13 @@ def judge_outliers(subject: Subject, source: Source, against: str | Path, seed: 
 
 
 @torch.no_grad()
-def _own_score(subject: Subject, sets: dict[str, Any]) -> dict[str, np.ndarray] | None:
+def _own_score(bundle: EncoderBundle, sets: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The energy or the restoration error of a trained run; None for an encoder without its method."""
     from underpaint.inference import load_method
 
-    if not subject.trained or not (Path(subject.name) / "checkpoints").is_dir():
+    if not bundle.trained or not (Path(bundle.name) / "checkpoints").is_dir():
         return None
-    method, standardize, recipe = load_method(subject.name)
+    method, standardize, recipe = load_method(bundle.name)
     found = {}
     for name in ("usual", "strange"):
         batches = eval_batches(sets[name], size=recipe.data.image_size, batch_size=64)

@@ -27,13 +27,13 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from underpaint.backbones import Backbone
 from underpaint.console import say
-from underpaint.data.answers import Detections, Objects, mask_of
+from underpaint.data.annotations import CocoAnnotations, Instances, mask_of
 from underpaint.errors import InputError
+from underpaint.evaluate.bundle import EncoderBundle
+from underpaint.evaluate.full_res import FullResImages
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.pyramid import Pyramid
 from underpaint.evaluate.result import Measured, measured, redraw
-from underpaint.evaluate.scenes import Scenes
-from underpaint.evaluate.subject import Subject
 from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.train.fit import Length, Schedule, fit
 
@@ -163,7 +163,7 @@ def finest(size: tuple[int, int]) -> int:
 
 
 def sizes_of(
-    annotated: Detections, indices: Sequence[int], size: tuple[int, int], shapes: dict[int, tuple[int, int]]
+    annotated: CocoAnnotations, indices: Sequence[int], size: tuple[int, int], shapes: dict[int, tuple[int, int]]
 ) -> Sizes:
     """Measured on the training images as the detector sees them: fitted into `size`.
 
@@ -185,7 +185,7 @@ def sizes_of(
 
 def placed(
     image: Float[Tensor, "c h w"],
-    objects: Objects,
+    objects: Instances,
     size: tuple[int, int],
     masks: bool,
     generator: np.random.Generator | None,
@@ -254,7 +254,7 @@ def placed(
 @torch.no_grad()
 def detected(
     model: nn.Module,
-    subject: Subject,
+    bundle: EncoderBundle,
     image: Float[Tensor, "c h w"],
     image_id: int,
     categories: dict[int, int],
@@ -264,10 +264,10 @@ def detected(
     from faster_coco_eval import mask as coding
 
     height, width = image.shape[-2:]
-    device = subject.standardize.mean.device
-    nothing = Objects(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool), [])
-    made, _, scale = placed(image, nothing, subject.size, False, None)
-    found = model([subject.standardize(made[None].to(device))[0]])[0]
+    device = bundle.standardize.mean.device
+    nothing = Instances(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool), [])
+    made, _, scale = placed(image, nothing, bundle.size, False, None)
+    found = model([bundle.standardize(made[None].to(device))[0]])[0]
     results = []
     tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
     for k in range(len(found["scores"])):
@@ -374,10 +374,10 @@ def _precision(
 
 
 def detect(
-    subject: Subject,
-    scenes: Scenes,
-    train: tuple[Detections, list[int]],
-    test: tuple[Detections, list[int]],
+    bundle: EncoderBundle,
+    scenes: FullResImages,
+    train: tuple[CocoAnnotations, list[int]],
+    test: tuple[CocoAnnotations, list[int]],
     settings: Detecting,
     *,
     minutes: float | None,
@@ -410,16 +410,16 @@ def detect(
     if 0 < without < len(segments):  # COCO's measure needs all, and an empty mask would be learned as one
         say(f"note: {without} of {len(segments)} objects have no mask: boxes alone")
     shapes: dict[int, Any] = {index: tuple(scenes[index].shape[-2:]) for index in indices}
-    sizes = sizes_of(annotated, indices, subject.size, shapes)
+    sizes = sizes_of(annotated, indices, bundle.size, shapes)
     say(
-        f"{'Mask' if masks else 'Faster'} R-CNN at {subject.size[0]}x{subject.size[1]} px: anchors of "
+        f"{'Mask' if masks else 'Faster'} R-CNN at {bundle.size[0]}x{bundle.size[1]} px: anchors of "
         f"{'; '.join(', '.join(f'{side:.0f}' for side in level) for level in sizes.anchors)} px, at most {sizes.limit} detections an image"
     )
-    subjects = {"encoder": subject} | ({"untrained": subject.twin(seed)} if subject.trained else {})
+    bundles = {"encoder": bundle} | ({"untrained": bundle.random_init(seed)} if bundle.trained else {})
     rows: dict[str, Any] = {}
     found: dict[str, list[Measured]] = {}
     trained: dict[str, Any] = {}
-    for who, one in subjects.items():
+    for who, one in bundles.items():
         model, trained[who] = _train(
             one, scenes, annotated, indices, categories, masks, sizes, settings, minutes, seed, folder / who
         )
@@ -469,9 +469,9 @@ def detect(
 
 
 def _train(
-    subject: Subject,
-    scenes: Scenes,
-    annotated: Detections,
+    bundle: EncoderBundle,
+    scenes: FullResImages,
+    annotated: CocoAnnotations,
     indices: list[int],
     categories: list[int],
     masks: bool,
@@ -482,9 +482,9 @@ def _train(
     folder: Path,
 ) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(seed)
-    device = subject.standardize.mean.device
-    encoder = copy.deepcopy(subject.encoder)
-    model = detector(encoder, subject.size, len(categories), masks, sizes, settings).to(device)
+    device = bundle.standardize.mean.device
+    encoder = copy.deepcopy(bundle.encoder)
+    model = detector(encoder, bundle.size, len(categories), masks, sizes, settings).to(device)
     inside = {id(parameter) for parameter in encoder.parameters()}
     own = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -505,13 +505,13 @@ def _train(
             for index in generator.choice(with_objects, settings.batch_size).tolist():
                 objects = annotated.objects(index)
                 objects.labels = np.array([numbers.get(k, 0) for k in objects.labels.tolist()], np.int64)
-                image, target, _ = placed(scenes[index], objects, subject.size, masks, generator)
+                image, target, _ = placed(scenes[index], objects, bundle.size, masks, generator)
                 batch.append((image, target))
             yield batch
             step += 1
 
     def loss_of(batch: list[tuple[Tensor, dict[str, Tensor]]], step: int) -> Tensor:
-        images = [subject.standardize(image[None].to(device))[0] for image, _ in batch]
+        images = [bundle.standardize(image[None].to(device))[0] for image, _ in batch]
         targets = [{name: value.to(device) for name, value in target.items()} for _, target in batch]
         losses: dict[str, Tensor] = model(images, targets)
         return torch.stack(list(losses.values())).sum()
@@ -528,9 +528,9 @@ def _train(
         clip=5.0,
         batch_size=settings.batch_size,
         settings={
-            "encoder": subject.name,
-            "trained": subject.trained,
-            "size": list(subject.size),
+            "encoder": bundle.name,
+            "trained": bundle.trained,
+            "size": list(bundle.size),
             "seed": seed,
             "train": len(indices),
             "masks": masks,
@@ -542,8 +542,8 @@ def _train(
 
 
 def picture(
-    scenes: Scenes,
-    judged: Detections,
+    scenes: FullResImages,
+    judged: CocoAnnotations,
     indices: Sequence[int],
     results: list[dict[str, Any]],
     categories: list[int],
@@ -594,7 +594,7 @@ def drawn(
     labels: Sequence[int],
     categories: list[int],
 ) -> Float[Tensor, "3 th tw"]:
-    """Objects as coloured masks where there are some, and boxes; a colour a class, or an object where there is one
+    """Instances as coloured masks where there are some, and boxes; a colour a class, or an object where there is one
     class. Small images are enlarged, and lines of large ones are thicker, for a picture of 256 px."""
     side = max(image.shape[-2:])
     times = max(1, -(-256 // side))

@@ -30,13 +30,13 @@ from underpaint.backbones.swin import Swin
 from underpaint.console import say
 from underpaint.data import Batch, eval_batches, train_batches
 from underpaint.errors import InputError
-from underpaint.evaluate.floors import majority
+from underpaint.evaluate.baselines import majority
+from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.frozen import classification
 from underpaint.evaluate.keep import keep
-from underpaint.evaluate.parts import Part
 from underpaint.evaluate.plots import confusion_picture
 from underpaint.evaluate.result import Probe
-from underpaint.evaluate.subject import Subject
+from underpaint.evaluate.splits import Split
 from underpaint.train.fit import Length, Schedule, changed, fit
 
 
@@ -121,16 +121,16 @@ def _rsb(epochs: float, rate: float, drop_path: float, augment: str) -> FineTuni
     )
 
 
-def classifier(subject: Subject, classes: int, drop_path: float, head_scale: float) -> nn.Module:
+def classifier(bundle: EncoderBundle, classes: int, drop_path: float, head_scale: float) -> nn.Module:
     """timm's own network with a head on the exported feature, started from the encoder's weights."""
-    arguments = with_drop_path(copy.deepcopy(subject.arguments) | {"num_classes": classes}, drop_path)
+    arguments = with_drop_path(copy.deepcopy(bundle.arguments) | {"num_classes": classes}, drop_path)
     model: Any = timm.create_model(**arguments)
-    matched = fill(model, subject.weights())
+    matched = fill(model, bundle.weights())
     head: Any = model.get_classifier()
     own = tuple(name for name, module in model.named_modules() if module is head)
     left = [name for name in matched.untouched if not name.startswith(own)]
     if left:
-        raise InputError(f"{subject.name}: no weights for {', '.join(left[:3])} of the network to be fine-tuned")
+        raise InputError(f"{bundle.name}: no weights for {', '.join(left[:3])} of the network to be fine-tuned")
     with torch.no_grad():
         head.weight.normal_(std=head_scale) if head_scale < 1 else None
         head.bias.zero_()
@@ -141,19 +141,19 @@ WORKERS = min(8, os.cpu_count() or 1)  # that decode, where images are not kept 
 SMALL = 96  # pixels of a side: up to here the recipe for small images serves
 
 
-def recipe_for(subject: Subject, name: str | None, settings: Mapping[str, Any]) -> FineTuning:
+def recipe_for(bundle: EncoderBundle, name: str | None, settings: Mapping[str, Any]) -> FineTuning:
     """The recipe of this name, or the one that suits the encoder and its image size, with some settings changed.
 
     Raises:
         InputError: no such recipe or setting.
     """
     if name is None:
-        if min(subject.size) <= SMALL:
+        if min(bundle.size) <= SMALL:
             name = "small"
-        elif isinstance(subject.encoder, Swin):
+        elif isinstance(bundle.encoder, Swin):
             name = "localmim-swin-base"
         else:
-            name = "mae-vit-base" if isinstance(subject.encoder, PatchBackbone) else "rsb-a3"
+            name = "mae-vit-base" if isinstance(bundle.encoder, PatchBackbone) else "rsb-a3"
     if name not in FINE_TUNING:
         raise InputError(f"--recipe {name}: for fine-tuning there are {', '.join(FINE_TUNING)}")
     return changed(FINE_TUNING[name](), settings, "fine-tuning")
@@ -173,9 +173,9 @@ class _Judged(nn.Module):
 
 
 def finetune(
-    subject: Subject,
-    train: Part,
-    test: Part,
+    bundle: EncoderBundle,
+    train: Split,
+    test: Split,
     recipe: FineTuning,
     *,
     minutes: float | None,
@@ -196,11 +196,11 @@ def finetune(
             f"--set batch_size={recipe.batch_size}: 1 or more are needed, and an even number where mixup and cutmix pair "
             "images (mixup=0 and cutmix=0 switch them off)"
         )
-    subjects = {"encoder": subject} | ({"untrained": subject.twin(seed)} if subject.trained else {})
+    bundles = {"encoder": bundle} | ({"untrained": bundle.random_init(seed)} if bundle.trained else {})
     rows: dict[str, Probe] = {}
     trained: dict[str, Any] = {}
     wanted = np.zeros(0, int)
-    for who, one in subjects.items():
+    for who, one in bundles.items():
         # from scratch every layer has all to learn
         its = recipe if one.trained else replace(recipe, layer_decay=1.0)
         probe, model, trained[who], wanted = _train_one(one, train, test, its, minutes, seed, folder / who)
@@ -229,17 +229,15 @@ def finetune(
 
 
 def _train_one(
-    subject: Subject, train: Part, test: Part, recipe: FineTuning, minutes: float | None, seed: int, folder: Path
+    bundle: EncoderBundle, train: Split, test: Split, recipe: FineTuning, minutes: float | None, seed: int, folder: Path
 ) -> tuple[Probe, nn.Module, dict[str, Any], np.ndarray]:
     labels = train.labels
     classes = np.unique(labels)
     if len(classes) < 2:
         raise InputError(f"fine-tuning needs at least 2 classes in train; there is only {classes[0]}")
-    device = subject.standardize.mean.device
+    device = bundle.standardize.mean.device
     torch.manual_seed(seed)
-    holder = _Judged(
-        classifier(subject, len(classes), recipe.drop_path, recipe.head_scale).to(device), recipe.ema_decay
-    )
+    holder = _Judged(classifier(bundle, len(classes), recipe.drop_path, recipe.head_scale).to(device), recipe.ema_decay)
     model = holder.network
     # mixing pairs images, so a batch is even
     batch_size = min(recipe.batch_size, max(2, len(labels) // 2 * 2))
@@ -266,7 +264,7 @@ def _train_one(
     def batches(first: int) -> Generator[Batch, None, None]:
         return train_batches(
             train.images,
-            size=subject.size,
+            size=bundle.size,
             batch_size=batch_size,
             seed=seed,
             indices=train.indices,
@@ -280,7 +278,7 @@ def _train_one(
         if holder.average is not None and step:
             holder.average.update(model, step=step)  # the weights after the step before
         y = torch.tensor([place[label] for label in train.labels_of(batch.samples).tolist()], device=device)
-        x = subject.standardize(_augmented(batch.images, recipe.augment))
+        x = bundle.standardize(_augmented(batch.images, recipe.augment))
         if erase is not None:
             x = erase(x)
         if mixing is not None:
@@ -301,9 +299,9 @@ def _train_one(
         clip=recipe.clip,
         batch_size=batch_size,
         settings={
-            "encoder": subject.name,
-            "trained": subject.trained,
-            "size": list(subject.size),
+            "encoder": bundle.name,
+            "trained": bundle.trained,
+            "size": list(bundle.size),
             "seed": seed,
             "train": len(labels),
             **asdict(recipe),
@@ -314,8 +312,8 @@ def _train_one(
     best = holder.best.eval()
     said, seen = [], []
     with torch.no_grad():
-        for batch in eval_batches(test.images, size=subject.size, indices=test.indices, device=device):
-            said.append(best(subject.standardize(batch.images)).argmax(1).cpu().numpy())
+        for batch in eval_batches(test.images, size=bundle.size, indices=test.indices, device=device):
+            said.append(best(bundle.standardize(batch.images)).argmax(1).cpu().numpy())
             seen += batch.samples
     wanted = test.labels_of(seen)
     found = classes[np.concatenate(said)]

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from underpaint.console import say
 from underpaint.data import eval_batches
 from underpaint.evaluate.attentive import attentive_head
-from underpaint.evaluate.floors import hog, majority, raw_pixels
+from underpaint.evaluate.baselines import hog, majority, raw_pixels
+from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.knn import knn
 from underpaint.evaluate.linear import linear, linear_head
-from underpaint.evaluate.parts import Part
 from underpaint.evaluate.plots import confusion_picture
 from underpaint.evaluate.result import Probe, gain
+from underpaint.evaluate.splits import Split
 from underpaint.evaluate.store import stored_features
-from underpaint.evaluate.subject import Subject
 
 FROZEN = ("knn", "linear", "attentive")
 FLOORS: dict[str, Callable[[Tensor], Tensor]] = {"raw pixels": raw_pixels, "HOG": hog}
@@ -54,7 +54,7 @@ class Classifier(nn.Module):
 
 
 def judge_frozen(
-    subject: Subject, train: Part, test: Part, tasks: Sequence[str], *, seed: int, folder: Path
+    bundle: EncoderBundle, train: Split, test: Split, tasks: Sequence[str], *, seed: int, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """By task of `FROZEN`: numbers of every row, the gain over the untrained encoder, and the floors.
 
@@ -63,11 +63,11 @@ def judge_frozen(
     Raises:
         InputError: no image can be read; labels that cannot be probed.
     """
-    subjects = {"encoder": subject} | ({"untrained": subject.twin(seed)} if subject.trained else {})
+    bundles = {"encoder": bundle} | ({"untrained": bundle.random_init(seed)} if bundle.trained else {})
     found: dict[str, dict[str, Probe]] = {task: {} for task in tasks}
     wanted = np.zeros(0, int)
     sizes: dict[str, int] = {}
-    for who, one in subjects.items():
+    for who, one in bundles.items():
         began = time.perf_counter()
         x = stored_features(one, train.images, train.indices, patches="attentive" in tasks)
         y = stored_features(one, test.images, test.indices, patches="attentive" in tasks)
@@ -97,8 +97,8 @@ def judge_frozen(
     for name, floor in FLOORS.items():
         if set(tasks) <= {"attentive"}:
             break
-        x, labels, _ = _floor(floor, train, subject)
-        y, floor_wanted, groups = _floor(floor, test, subject)
+        x, labels, _ = _floor(floor, train, bundle)
+        y, floor_wanted, groups = _floor(floor, test, bundle)
         for task in [task for task in tasks if task != "attentive"]:
             probe = (knn if task == "knn" else linear)(x, labels, y, floor_wanted, seed=seed)
             found[task][name] = probe.grouped(groups)
@@ -112,7 +112,7 @@ def judge_frozen(
     return every
 
 
-def classification(rows: dict[str, Probe], wanted: np.ndarray, sizes: dict[str, int], train: Part) -> dict[str, Any]:
+def classification(rows: dict[str, Probe], wanted: np.ndarray, sizes: dict[str, int], train: Split) -> dict[str, Any]:
     """What results.json holds of a classification."""
     result: dict[str, Any] = {**sizes, "classes": len(np.unique(train.labels)), "rows": {}}
     for who, probe in rows.items():
@@ -133,16 +133,16 @@ def classification(rows: dict[str, Probe], wanted: np.ndarray, sizes: dict[str, 
 
 
 def _floor(
-    floor: Callable[[Tensor], Tensor], part: Part, subject: Subject
+    floor: Callable[[Tensor], Tensor], part: Split, bundle: EncoderBundle
 ) -> tuple[Tensor, np.ndarray, list[str] | None]:
     """Features without a network [n, d], and the labels and groups of the images that could be read."""
     features, seen = [], []
-    for batch in eval_batches(part.images, size=subject.size, indices=part.indices):
+    for batch in eval_batches(part.images, size=bundle.size, indices=part.indices):
         features.append(floor(batch.images).float())
         seen += batch.samples
     return torch.cat(features), part.labels_of(seen), part.groups_of(seen)
 
 
-def _name(part: Part, label: int) -> str:
+def _name(part: Split, label: int) -> str:
     names = part.images.classes or []
     return names[label] if label < len(names) else str(label)

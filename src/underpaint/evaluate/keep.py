@@ -13,25 +13,25 @@ from torch import nn
 
 from underpaint.backbones.build import write_weights
 from underpaint.errors import InputError
-from underpaint.evaluate.subject import Subject
+from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.files import write_json
 
 FORMAT = 1
 
 
-def keep(folder: Path, task: str, subject: Subject, model: nn.Module, classes: list[str], **facts: Any) -> None:
+def keep(folder: Path, task: str, bundle: EncoderBundle, model: nn.Module, classes: list[str], **facts: Any) -> None:
     """Write a trained model into a folder, the weights first."""
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder / "model.safetensors", model)
     described = {
         "format": FORMAT,
         "task": task,
-        "encoder": subject.name,
-        "create_model": subject.arguments,
-        "mean": subject.standardize.mean.flatten().tolist(),
-        "std": subject.standardize.std.flatten().tolist(),
-        "scaling": None if subject.scaling is None else subject.scaling.stored(),
-        "image_size": list(subject.size),
+        "encoder": bundle.name,
+        "create_model": bundle.arguments,
+        "mean": bundle.standardize.mean.flatten().tolist(),
+        "std": bundle.standardize.std.flatten().tolist(),
+        "scaling": None if bundle.scaling is None else bundle.scaling.stored(),
+        "image_size": list(bundle.size),
         "classes": classes,
         **facts,
     }

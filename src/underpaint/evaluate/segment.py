@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from underpaint.backbones import Backbone
 from underpaint.backbones.protocols import Features
 from underpaint.console import say
-from underpaint.data.answers import Masks
+from underpaint.data.annotations import Masks
 from underpaint.errors import InputError
+from underpaint.evaluate.bundle import EncoderBundle
+from underpaint.evaluate.full_res import FullResImages
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.plots import matrix_picture
 from underpaint.evaluate.pyramid import Pyramid, padded, sliding, tokens_to_map
 from underpaint.evaluate.result import Measured, measured, redraw
-from underpaint.evaluate.scenes import Scenes
-from underpaint.evaluate.subject import Subject
 from underpaint.patches import patchify
 from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.targets import hog_pyramid
@@ -203,10 +203,10 @@ def _shares(counts: np.ndarray) -> tuple[float, float, np.ndarray]:
 
 
 @dataclass
-class Answered:
+class MaskedSplit:
     """Images with masks of one part: `read(k)` is the k-th pair, ignored pixels `VOID`."""
 
-    scenes: Scenes
+    scenes: FullResImages
     masks: Masks
     indices: list[int]
     classes: int
@@ -233,9 +233,9 @@ class Answered:
 
 
 def segment(
-    subject: Subject,
-    train: Answered,
-    test: Answered,
+    bundle: EncoderBundle,
+    train: MaskedSplit,
+    test: MaskedSplit,
     names: list[str],
     settings: Segmenting,
     *,
@@ -261,25 +261,25 @@ def segment(
     rows: dict[str, Any] = {"most frequent class": _majority(test, int(present.argmax()), len(names)).numbers()}
     found_of: dict[str, Measured] = {}
     trained: dict[str, Any] = {}
-    subjects = {"encoder": subject} | ({"untrained": subject.twin(seed)} if subject.trained else {})
-    cell = max(4, getattr(subject.encoder, "patch_size", (8, 8))[0])
-    channels = subject.encoder.channels
-    heads: list[tuple[str, str, Any]] = [(who, "linear", one.encoder) for who, one in subjects.items()]
-    if min(subject.size) >= 2 * cell:
+    bundles = {"encoder": bundle} | ({"untrained": bundle.random_init(seed)} if bundle.trained else {})
+    cell = max(4, getattr(bundle.encoder, "patch_size", (8, 8))[0])
+    channels = bundle.encoder.channels
+    heads: list[tuple[str, str, Any]] = [(who, "linear", one.encoder) for who, one in bundles.items()]
+    if min(bundle.size) >= 2 * cell:
         heads += [(kind, "linear", Grid(kind, cell + cell % 2, channels)) for kind in ("raw pixels", "HOG")]
-    heads += [(who, "upernet", one.encoder) for who, one in subjects.items()]
+    heads += [(who, "upernet", one.encoder) for who, one in bundles.items()]
     drawn = set(spread(len(test), SHOWN))
     for who, head, encoder in heads:
         name = f"{who}, {head}"
-        model, trained[name] = _train(subject, encoder, head, who, train, len(names), settings, minutes, seed, folder)
+        model, trained[name] = _train(bundle, encoder, head, who, train, len(names), settings, minutes, seed, folder)
         confusion = Confusion(len(names))
         shown = []
         for number in range(len(test)):
             image, mask = test.read(number)
             scores = segmented(
                 model,
-                subject.standardize(image[None].to(_device(subject)))[0],
-                subject.size,
+                bundle.standardize(image[None].to(_device(bundle)))[0],
+                bundle.size,
                 len(names),
                 settings.overlap,
             )
@@ -291,7 +291,7 @@ def segment(
         numbers = rows[name] = {**found_of[name].numbers(), "iou": confusion.shares()[2].tolist()}
         say(f"{name}: mIoU {numbers['miou']:.3f} +- {numbers['miou_error']:.3f}")
         if who == "encoder":
-            keep(folder / head, f"segment-{head}", subject, model, names, settings=asdict(settings))
+            keep(folder / head, f"segment-{head}", bundle, model, names, settings=asdict(settings))
             picture(shown, names, folder / head / "segmentations.png")
             matrix_picture(np.sum(confusion.counts, axis=0), names, folder / head / "confusion.png")
     return {
@@ -318,11 +318,11 @@ def segmenter(encoder: Any, head: str, classes: int, size: tuple[int, int], sett
 
 
 def _train(
-    subject: Subject,
+    bundle: EncoderBundle,
     encoder: Any,
     head: str,
     who: str,
-    train: Answered,
+    train: MaskedSplit,
     classes: int,
     settings: Segmenting,
     minutes: float | None,
@@ -330,9 +330,9 @@ def _train(
     folder: Path,
 ) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(seed)
-    device = _device(subject)
+    device = _device(bundle)
     encoder = copy.deepcopy(encoder)
-    model = segmenter(encoder, head, classes, subject.size, settings).to(device)
+    model = segmenter(encoder, head, classes, bundle.size, settings).to(device)
     inside = {id(parameter) for parameter in encoder.parameters()}
     own = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     groups = [{"params": own, "lr": settings.lr * (LINEAR_RATE if head == "linear" else 1.0)}]
@@ -340,20 +340,20 @@ def _train(
         groups.append({"params": list(encoder.parameters()), "lr": settings.encoder_lr})
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
-    mean = subject.standardize.mean.flatten().cpu()
+    mean = bundle.standardize.mean.flatten().cpu()
 
     def batches(first: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         step = first
         while True:
             generator = np.random.default_rng([seed, step])
             numbers = generator.integers(0, len(train), settings.batch_size)
-            pieces = [crop_of(train.read(int(k)), subject.size, settings.scale, generator, mean) for k in numbers]
+            pieces = [crop_of(train.read(int(k)), bundle.size, settings.scale, generator, mean) for k in numbers]
             yield torch.stack([piece[0] for piece in pieces]), torch.stack([piece[1] for piece in pieces])
             step += 1
 
     def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
         images, labels = (part.to(device) for part in batch)
-        found = model(subject.standardize(images))
+        found = model(bundle.standardize(images))
         # a batch of nothing but void has no mean
         return F.cross_entropy(found, labels, ignore_index=VOID, reduction="sum") / (labels != VOID).sum().clamp_min(1)
 
@@ -370,10 +370,10 @@ def _train(
         clip=1.0,
         batch_size=settings.batch_size,
         settings={
-            "encoder": subject.name,
+            "encoder": bundle.name,
             "who": who,
             "head": head,
-            "size": list(subject.size),
+            "size": list(bundle.size),
             "seed": seed,
             "train": len(train),
             "classes": classes,
@@ -383,11 +383,11 @@ def _train(
     return model, trained
 
 
-def _device(subject: Subject) -> torch.device:
-    return subject.standardize.mean.device
+def _device(bundle: EncoderBundle) -> torch.device:
+    return bundle.standardize.mean.device
 
 
-def _present(train: Answered, test: Answered, names: list[str]) -> np.ndarray:
+def _present(train: MaskedSplit, test: MaskedSplit, names: list[str]) -> np.ndarray:
     """Pixels of each class in train; every mask is read, so that a wrong one is met before anything is trained.
 
     Raises:
@@ -410,7 +410,7 @@ def _present(train: Answered, test: Answered, names: list[str]) -> np.ndarray:
     return counts[0]
 
 
-def _majority(test: Answered, number: int, classes: int) -> Measured:
+def _majority(test: MaskedSplit, number: int, classes: int) -> Measured:
     confusion = Confusion(classes)
     for k in range(len(test)):
         mask = test.read(k)[1]

@@ -1,6 +1,7 @@
 """Labels understood once for every probe, and parts of a training set that keep its classes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from underpaint.data import ImageSet
 from underpaint.errors import InputError
 
 Labels = np.ndarray | Tensor | Sequence[int]
@@ -98,3 +100,28 @@ def hold_out(labels: Labels, seed: int) -> tuple[Int[np.ndarray, "a"], Int[np.nd
         members = generator.permutation(np.flatnonzero(found == value))
         held[members[: round(0.2 * len(members))]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+@dataclass
+class Split:
+    """Some labelled images of a set."""
+
+    images: ImageSet
+    indices: list[int]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.labels_of(self.indices)
+
+    def labels_of(self, samples: Sequence[int]) -> np.ndarray:
+        """A streamed set learns only on the way which images can be read."""
+        return np.array([self.images.labels[k] for k in samples])
+
+    def groups_of(self, samples: Sequence[int]) -> list[str] | None:
+        """The group (patient, slide, video) of each; None where each image is by itself."""
+        groups = self.images.groups
+        return None if groups is None else [groups[k] for k in samples]
+
+    def subset(self, count: int, seed: int) -> "Split":
+        chosen = stratified(self.labels, count, seed)
+        return Split(self.images, [self.indices[k] for k in chosen])

@@ -16,8 +16,8 @@ from torch import Tensor
 from underpaint.data import ImageSet, eval_batches
 from underpaint.data.sources import cache_root
 from underpaint.errors import InputError
+from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.features import HALF_LIMIT
-from underpaint.evaluate.subject import Subject
 from underpaint.files import replacing_folder
 
 BATCH = 256
@@ -32,39 +32,39 @@ class Stored(NamedTuple):
 
 
 def stored_features(
-    subject: Subject, images: ImageSet, indices: Sequence[int], *, patches: bool, cache_dir: Path | None = None
+    bundle: EncoderBundle, images: ImageSet, indices: Sequence[int], *, patches: bool, cache_dir: Path | None = None
 ) -> Stored:
     """The features of these images, from an earlier call with the same weights, images and size, or made now.
 
     Raises:
         InputError: none of the images can be read.
     """
-    folder = cache_root(cache_dir) / "features" / _key(subject, images, indices, patches)
+    folder = cache_root(cache_dir) / "features" / _key(bundle, images, indices, patches)
     if not (folder / "samples.npy").is_file():
         with replacing_folder(folder, durable=False) as temporary:
-            _make(subject, images, indices, patches, temporary)
+            _make(bundle, images, indices, patches, temporary)
     # copy on write, so that nobody can spoil the files
     pooled, tokens = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("pooled", "patches"))
     return Stored(torch.from_numpy(pooled), torch.from_numpy(tokens), np.load(folder / "samples.npy"))
 
 
-def _key(subject: Subject, images: ImageSet, indices: Sequence[int], patches: bool) -> str:
+def _key(bundle: EncoderBundle, images: ImageSet, indices: Sequence[int], patches: bool) -> str:
     """sha256 over everything that the features depend on."""
-    digest = hashlib.sha256(save(subject.weights()))
-    digest.update(json.dumps([subject.arguments, subject.size, patches], sort_keys=True).encode())
-    digest.update(torch.cat([subject.standardize.mean.flatten(), subject.standardize.std.flatten()]).numpy().tobytes())
+    digest = hashlib.sha256(save(bundle.weights()))
+    digest.update(json.dumps([bundle.arguments, bundle.size, patches], sort_keys=True).encode())
+    digest.update(torch.cat([bundle.standardize.mean.flatten(), bundle.standardize.std.flatten()]).numpy().tobytes())
     digest.update(images.fingerprint().encode())
     digest.update(np.asarray(indices, np.int64).tobytes())
     return digest.hexdigest()[:32]
 
 
 @torch.no_grad()
-def _make(subject: Subject, images: ImageSet, indices: Sequence[int], patches: bool, folder: Path) -> None:
-    device = subject.standardize.mean.device
+def _make(bundle: EncoderBundle, images: ImageSet, indices: Sequence[int], patches: bool, folder: Path) -> None:
+    device = bundle.standardize.mean.device
     pooled, tokens, samples = [], None, []
     written = 0
-    for batch in eval_batches(images, size=subject.size, batch_size=BATCH, indices=indices, device=device):
-        found = subject.encoder(subject.standardize(batch.images))
+    for batch in eval_batches(images, size=bundle.size, batch_size=BATCH, indices=indices, device=device):
+        found = bundle.encoder(bundle.standardize(batch.images))
         pooled.append(found.pooled.float().cpu().numpy())
         samples += batch.samples
         if patches:

@@ -11,7 +11,7 @@ from underpaint.data import ImageSet, Scaling, Source, load_images
 AS_THEY_ARE = (2**14, 2**14)  # pixels: cached images are reduced to twice the size wanted, so this reduces none
 
 
-class Scenes:
+class FullResImages:
     """Images of a source by their number there, float32 [c, h, w] in [0, 1]."""
 
     def __init__(self, source: Source, indices: Sequence[int], channels: int, scaling: Scaling | None = None):

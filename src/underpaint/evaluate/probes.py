@@ -31,7 +31,7 @@ from underpaint.evaluate import (
     raw_pixels,
     shots,
 )
-from underpaint.evaluate.parts import Part
+from underpaint.evaluate.splits import Split
 from underpaint.methods import Method
 from underpaint.patches import Standardize
 
@@ -73,17 +73,17 @@ class FewLabels:
         reason: why there are none.
     """
 
-    draws: list[Part]
+    draws: list[Split]
     overlap: float
     reason: str
 
 
 @dataclass
-class Judge:
-    """The images to judge by: labelled parts, or none."""
+class ProbeSuite:
+    """The images to judge by: labelled splits, or none."""
 
     pool: ImageSet  # what is pretrained on: for the rank and the pictures
-    parts: tuple[Part, Part] | None  # to train a probe on, and to test it on
+    splits: tuple[Split, Split] | None  # to train a probe on, and to test it on
     size: tuple[int, int]
     seed: int
     seen: int = 0  # images of the test part that were pretrained on, without their labels
@@ -97,7 +97,7 @@ class Judge:
         pool_indices: Sequence[int],
         size: tuple[int, int],
         seed: int,
-    ) -> "Judge":
+    ) -> "ProbeSuite":
         """Labelled images of `source`, read by `load`; `pool` is used again where it holds the training part."""
         found = labelled_indices(source)
         if found is None:
@@ -106,13 +106,13 @@ class Judge:
         for indices in found:
             chosen = list(indices)
             images = pool if chosen == list(pool_indices) and source.classes == pool.classes else load(source, chosen)
-            parts.append(Part(images, list(range(len(images)))))
+            parts.append(Split(images, list(range(len(images)))))
         return cls(pool, (parts[0], parts[1]), size, seed)
 
     @property
     def skipped(self) -> list[dict[str, str]]:
         """{"path", "reason"} of the labelled images that could not be read and are not in the pool."""
-        sets = {id(part.images): part.images for part in self.parts or () if part.images is not self.pool}
+        sets = {id(part.images): part.images for part in self.splits or () if part.images is not self.pool}
         return [line for images in sets.values() for line in images.skipped]
 
     def shown(self, device: torch.device | str) -> Tensor:
@@ -120,7 +120,7 @@ class Judge:
         few = list(range(min(6, len(self.pool))))
         return next(iter(eval_batches(self.pool, size=self.size, indices=few))).images.to(device)
 
-    def settled(self, encoder: Backbone, standardize: Standardize) -> Backbone:
+    def recalibrate_bn(self, encoder: Backbone, standardize: Standardize) -> Backbone:
         """What is judged and kept of an encoder: where it has batch norms, a copy with the statistics of clean images,
         since a method may have shown it corrupted ones, and an untrained one has none."""
 
@@ -135,7 +135,7 @@ class Judge:
         """By task: the error on what was corrupted (squared, or the cross-entropy of words) over that of the trivial
         restoration, on test images where there is a test part that was not trained on; each image's draw is its own, the
         same at every call."""
-        part = self.parts[1] if self.parts is not None else Part(self.pool, list(range(len(self.pool))))
+        part = self.splits[1] if self.splits is not None else Split(self.pool, list(range(len(self.pool))))
         chosen = [part.indices[k] for k in evenly(len(part.indices), RESTORED)]
         device = standardize.mean.device
         generator = torch.Generator().manual_seed(self.seed)
@@ -146,7 +146,7 @@ class Judge:
             for name, pair in method.held_out(standardize(batch.images), generator).items():
                 sums.setdefault(name, []).append((pair[0].double().cpu(), pair[1].double().cpu()))
         method.train(was)
-        found: dict[str, Any] = {"images": len(chosen), "test_part": self.parts is not None and not self.seen}
+        found: dict[str, Any] = {"images": len(chosen), "test_part": self.splits is not None and not self.seen}
         for name, pairs in sums.items():
             left, before = (torch.cat([pair[k] for pair in pairs]) for k in (0, 1))
             ratio = float(left.sum() / before.sum().clamp_min(1e-30))
@@ -154,24 +154,26 @@ class Judge:
             found[name] = {"error": ratio, "standard_error": float(spread) / len(left) ** 0.5}
         return found
 
-    def _floor(self, floor: Callable[[Tensor], Tensor], part: Part) -> tuple[Tensor, np.ndarray, list[str] | None]:
+    def _baseline(
+        self, baseline: Callable[[Tensor], Tensor], part: Split
+    ) -> tuple[Tensor, np.ndarray, list[str] | None]:
         """Features without a network [n, d], and the labels and groups of the images that could be read."""
         features, seen = [], []
         for batch in eval_batches(part.images, size=self.size, indices=part.indices):
-            features.append(floor(batch.images).float())
+            features.append(baseline(batch.images).float())
             seen += batch.samples
         return torch.cat(features), part.labels_of(seen), part.groups_of(seen)
 
     def quick(self, encoder: Backbone, standardize: Standardize) -> dict[str, float]:
         """Named numbers for a line of metrics."""
-        encoder, device = self.settled(encoder, standardize), standardize.mean.device
-        if self.parts is None:
+        encoder, device = self.recalibrate_bn(encoder, standardize), standardize.mean.device
+        if self.splits is None:
             few = evenly(len(self.pool), QUICK_TEST).tolist()
             batches = eval_batches(self.pool, size=self.size, indices=few, device=device)
             pooled = extract(encoder, batches, transform=standardize, with_patches=False).pooled
             return {"rank": effective_rank(pooled)}
-        train = self.parts[0].subset(self._most(encoder, QUICK_TRAIN), SUBSET)
-        test = self.parts[1].subset(self._most(encoder, QUICK_TEST), SUBSET)
+        train = self.splits[0].subset(self._most(encoder, QUICK_TRAIN), SUBSET)
+        test = self.splits[1].subset(self._most(encoder, QUICK_TEST), SUBSET)
         x, x_labels = self._features(encoder, standardize, train, True)
         y, y_labels = self._features(encoder, standardize, test, True)
         probes = probe_features(x, x_labels, y, y_labels, seed=self.seed)
@@ -192,15 +194,15 @@ class Judge:
 
         `start` says in words what it started from.
         """
-        if self.parts is not None:
+        if self.splits is not None:
             shout("judging the encoder, the untrained one, raw pixels and HOG ...")
         found = {
             "encoder": self.worth(encoder, standardize),
             "untrained": self.worth(untrained, standardize),
-            **self.floors(),
+            **self.baselines(),
         }
         report = self.summary(found, encoder)
-        if self.parts is None:
+        if self.splits is None:
             shout(
                 f"no labels: effective rank {found['encoder'].rank:.1f} of {encoder.dim} "
                 f"(untrained {found['untrained'].rank:.1f}); give --labels to know what the encoder is worth"
@@ -218,7 +220,7 @@ class Judge:
             "untrained": found["untrained"].rank,
             "dim": encoder.dim,
         }
-        if self.parts is None:
+        if self.splits is None:
             return {"rank": ranks}
         train, test = self.full()
         classes = len(np.unique(train.labels))
@@ -238,15 +240,15 @@ class Judge:
             "rank": ranks,
         }
 
-    def full(self) -> tuple[Part, Part]:
+    def full(self) -> tuple[Split, Split]:
         """The labelled images of the probes at the end."""
-        assert self.parts is not None
-        return self.parts[0].subset(FULL_TRAIN, SUBSET), self.parts[1].subset(FULL_TEST, SUBSET)
+        assert self.splits is not None
+        return self.splits[0].subset(FULL_TRAIN, SUBSET), self.splits[1].subset(FULL_TEST, SUBSET)
 
     def notes(self, counts: dict[str, int], draws: int = 0) -> list[str]:
         """What must be known to read the probes, in sentences: how few images some of them have, and whether the encoder
         has seen them. `counts` are those of a worth with so many `draws`."""
-        if self.parts is None:
+        if self.splits is None:
             return []
         train, test = self.full()
         said = []
@@ -262,7 +264,7 @@ class Judge:
             said.append(f"There are no probes with few labels: {few.reason}.")
         elif few is not None and "shots" in counts:
             said.append(
-                f"Few labels are {counts['shots']} a class, drawn {draws} times from {len(self.parts[0].indices):,}; "
+                f"Few labels are {counts['shots']} a class, drawn {draws} times from {len(self.splits[0].indices):,}; "
                 f"two draws share {100 * few.overlap:.0f} % of their images on average."
             )
             if not counts.get("few_attentive_test"):
@@ -274,8 +276,8 @@ class Judge:
 
         A class needs twice as many, since draws that share most of their images say little of what other draws give.
         """
-        assert self.parts is not None
-        part = self.parts[0]
+        assert self.splits is not None
+        part = self.splits[0]
         labels = part.labels
         classes, counts = np.unique(labels, return_counts=True)
         fewest = int(counts.min())
@@ -287,7 +289,7 @@ class Judge:
         chosen = [shots(labels, SHOTS, SUBSET + k) for k in range(draws)]
         pairs = [(a, b) for n, a in enumerate(chosen) for b in chosen[:n]]
         shared = [len(np.intersect1d(a, b)) / len(a) for a, b in pairs]
-        parts = [Part(part.images, [part.indices[k] for k in draw]) for draw in chosen]
+        parts = [Split(part.images, [part.indices[k] for k in draw]) for draw in chosen]
         return FewLabels(parts, float(np.mean(shared)) if shared else 0.0, "")
 
     def worth(self, encoder: Backbone, standardize: Standardize, draws: int = 0) -> Worth:
@@ -295,9 +297,9 @@ class Judge:
 
         Without labels there is the effective rank alone.
         """
-        if self.parts is None:
+        if self.splits is None:
             return Worth({}, self.quick(encoder, standardize)["rank"])
-        encoder = self.settled(encoder, standardize)
+        encoder = self.recalibrate_bn(encoder, standardize)
         train, test = self.full()
         x, x_labels = self._features(encoder, standardize, train, False)
         y, y_labels = self._features(encoder, standardize, test, False)
@@ -332,28 +334,28 @@ class Judge:
         probes = {name: [one.grouped(of.get(name, y.groups)) for one in those] for name, those in probes.items()}
         return Worth(probes, _rank(x.pooled), counts)
 
-    def floors(self, draws: int = 0) -> dict[str, Worth]:
+    def baselines(self, draws: int = 0) -> dict[str, Worth]:
         """The probes of raw pixels and HOG, which need no network; nothing without labels."""
-        if self.parts is None:
+        if self.splits is None:
             return {}
         train, test = self.full()
         found = {}
         for name, floor in (("raw_pixels", raw_pixels), ("hog", hog)):
-            x, labels, _ = self._floor(floor, train)
-            y, test_labels, groups = self._floor(floor, test)
+            x, labels, _ = self._baseline(floor, train)
+            y, test_labels, groups = self._baseline(floor, test)
             probes = {
                 "linear": [linear(x, labels, y, test_labels, seed=self.seed)],
                 "knn": [knn(x, labels, y, test_labels, seed=self.seed)],
             }
             for part in self.few(draws).draws if draws else []:
-                drawn, drawn_labels, _ = self._floor(floor, part)
+                drawn, drawn_labels, _ = self._baseline(floor, part)
                 probes.setdefault("few_linear", []).append(linear(drawn, drawn_labels, y, test_labels, seed=self.seed))
             probes = {kind: [one.grouped(groups) for one in those] for kind, those in probes.items()}
             found[name] = Worth(probes, _rank(x))
         return found
 
     def _features(
-        self, encoder: Backbone, standardize: Standardize, part: Part, with_patches: bool
+        self, encoder: Backbone, standardize: Standardize, part: Split, with_patches: bool
     ) -> tuple[Features, np.ndarray]:
         device = standardize.mean.device
         seen: list[int] = []

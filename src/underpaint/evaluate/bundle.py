@@ -23,15 +23,15 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 @dataclass
-class Subject:
+class EncoderBundle:
     """An encoder to judge.
 
     Attributes:
         name: what the user wrote.
-        arguments: of `timm.create_model`, so that a twin or a network with a head can be made.
+        arguments: of `timm.create_model`, so that the same one untrained or a network with a head can be made.
         standardize: from images in [0, 1] to what the encoder takes.
         size: of its images, height and width in pixels.
-        clean: standardised images from which an untrained twin's batch norms take their statistics.
+        clean: standardised images from which an random-init network's batch norms take their statistics.
         scaling: how images come to lie in [0, 1]; None where the encoder does not say.
         notes: what must be known of its weights, in sentences.
     """
@@ -52,7 +52,7 @@ class Subject:
             torch.manual_seed(seed)
             return from_arguments(copy.deepcopy(self.arguments)).eval()
 
-    def twin(self, seed: int) -> "Subject":
+    def random_init(self, seed: int) -> "EncoderBundle":
         """The same choices untrained."""
         encoder = self.untrained(seed).to(self.standardize.mean.device)
         if self.clean is not None:
@@ -63,9 +63,9 @@ class Subject:
         return {name: value.detach().cpu() for name, value in self.encoder.model.state_dict().items()}
 
 
-def open_subject(
+def open_bundle(
     text: str, *, image_size: tuple[int, int] | None = None, untrained: bool = False, channels: int = 3, seed: int = 0
-) -> Subject:
+) -> EncoderBundle:
     """The encoder that ENCODER names: a run, an exported file, or `timm:NAME`; on the GPU where there is one.
 
     Where `image_size` differs from the encoder's own, its positions are resampled. An untrained `timm:NAME` takes
@@ -95,7 +95,7 @@ def open_subject(
     )
 
 
-def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: int) -> Subject:
+def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: int) -> EncoderBundle:
     described = describe_encoder(text)
     arguments = copy.deepcopy(described["create_model"])
     own = arguments.get("img_size")
@@ -117,10 +117,10 @@ def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: i
         encoder = load_encoder(text)
     standardize = Standardize(described["mean"], described["std"])
     scaling = stored_scaling(described.get("scaling"))
-    return Subject(text, encoder.eval(), arguments, standardize, size, not untrained, scaling=scaling)
+    return EncoderBundle(text, encoder.eval(), arguments, standardize, size, not untrained, scaling=scaling)
 
 
-def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, channels: int, seed: int) -> Subject:
+def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, channels: int, seed: int) -> EncoderBundle:
     name = text.removeprefix("timm:")
     if not is_model(name):
         raise InputError(f"{text}: timm has no model '{name}'; timm.list_models() lists them")
@@ -142,7 +142,7 @@ def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, chan
         if matched.untouched or matched.left_out:
             notes = (f"{text} does not fit in full: {matched}; what is not in the file is as before training",)
     standardize = Standardize(statistics["mean"], statistics["std"])
-    return Subject(text, encoder.eval(), arguments, standardize, size, not untrained, notes=notes)
+    return EncoderBundle(text, encoder.eval(), arguments, standardize, size, not untrained, notes=notes)
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from scenes import box_of, counts_of
 
 from underpaint.data import decode, open_source
-from underpaint.data.answers import detections_of, mask_of, masks_of
+from underpaint.data.annotations import coco_annotations, mask_of, masks_of
 from underpaint.errors import InputError
 
 pytestmark = pytest.mark.quick
@@ -256,7 +256,7 @@ def write_turned(
 def agrees(folder: Path, expected: dict[str, np.ndarray]) -> tuple[list[str], list[str]]:
     """Asserts that pictures, masks, boxes, polygons and run lengths lie on each other; returns the notes."""
     source = open_source(folder)
-    masks, boxes = masks_of(folder, source), detections_of(folder, source)["train"]
+    masks, boxes = masks_of(folder, source), coco_annotations(folder, source)["train"]
     sizes = {image["id"]: (image["height"], image["width"]) for image in boxes.coco["images"]}
     for index, entry in enumerate(source.entries):
         want = expected[Path(entry.name).stem]
@@ -311,14 +311,14 @@ def test_a_mask_with_an_orientation_of_its_own_follows_that(tmp_path: Path) -> N
 
 
 def test_a_mask_of_another_size_than_its_image_is_refused_by_name(tmp_path: Path) -> None:
-    from underpaint.evaluate.scenes import Scenes
-    from underpaint.evaluate.segment import VOID, Answered
+    from underpaint.evaluate.full_res import FullResImages
+    from underpaint.evaluate.segment import VOID, MaskedSplit
 
     expected = write_turned(tmp_path, size=(20, 28), drawn="stored")
     Image.new("L", (20, 20)).save(tmp_path / "masks/o6.png")
     source = open_source(tmp_path)
     indices = list(range(len(source.entries)))
-    read = Answered(Scenes(source, indices, 3), masks_of(tmp_path, source), indices, 2, VOID).read
+    read = MaskedSplit(FullResImages(source, indices, 3), masks_of(tmp_path, source), indices, 2, VOID).read
     for index in indices:
         stem = Path(source.entries[index].name).stem
         if stem == "o6":
@@ -350,7 +350,7 @@ def write_coco(root: Path, file: str, *places: str, files: dict[str, int] | None
 
 def lefts(root: Path, split: str = "train") -> dict[str, list[float]]:
     source = open_source(root)
-    found = detections_of(root, source)[split]
+    found = coco_annotations(root, source)[split]
     return {source.entries[k].name: found.objects(k).boxes[:, 0].tolist() for k in found.images}
 
 
@@ -395,7 +395,7 @@ def test_listed_images_that_are_not_there_are_counted_and_named(tmp_path: Path) 
 def test_a_box_without_area_is_left_out_and_counted(tmp_path: Path) -> None:
     root = write_coco(tmp_path, "train.json", "a.png", "b.png", bbox=[1, 1, 0, 3])
     assert lefts(root) == {"images/a.png": [], "images/b.png": [1]}
-    found = detections_of(root, open_source(root))["train"]
+    found = coco_annotations(root, open_source(root))["train"]
     assert found.notes == [
         "annotations/train.json: 1 boxes without area are left out, the first: annotation 0 (a.png) of 0 x 3 px"
     ]
@@ -412,7 +412,7 @@ def test_annotations_of_id_0_or_of_equal_ids_count_in_the_measure(tmp_path: Path
         for annotation, own in zip(coco["annotations"], ids, strict=True):
             annotation |= {"id": own, "area": 4, "iscrowd": 0}
         file.write_text(json.dumps(coco))
-        found = detections_of(root, open_source(root))["train"]
+        found = coco_annotations(root, open_source(root))["train"]
         perfect = [{**annotation, "score": 0.9} for annotation in coco["annotations"]]
         assert average_precision(found.coco, perfect, "bbox", 100, [0, 1]).numbers()["box_ap"] == pytest.approx(1)
 
@@ -428,18 +428,18 @@ def test_annotations_of_id_0_or_of_equal_ids_count_in_the_measure(tmp_path: Path
 def test_odd_annotations_are_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     root = write_coco(tmp_path, "train.json", "a.png", **change)
     with pytest.raises(InputError, match=rf"train.json: annotation 0 \(a.png\) .*{said}"):
-        detections_of(root, open_source(root))
+        coco_annotations(root, open_source(root))
 
 
 def test_coco_files_that_contradict_are_refused(tmp_path: Path) -> None:
     root = write_coco(tmp_path, "train.json", "a.png")
     write_coco(tmp_path, "instances_train2017.json", "b.png")
     with pytest.raises(InputError, match=r"instances_train2017.json and annotations/train.json both annotate train"):
-        detections_of(root, open_source(root))
+        coco_annotations(root, open_source(root))
     (root / "annotations/instances_train2017.json").unlink()
     Image.new("RGB", (80, 60)).save(root / "images/a.png")
     with pytest.raises(InputError, match=r"train.json lists a.png as 8x6, and the file is 80x60"):
-        detections_of(root, open_source(root))
+        coco_annotations(root, open_source(root))
     root = write_coco(tmp_path, "train.json", "c.png", "images/c.png", files={"images/c.png": 1})
     with pytest.raises(InputError, match=r"train.json lists images/c.png twice, as images 0 and 1"):
-        detections_of(root, open_source(root))
+        coco_annotations(root, open_source(root))

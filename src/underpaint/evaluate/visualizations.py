@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from underpaint.backbones import Backbone
 from underpaint.data import ImageSet, eval_batches
 from underpaint.evaluate import extract, stratified
-from underpaint.evaluate.parts import Part
+from underpaint.evaluate.probes import ProbeSuite
+from underpaint.evaluate.splits import Split
 from underpaint.files import replacing, write_json
-from underpaint.judge import Judge
 from underpaint.patches import Standardize
 from underpaint.pictures import sheet, to_rgb
 
@@ -33,7 +33,9 @@ SAME = 1e-5  # of the features' size: what differs less is rounding
 SAME_LABEL = (0, 130, 90)  # RGB of the bar under a neighbour with the query's label
 
 
-def write_looks(encoder: Backbone, untrained: Backbone, judge: Judge, standardize: Standardize, folder: Path) -> None:
+def write_visualizations(
+    encoder: Backbone, untrained: Backbone, suite: ProbeSuite, standardize: Standardize, folder: Path
+) -> None:
     """Write features.png, neighbours.png, map.png and looks.json; older ones are replaced or removed.
 
     looks.json: `images` (how many were compared), `queries`, `neighbours` (of each query), and with labels
@@ -45,8 +47,8 @@ def write_looks(encoder: Backbone, untrained: Backbone, judge: Judge, standardiz
     for name in ("features.png", "neighbours.png", "map.png", "looks.json"):
         (folder / name).unlink(missing_ok=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _write_features(encoder, untrained, judge, standardize, folder / "features.png")
-        compared = _Compared.of(encoder, untrained, judge, standardize)
+        _write_features(encoder, untrained, suite, standardize, folder / "features.png")
+        compared = _Compared.of(encoder, untrained, suite, standardize)
         known: dict[str, Any] = {"images": len(compared.tiles)}
         if compared.finite and compared.count:
             after, before = compared.neighbours(compared.pretrained), compared.neighbours(compared.untrained)
@@ -107,22 +109,24 @@ def principal(x: Float[np.ndarray, "n d"], most: int = 3) -> Float[np.ndarray, "
     return vectors * np.where(largest < 0, -1.0, 1.0)
 
 
-def _write_features(encoder: Backbone, untrained: Backbone, judge: Judge, standardize: Standardize, path: Path) -> None:
+def _write_features(
+    encoder: Backbone, untrained: Backbone, suite: ProbeSuite, standardize: Standardize, path: Path
+) -> None:
     """The shown images, and the colours of their patches before and after training."""
-    grid = encoder.grid(*judge.size)
+    grid = encoder.grid(*suite.size)
     count = max(1, min(PATCH_IMAGES, PATCH_TOKENS // (grid[0] * grid[1])))
-    sample = _some(judge.pool, count, judge.seed)
-    images = judge.shown(standardize.mean.device)
+    sample = _some(suite.pool, count, suite.seed)
+    images = suite.shown(standardize.mean.device)
     columns = {"original": images.cpu()}
     for caption, network in (("untrained", untrained), ("pretrained", encoder)):
-        batches = eval_batches(judge.pool, size=judge.size, indices=sample, device=standardize.mean.device)
+        batches = eval_batches(suite.pool, size=suite.size, indices=sample, device=standardize.mean.device)
         fitted = extract(network, batches, transform=standardize).patches.float()
         shown = extract(network, [_Shown(images)], transform=standardize).patches.float()
         if not (torch.isfinite(fitted).all() and torch.isfinite(shown).all()):
             return
         colours = Colours.of(fitted.flatten(0, 1))(shown)
         cells = colours.transpose(1, 2).reshape(len(images), 3, *grid)
-        columns[caption] = F.interpolate(cells, judge.size, mode="nearest-exact")
+        columns[caption] = F.interpolate(cells, suite.size, mode="nearest-exact")
     sheet(columns, path)
 
 
@@ -148,23 +152,23 @@ class _Compared:
     seed: int
 
     @classmethod
-    def of(cls, encoder: Backbone, untrained: Backbone, judge: Judge, standardize: Standardize) -> "_Compared":
-        if judge.parts is None:
-            parts = [Part(judge.pool, _some(judge.pool, QUERIES + CANDIDATES, judge.seed))]
+    def of(cls, encoder: Backbone, untrained: Backbone, suite: ProbeSuite, standardize: Standardize) -> "_Compared":
+        if suite.splits is None:
+            parts = [Split(suite.pool, _some(suite.pool, QUERIES + CANDIDATES, suite.seed))]
         else:
-            parts = [judge.parts[1].subset(QUERIES, judge.seed), judge.parts[0].subset(CANDIDATES, judge.seed)]
+            parts = [suite.splits[1].subset(QUERIES, suite.seed), suite.splits[0].subset(CANDIDATES, suite.seed)]
         tiles, labels, counts, pretrained, before = [], [], [], [], []
         for part in parts:
             # equal distances are taken in the order of the images, which must not be that of the classes
-            indices = np.random.default_rng(judge.seed).permutation(part.indices).tolist()
+            indices = np.random.default_rng(suite.seed).permutation(part.indices).tolist()
             seen: list[int] = []
-            for batch in eval_batches(part.images, size=judge.size, indices=indices, device=standardize.mean.device):
+            for batch in eval_batches(part.images, size=suite.size, indices=indices, device=standardize.mean.device):
                 tiles += small(batch.images, TILE)
                 seen += batch.samples
                 for network, kept in ((encoder, pretrained), (untrained, before)):
                     kept.append(extract(network, [batch], transform=standardize, with_patches=False).pooled)
             counts.append(len(seen))
-            if judge.parts is not None:
+            if suite.splits is not None:
                 labels.append(part.labels_of(seen))
         x, y = torch.cat(pretrained).double(), torch.cat(before).double()
         everything = np.arange(len(tiles))
@@ -174,9 +178,9 @@ class _Compared:
             F.normalize(y, dim=1),
             bool(torch.isfinite(x).all() and torch.isfinite(y).all()),
             everything[: counts[0]],
-            everything if judge.parts is None else everything[counts[0] :],
+            everything if suite.splits is None else everything[counts[0] :],
             np.concatenate(labels) if labels else None,
-            judge.seed,
+            suite.seed,
         )
 
     @property

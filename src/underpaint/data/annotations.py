@@ -24,14 +24,14 @@ PHOTOMETRIC_TAG = 262
 
 
 @dataclass
-class Answers:
+class AnnotationFiles:
     """The files of a data set by name, and how to read one."""
 
     names: list[str]
     read: Callable[[str], bytes]
 
 
-def open_answers(data: str | Path) -> Answers:
+def open_annotations(data: str | Path) -> AnnotationFiles:
     """Every file of a folder, .zip or .tar.
 
     Raises:
@@ -40,10 +40,10 @@ def open_answers(data: str | Path) -> Answers:
     path = Path(data).expanduser()
     if path.is_dir():
         names = sorted(PurePosixPath(name).as_posix() for name, file in walk(path, []) if file.is_file())
-        return Answers(names, lambda name: (path / name).read_bytes())
+        return AnnotationFiles(names, lambda name: (path / name).read_bytes())
     if path.is_file() and zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        return Answers(sorted(archive.namelist()), archive.read)
+        return AnnotationFiles(sorted(archive.namelist()), archive.read)
     if path.is_file() and tarfile.is_tarfile(path):
         members = tarfile.open(path)  # noqa: SIM115  # open as long as it is read from
 
@@ -52,7 +52,7 @@ def open_answers(data: str | Path) -> Answers:
             assert file is not None
             return file.read()
 
-        return Answers(sorted(members.getnames()), read)
+        return AnnotationFiles(sorted(members.getnames()), read)
     raise InputError(f"{data}: masks and boxes are read from a folder, .zip or .tar only")
 
 
@@ -111,7 +111,7 @@ def masks_of(data: str | Path, source: Source) -> Masks:
     Raises:
         InputError: there are none; two masks for an image, or two images for a mask.
     """
-    answers = open_answers(data)
+    answers = open_annotations(data)
     kinds: dict[str, list[str]] = {}
     for name in answers.names:
         path = PurePosixPath(name)
@@ -220,7 +220,7 @@ def _turned_masks(
     return {index: turns[index][0] for index in stored}
 
 
-def _classes(answers: Answers) -> tuple[list[str], int | None]:
+def _classes(answers: AnnotationFiles) -> tuple[list[str], int | None]:
     """Names by index, and the index to be ignored where it is said, from classes.json: a list of names or of objects
     with a name (and an index), or a mapping from one to the other; or an object with these under `classes`.
 
@@ -250,7 +250,7 @@ def _classes(answers: Answers) -> tuple[list[str], int | None]:
 
 
 @dataclass
-class Objects:
+class Instances:
     """The annotated objects of an image: boxes in pixels (left, top, right, bottom)."""
 
     boxes: np.ndarray  # [k, 4] float
@@ -260,7 +260,7 @@ class Objects:
 
 
 @dataclass
-class Detections:
+class CocoAnnotations:
     """COCO annotations of a split.
 
     Attributes:
@@ -275,11 +275,11 @@ class Detections:
     categories: dict[int, str]
     notes: list[str] = field(default_factory=list)
 
-    def objects(self, index: int) -> Objects:
+    def objects(self, index: int) -> Instances:
         found = self._by_image.get(self.images[index], [])
         boxes = np.array([a["bbox"] for a in found], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        return Objects(
+        return Instances(
             boxes,
             np.array([a["category_id"] for a in found], int),
             np.array([bool(a.get("iscrowd", 0)) for a in found], bool),
@@ -292,7 +292,7 @@ class Detections:
             self._by_image.setdefault(annotation["image_id"], []).append(annotation)
 
 
-def detections_of(data: str | Path, source: Source) -> dict[str, Detections]:
+def coco_annotations(data: str | Path, source: Source) -> dict[str, CocoAnnotations]:
     """By split, the COCO annotations below annotations/, in the orientation of the decoded images. The notes say which
     boxes were left out, as they have no area, and which were turned by an EXIF orientation.
 
@@ -300,7 +300,7 @@ def detections_of(data: str | Path, source: Source) -> dict[str, Detections]:
         InputError: there are none; two files for a split; an image listed twice or in another size than it has; a box
             outside its image; an object of no known category.
     """
-    answers = open_answers(data)
+    answers = open_annotations(data)
     files: dict[str, str] = {}
     for name in answers.names:
         split = coco_split(name)
@@ -323,14 +323,14 @@ def detections_of(data: str | Path, source: Source) -> dict[str, Detections]:
                 raise InputError(f"{name} lists {place} twice, as images {known[numbers[place]]} and {image['id']}")
     notes = _as_decoded(cocos, images, source)
     return {
-        split: Detections(
+        split: CocoAnnotations(
             cocos[name], images[name], {c["id"]: c["name"] for c in cocos[name]["categories"]}, notes[name]
         )
         for split, name in files.items()
     }
 
 
-def _coco(answers: Answers, name: str) -> dict[str, Any]:
+def _coco(answers: AnnotationFiles, name: str) -> dict[str, Any]:
     """A COCO file, with new lists of images and annotations, so that these can be changed."""
     try:
         coco = json.loads(answers.read(name))

@@ -12,19 +12,19 @@ from conftest import write_pictures
 
 import underpaint
 from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
-from underpaint.judge import Judge
+from underpaint.evaluate.probes import ProbeSuite
 from underpaint.patches import Standardize
 
 SIZE = (16, 16)
 
 
-def judge_of(folder: Path) -> Judge:
+def judge_of(folder: Path) -> ProbeSuite:
     def load(source: Source, indices: list[int]) -> ImageSet:
         return load_images(source, indices, size=SIZE)
 
     source = open_source(folder)
     indices = pretraining_indices(source)
-    return Judge.of(source, load, load(source, indices), indices, SIZE, seed=0)
+    return ProbeSuite.of(source, load, load(source, indices), indices, SIZE, seed=0)
 
 
 @pytest.fixture
@@ -49,11 +49,11 @@ def test_a_copy_of_the_untrained_weights_gains_exactly_nothing(pictures: Path, e
 def test_shuffled_labels_give_chance(tmp_path: Path, encoder: Any) -> None:
     folder = write_pictures(tmp_path / "pictures", 600)
     judge = judge_of(folder)
-    assert judge.parts is not None
+    assert judge.splits is not None
     known = judge.quick(encoder, STANDARDIZE)
     assert known["linear"] > 0.6  # stripes of three directions are easy
     shuffled = np.random.default_rng(0).permutation(np.array([0, 1, 2] * 200))
-    for part in judge.parts:
+    for part in judge.splits:
         part.images.labels[:] = [int(label) for label in shuffled[: len(part.images)]]
         shuffled = shuffled[len(part.images) :]
     guessed = judge.quick(encoder, STANDARDIZE)
@@ -63,8 +63,8 @@ def test_shuffled_labels_give_chance(tmp_path: Path, encoder: Any) -> None:
 
 def test_the_test_part_is_neither_trained_on_nor_chosen_by(pictures: Path, encoder: Any) -> None:
     judge = judge_of(pictures)
-    assert judge.parts is not None
-    train, test = judge.parts
+    assert judge.splits is not None
+    train, test = judge.splits
     assert not {train.images.names[k] for k in train.indices} & {test.images.names[k] for k in test.indices}
     before = judge.final(encoder, encoder, STANDARDIZE, "untrained encoder", lambda _: None)
     test.images.labels[:] = list(reversed(test.images.labels))
@@ -90,11 +90,11 @@ def test_images_of_one_patient_are_judged_as_one(tmp_path: Path, encoder: Any) -
 
     source = open_source(folder, groups=r"(\d)\.\w+$")
     indices = pretraining_indices(source)
-    judge = Judge.of(source, load, load(source, indices), indices, SIZE, seed=0)
-    assert judge.parts is not None
-    names = [re.findall(r"(\d)\.\w+$", name)[0] for name in judge.parts[1].images.names]
-    assert judge.parts[1].images.groups == names
-    worths = {"encoder": judge.worth(encoder, STANDARDIZE, 1), **judge.floors(1)}
+    judge = ProbeSuite.of(source, load, load(source, indices), indices, SIZE, seed=0)
+    assert judge.splits is not None
+    names = [re.findall(r"(\d)\.\w+$", name)[0] for name in judge.splits[1].images.names]
+    assert judge.splits[1].images.groups == names
+    worths = {"encoder": judge.worth(encoder, STANDARDIZE, 1), **judge.baselines(1)}
     for worth in worths.values():
         for probes in worth.probes.values():
             assert (probes[0].groups == np.unique(names, return_inverse=True)[1]).all()

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import underpaint
-from underpaint import looks
 from underpaint.backbones import Backbone
 from underpaint.backbones.protocols import Features
 from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
-from underpaint.judge import Judge
-from underpaint.looks import Colours, on_grid, plane, same_label, small, write_looks
+from underpaint.evaluate import visualizations
+from underpaint.evaluate.probes import ProbeSuite
+from underpaint.evaluate.visualizations import Colours, on_grid, plane, same_label, small, write_visualizations
 from underpaint.patches import Standardize
 
 STANDARDIZE = Standardize([0.5] * 3, [0.25] * 3)
@@ -52,14 +52,14 @@ def write_coloured(folder: Path, count: int, size: tuple[int, int] = (32, 32), c
     return folder
 
 
-def judge_of(folder: Path, size: tuple[int, int] = (32, 32), labels: bool = True, channels: int = 3) -> Judge:
+def judge_of(folder: Path, size: tuple[int, int] = (32, 32), labels: bool = True, channels: int = 3) -> ProbeSuite:
     def load(source: Source, indices: list[int]) -> ImageSet:
         return load_images(source, indices, size=size, channels=channels)
 
     source = open_source(folder)
     indices = pretraining_indices(source, all_images=not labels)
     pool = load(source, indices)
-    return Judge.of(source, load, pool, indices, size, seed=0) if labels else Judge(pool, None, size, 0)
+    return ProbeSuite.of(source, load, pool, indices, size, seed=0) if labels else ProbeSuite(pool, None, size, 0)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_the_mean_colour_finds_its_own_colour(tmp_path: Path, coloured: Path) -> None:
     blind = MeanColour(kept=0.0, value=1.0)
-    write_looks(MeanColour(), blind, judge_of(coloured), STANDARDIZE, tmp_path)
+    write_visualizations(MeanColour(), blind, judge_of(coloured), STANDARDIZE, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES
     found = known(tmp_path)
     assert found["images"] == 90
@@ -101,16 +101,16 @@ def test_the_mean_colour_finds_its_own_colour(tmp_path: Path, coloured: Path) ->
         query = picture[y, 4 + 32]
         for n in range(5):
             assert np.abs(picture[y, 88 + n * 68 + 32] - query).max() <= 40, "a neighbour has another colour"
-            assert tuple(picture[y + 34, 88 + n * 68 + 32]) == looks.SAME_LABEL
+            assert tuple(picture[y + 34, 88 + n * 68 + 32]) == visualizations.SAME_LABEL
 
 
 def test_a_query_is_not_its_own_neighbour(coloured: Path) -> None:
-    compared = looks._Compared.of(MeanColour(), MeanColour(), judge_of(coloured, labels=False), STANDARDIZE)
+    compared = visualizations._Compared.of(MeanColour(), MeanColour(), judge_of(coloured, labels=False), STANDARDIZE)
     found = compared.neighbours(compared.pretrained)
     assert found.shape == (90, 5)
     assert not (found == compared.queries[:, None]).any()
     assert all(len(set(row)) == 5 for row in found.tolist())
-    labelled = looks._Compared.of(MeanColour(), MeanColour(), judge_of(coloured), STANDARDIZE)
+    labelled = visualizations._Compared.of(MeanColour(), MeanColour(), judge_of(coloured), STANDARDIZE)
     assert not set(labelled.queries.tolist()) & set(labelled.candidates.tolist())
     assert set(labelled.neighbours(labelled.pretrained).flatten().tolist()) <= set(labelled.candidates.tolist())
 
@@ -173,7 +173,7 @@ def test_the_picture_of_patches_shows_the_grid(tmp_path: Path) -> None:
         halves = np.zeros((32, 64, 3), dtype=np.uint8)
         halves[:, :32], halves[:, 32:] = COLOURS[0], COLOURS[2]
         Image.fromarray(halves).save(place / f"{k}.png")
-    write_looks(MeanColour(), MeanColour(), judge_of(folder, (32, 64)), STANDARDIZE, tmp_path / "out")
+    write_visualizations(MeanColour(), MeanColour(), judge_of(folder, (32, 64)), STANDARDIZE, tmp_path / "out")
     picture = pixels(tmp_path / "out" / "features.png")
     column = picture[22 : 22 + 96, 6 + 2 * (192 + 6) :][:, :192]  # 4 x 8 patches of 24 pixels
     left, right = column[0, 0], column[0, -1]
@@ -191,10 +191,10 @@ def test_the_map_holds_every_image_once(coloured: Path, tmp_path: Path) -> None:
         assert cells.max() < math.ceil(math.sqrt(count))
     whole = np.stack(np.divmod(np.random.default_rng(0).permutation(16), 4), axis=1)
     np.testing.assert_array_equal(on_grid(whole[:, ::-1].astype(float)), whole)  # points that are a grid stay there
-    write_looks(MeanColour(), MeanColour(), judge_of(coloured), STANDARDIZE, tmp_path)
+    write_visualizations(MeanColour(), MeanColour(), judge_of(coloured), STANDARDIZE, tmp_path)
     picture = pixels(tmp_path / "map.png")
     tiles = picture.reshape(5, 32, 5, 32, 3).transpose(0, 2, 1, 3, 4).reshape(25, -1, 3)
-    compared = looks._Compared.of(MeanColour(), MeanColour(), judge_of(coloured), STANDARDIZE)
+    compared = visualizations._Compared.of(MeanColour(), MeanColour(), judge_of(coloured), STANDARDIZE)
     shown = sorted(tuple(tile[0].tolist()) for tile in tiles if (tile != 255).any())
     assert shown == sorted(tuple(compared.tiles[k][0, 0].tolist()) for k in compared.queries)
 
@@ -214,7 +214,7 @@ def test_like_features_lie_beside_each_other() -> None:
 @pytest.mark.parametrize("labels", [True, False])
 def test_constant_features_cost_only_the_map(tmp_path: Path, coloured: Path, labels: bool) -> None:
     blind = MeanColour(kept=0.0, value=3.0)
-    write_looks(blind, blind, judge_of(coloured, labels=labels), STANDARDIZE, tmp_path)
+    write_visualizations(blind, blind, judge_of(coloured, labels=labels), STANDARDIZE, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES - {"map.png"}
     assert (pixels(tmp_path / "features.png")[40:60, 6 + 102 : 6 + 102 + 90] == 128).all()
 
@@ -226,14 +226,14 @@ def test_zeros_and_images_of_two_kinds_do_not_warn(tmp_path: Path) -> None:
         place = folder / f"class{k % 2}"
         place.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), COLOURS[k % 2]).save(place / f"{k}.png")
-    write_looks(MeanColour(), nothing, judge_of(folder), STANDARDIZE, tmp_path / "out")
+    write_visualizations(MeanColour(), nothing, judge_of(folder), STANDARDIZE, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
 def test_features_that_are_not_finite_leave_the_pictures_out(tmp_path: Path, coloured: Path) -> None:
     judge = judge_of(coloured)
-    write_looks(MeanColour(), MeanColour(), judge, STANDARDIZE, tmp_path)
-    write_looks(MeanColour(value=math.nan), MeanColour(), judge, STANDARDIZE, tmp_path)
+    write_visualizations(MeanColour(), MeanColour(), judge, STANDARDIZE, tmp_path)
+    write_visualizations(MeanColour(value=math.nan), MeanColour(), judge, STANDARDIZE, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"looks.json"}  # nor do those of before stay
     assert known(tmp_path) == {"images": 90}
 
@@ -243,7 +243,7 @@ def test_features_that_are_not_finite_leave_the_pictures_out(tmp_path: Path, col
 )
 def test_few_images_are_enough(tmp_path: Path, count: int, labels: bool, neighbours: int | None) -> None:
     folder = write_coloured(tmp_path / "few", count)
-    write_looks(vit(), vit(), judge_of(folder, labels=labels), STANDARDIZE, tmp_path / "out")
+    write_visualizations(vit(), vit(), judge_of(folder, labels=labels), STANDARDIZE, tmp_path / "out")
     assert (tmp_path / "out" / "features.png").exists()
     assert (tmp_path / "out" / "neighbours.png").exists() == (count > 1)
     assert not (tmp_path / "out" / "map.png").exists()
@@ -268,7 +268,7 @@ def test_any_grid_channels_and_encoder(tmp_path: Path, size: tuple[int, int], ch
     )
     judge = judge_of(folder, size, labels=False, channels=channels)
     assert judge.pool.channels == channels
-    write_looks(encoder, encoder, judge, Standardize([0.5] * channels, [0.25] * channels), tmp_path / "out")
+    write_visualizations(encoder, encoder, judge, Standardize([0.5] * channels, [0.25] * channels), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert pixels(tmp_path / "out" / "map.png").shape[:2] == (
         6 * round(32 * size[0] / max(size)),
@@ -281,7 +281,7 @@ def test_the_same_bytes_again_whatever_the_random_state(tmp_path: Path, pictures
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        write_looks(encoder, untrained, judge, STANDARDIZE, tmp_path / name)
+        write_visualizations(encoder, untrained, judge, STANDARDIZE, tmp_path / name)
     for name in FILES:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
@@ -293,7 +293,7 @@ def test_training_is_left_as_it_was(tmp_path: Path, pictures: Path) -> None:
     modes = [module.training for module in encoder.modules()]
     weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     state, others = torch.get_rng_state(), str(np.random.get_state())
-    write_looks(encoder, encoder, judge, STANDARDIZE, tmp_path)
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert str(np.random.get_state()) == others
     assert [module.training for module in encoder.modules()] == modes
