@@ -20,7 +20,8 @@ from underpaint.evaluate import extract, knn, linear
 from underpaint.evaluate.probes import ProbeSuite
 from underpaint.inference import load_method
 from underpaint.methods.energy import TASKS
-from underpaint.pretraining import build, open_data, pretrain
+from underpaint.prepare import build, open_data
+from underpaint.pretraining import pretrain
 
 
 def probed(judge: ProbeSuite, encoder: Any, standardize: Any) -> dict[str, np.ndarray]:
@@ -57,7 +58,7 @@ def main() -> None:
                 steps=given.steps,
                 seed=seed,
                 probe_every=given.steps,
-                pause=1e9,  # as a comparison does: no judging at the end
+                stop_at=1e9,  # as a comparison does: no judging at the end
             )
             method, standardize, recipe = load_method(run.path)
             images, judge = open_data(recipe, lambda text: None)

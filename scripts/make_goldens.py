@@ -119,7 +119,7 @@ def train_case(name: str, folder: Path) -> dict[str, Any]:
             steps=STEPS,
             probe_every=10**6,
             settings={**settings, "optimiser.lr": 4e-3, "run.log_every": 1, "run.compile": "off"},
-            pause=1e9,  # judged elsewhere
+            stop_at=1e9,  # judged elsewhere
         )
     finally:
         torch.set_num_threads(threads)

@@ -6,13 +6,13 @@ Arguments: the moment (step, save, probe, judge, term or never), the count of th
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
-from underpaint import pretraining as train
 from underpaint.cli import main
-from underpaint.evaluate import probes
-from underpaint.train import run_folder as runs
+from underpaint.evaluate.probes import ProbeSuite
+from underpaint.train.run_folder import Run
+from underpaint.train.speed import TINY_FACTOR
+from underpaint.train.stepper import Stepper
 
 seen = 0
 
@@ -32,22 +32,34 @@ def dying(function: Any, count: int, before_dying: Any = None) -> Any:
     return wrapped
 
 
-def half_a_file(_: Any, path: Path) -> None:
-    Path(path).write_bytes(b"half of a checkpoint")
+def half_a_checkpoint(run: Run, step: int, *_: Any) -> None:
+    part = run.path / "checkpoints" / f"step-{step:09d}.0.part"
+    part.mkdir()
+    (part / "state.safetensors").write_bytes(b"half of a checkpoint")
+
+
+def stepping(function: Any) -> Any:
+    """`function` in place of the steps of a training, those that are only measured before it left as they are."""
+    real = Stepper.step
+
+    def step(current: Stepper, batch: Any, number: int, factor: float) -> Any:
+        return (real if factor == TINY_FACTOR else function)(current, batch, number, factor)
+
+    return step
 
 
 def arm(moment: str, count: int) -> None:
     """From here on this process ends at the `count`-th event of that kind."""
     if moment == "step":
-        train.update = dying(train.update, count)
+        Stepper.step = stepping(dying(Stepper.step, count))
     elif moment == "save":
-        runs.save_file = dying(runs.save_file, count, half_a_file)
+        Run.save = dying(Run.save, count, half_a_checkpoint)
     elif moment == "probe":
-        probes.ProbeSuite.quick = dying(probes.ProbeSuite.quick, count)
+        ProbeSuite.quick = dying(ProbeSuite.quick, count)
     elif moment == "judge":  # trained, and the last checkpoint written
-        probes.ProbeSuite.restoration = dying(probes.ProbeSuite.restoration, count)
+        ProbeSuite.restoration = dying(ProbeSuite.restoration, count)
     elif moment == "term":
-        real, calls = train.update, 0
+        real, calls = Stepper.step, 0
 
         def told(*arguments: Any) -> Any:
             nonlocal calls
@@ -56,7 +68,7 @@ def arm(moment: str, count: int) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*arguments)
 
-        train.update = told
+        Stepper.step = stepping(told)
 
 
 if __name__ == "__main__":

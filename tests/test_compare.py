@@ -361,8 +361,8 @@ TINY = {
 def test_a_run_in_turns_makes_the_steps_of_one_in_a_piece(pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"recipe": "mae-tiny-32", "patch_size": 8, "batch_size": 16, "steps": 12}
     pretrain(pictures, tmp_path / "whole", settings=TINY, **settings)
-    for pause in (0.0, 0.0, float("inf")):
-        pretrain(pictures, tmp_path / "turns", settings=TINY, pause=pause, **settings)
+    for stop_at in (0.0, 0.0, float("inf")):
+        pretrain(pictures, tmp_path / "turns", settings=TINY, stop_at=stop_at, **settings)
     whole, turns = (Run(tmp_path / name) for name in ("whole", "turns"))
     steps = [line["step"] for line in turns.lines("metrics.jsonl") if line.get("probe")]
     assert steps[:3] == [0, 1, 2]
@@ -401,10 +401,10 @@ def test_a_run_in_turns_has_its_time_and_its_schedule_whatever_was_timed_first(
         "probe_every": 10**9,
     }
     clock = machine(pace)
-    for pause in (8.0, 16.0, float("inf")):
-        run = pretrain(pictures, tmp_path / "run", settings=TINY, pause=pause, clock=clock, **settings)
+    for stop_at in (8.0, 16.0, float("inf")):
+        run = pretrain(pictures, tmp_path / "run", settings=TINY, stop_at=stop_at, clock=clock, **settings)
         reached = run.lines("metrics.jsonl")[-1]["seconds"]
-        assert min(pause, 24.0) <= reached <= min(pause, 24.0) + 1.5 * a_step
+        assert min(stop_at, 24.0) <= reached <= min(stop_at, 24.0) + 1.5 * a_step
     recipe, lines = run.recipe(), run.lines("metrics.jsonl")
     assert recipe.measured["steps"] == lines[-1]["step"]
     assert lines[-1]["lr"] == 0
@@ -427,8 +427,8 @@ def test_turns_cut_in_other_places_make_the_same_run(pictures: Path, tmp_path: P
     made = []
     for pauses in ((6.0, float("inf")), (2.0, 3.0, 8.0, 12.0)):
         out = tmp_path / f"{len(pauses)}"
-        for pause in pauses:  # each turn is a process of its own, which starts its clock anew
-            run = pretrain(pictures, out, settings=TINY, pause=pause, clock=machine(lambda now: 0.1), **settings)
+        for stop_at in pauses:  # each turn is a process of its own, which starts its clock anew
+            run = pretrain(pictures, out, settings=TINY, stop_at=stop_at, clock=machine(lambda now: 0.1), **settings)
         made.append((run.path / "encoder.safetensors").read_bytes())
         assert run.lines("metrics.jsonl")[-1]["seconds"] == pytest.approx(12.0, abs=0.45)
     assert made[0] == made[1]

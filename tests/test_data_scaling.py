@@ -30,7 +30,8 @@ from underpaint.data import (
 )
 from underpaint.data.scaling import weighted_quantiles
 from underpaint.errors import InputError
-from underpaint.pretraining import build, open_data, pretrain
+from underpaint.prepare import build, open_data
+from underpaint.pretraining import pretrain
 from underpaint.recipes.recipe import checked, override, plain
 from underpaint.tokenizers import tokenizer_scaling
 from underpaint.train.run_folder import Run

@@ -15,8 +15,9 @@ from underpaint.data import Batch
 from underpaint.masking import hidden_map
 from underpaint.methods.energy import TASKS, Energy, State
 from underpaint.patches import Standardize
+from underpaint.prepare import stepper_for
 from underpaint.recipes.recipe import checked
-from underpaint.train.stepper import Window, session, update
+from underpaint.train.meter import Meter
 
 each_task = pytest.mark.parametrize("task", [*TASKS, "mixture"])
 
@@ -190,18 +191,18 @@ def test_a_task_that_a_micro_batch_lacks_is_not_logged_as_restored() -> None:
     recipe = checked({"method": {"name": "energy", "corruption": "mixture"}, "optimiser": optimiser})
     recipe.measured["precision"] = "32"
     method, images = small("energy", corruption="mixture"), photographs(4)
-    current = session(Fabric(accelerator="cpu"), recipe, method, Standardize([0.0] * 3, [1.0] * 3), compiled=False)
-    window = Window()
+    current = stepper_for(Fabric(accelerator="cpu"), recipe, method, Standardize([0.0] * 3, [1.0] * 3))
+    meter = Meter()
     left: dict[str, list[float]] = {name: [] for name in TASKS}
     before: dict[str, list[float]] = {name: [] for name in TASKS}
     for step in range(2):
-        noise = current.noise(Batch(images, [0, 1, 2, 3]), step)
+        noise = current.noise(images, step)
         errors = method.errors(images, noise, method.restored(images, noise)[-1])
         for task, restored, corrupted in zip(noise.task.tolist(), *(each.tolist() for each in errors), strict=True):
             left[TASKS[task]].append(restored)
             before[TASKS[task]].append(corrupted)
-        window.add(*update(current, Batch(images, [0, 1, 2, 3]), step, 1e-4))
-    logged = window.means(current.fabric)
+        meter.add(*current.step(Batch(images, [0, 1, 2, 3]), step, 1.0))
+    logged = meter.means(current.fabric)
     seen = [name for name in TASKS if left[name]]
     assert 1 < len(seen) < len(TASKS)
     for name in seen:

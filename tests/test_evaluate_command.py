@@ -27,7 +27,7 @@ from underpaint.evaluate.bundle import open_bundle
 from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
 from underpaint.evaluate.store import stored_features
 from underpaint.pretraining import pretrain
-from underpaint.train import fit as fit_module
+from underpaint.train import cadence
 from underpaint.train.fit import Length, Schedule, fit
 from underpaint.train.run_folder import Run
 
@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch_size=16,
         steps=4,
         settings=TINY,
-        pause=1e9,
+        stop_at=1e9,
     )
     return out
 
@@ -126,7 +126,7 @@ def test_a_killed_loop_goes_on_as_if_nothing_had_happened(
 ) -> None:
     whole = Toy(optimiser)
     told = whole.run(tmp_path / "whole", Length(12))
-    monkeypatch.setattr(fit_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(cadence, "SAVE_SECONDS", 0.0)
     killed = Toy(optimiser)
     killed.fail_at = 7
     with pytest.raises(KeyboardInterrupt):
@@ -160,7 +160,7 @@ def test_a_loop_refuses_other_settings_and_stops_where_nothing_is_finite(tmp_pat
     broken = Toy()
     with torch.no_grad():
         next(broken.model.parameters()).fill_(float("nan"))
-    with pytest.raises(NotFinite, match="not finite in 10 steps"):
+    with pytest.raises(NotFinite, match="not finite from the first step on"):
         broken.run(tmp_path / "two", Length(50))
 
 
@@ -179,10 +179,10 @@ def test_one_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.quick
 def test_schedule() -> None:
     cosine, line = Schedule(0.1, 0.01), Schedule(0.1, 0.0, power=1.0)
-    assert cosine.factor(0.05) == pytest.approx(0.5)
-    assert cosine.factor(0.1) == pytest.approx(1)
-    assert cosine.factor(1.0) == pytest.approx(0.01)
-    assert line.factor(0.55) == pytest.approx(0.5)
+    assert cosine.factor(0, 0.05) == pytest.approx(0.5)
+    assert cosine.factor(0, 0.1) == pytest.approx(1)
+    assert cosine.factor(0, 1.0) == pytest.approx(0.01)
+    assert line.factor(0, 0.55) == pytest.approx(0.5)
 
 
 # -- features ----------------------------------------------------------------------------------------------------------

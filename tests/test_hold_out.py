@@ -13,7 +13,7 @@ from conftest import write_pictures
 from PIL import Image
 from torch import Tensor, nn
 
-from underpaint import pretraining as train_module
+from underpaint import prepare
 from underpaint.backbones import Backbone, create_arguments, from_arguments
 from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features
@@ -37,7 +37,7 @@ class Seen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trained: set[str] = set()
         self.judged: list[list[str]] = []
-        batches, of, frozen = train_module.train_batches, ProbeSuite.of, command.judge_frozen
+        batches, of, frozen = prepare.train_batches, ProbeSuite.of, command.judge_frozen
 
         def noted_batches(images: ImageSet, **given: Any) -> Any:
             for batch in batches(images, **given):
@@ -53,7 +53,7 @@ class Seen:
             self.judged.append([test.images.names[k] for k in test.indices])
             return frozen(bundle, train, test, *given, **named)
 
-        monkeypatch.setattr(train_module, "train_batches", noted_batches)
+        monkeypatch.setattr(prepare, "train_batches", noted_batches)
         monkeypatch.setattr(ProbeSuite, "of", noted_of)
         monkeypatch.setattr(command, "judge_frozen", noted_frozen)
 

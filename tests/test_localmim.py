@@ -19,7 +19,8 @@ from underpaint.masking import Mask, random_mask
 from underpaint.methods.localmim import LocalMIM, Tap
 from underpaint.methods.simmim import SimMIM
 from underpaint.patches import take, unpatchify
-from underpaint.pretraining import build, pretrain
+from underpaint.prepare import build
+from underpaint.pretraining import pretrain
 
 
 def local(depth: int = 8, size: tuple[int, int] = (32, 32), patch: int = 8, **settings: Any) -> LocalMIM:

@@ -19,8 +19,9 @@ from underpaint.data import Batch
 from underpaint.masking import hidden_map
 from underpaint.methods import METHODS
 from underpaint.patches import Standardize, patchify
+from underpaint.prepare import stepper_for
 from underpaint.recipes.recipe import checked
-from underpaint.train.stepper import Window, session, update
+from underpaint.train.meter import Meter
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 # weights that no gradient reaches, with the reason
@@ -108,12 +109,12 @@ def test_a_step_logs_the_loss_and_terms_of_the_whole(name: str, settings: dict[s
     recipe.measured["precision"] = "32"
     method, images = small(name, **settings), photographs()
     assert method.num_losses > 1
-    current = session(Fabric(accelerator="cpu"), recipe, method, Standardize([0.0] * 3, [1.0] * 3), compiled=False)
-    noise, rows = current.noise(Batch(images, [0, 1, 2, 3]), 0), 4 // accumulation
+    current = stepper_for(Fabric(accelerator="cpu"), recipe, method, Standardize([0.0] * 3, [1.0] * 3))
+    noise, rows = current.noise(images, 0), 4 // accumulation
     wholes = [method(images[k : k + rows], noise.rows(slice(k, k + rows))) for k in range(0, 4, rows)]
-    window = Window()
-    window.add(*update(current, Batch(images, [0, 1, 2, 3]), 0, 1e-4))
-    logged = window.means(current.fabric)
+    meter = Meter()
+    meter.add(*current.step(Batch(images, [0, 1, 2, 3]), 0, 1.0))
+    logged = meter.means(current.fabric)
     wanted = {"loss": sum(float(whole.loss.detach()) for whole in wholes) / accumulation}
     for key in wholes[0].terms:
         weights = [float(whole.weights.get(key, torch.ones(()))) for whole in wholes]

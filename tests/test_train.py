@@ -20,14 +20,16 @@ from lightning.fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from underpaint import load_encoder
-from underpaint import pretraining as train
+from underpaint import load_encoder, pretraining
 from underpaint.cli import main
 from underpaint.errors import InputError, NotFinite
 from underpaint.methods import METHODS, Objective
 from underpaint.pretraining import pretrain
+from underpaint.seeds import ROLLED_BACK
 from underpaint.train.run_folder import Run, training_state
-from underpaint.train.stepper import learning_rate
+from underpaint.train.schedules import Schedule
+from underpaint.train.speed import TINY_FACTOR
+from underpaint.train.stepper import Stepper
 
 TINY: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
@@ -253,7 +255,7 @@ def test_a_run_made_longer_says_so_and_warms_up_again(pictures: Path, tmp_path: 
     had, found = cosine(4, 5), rates(early)
     assert found[5] == pytest.approx(had + (cosine(5, 12) - had) / (0.2 * 8))
     assert found[6] == pytest.approx(cosine(6, 12))
-    pretrain(pictures, broken, steps=12, pause=0.0)
+    pretrain(pictures, broken, steps=12, stop_at=0.0)
     assert max(rates(broken)) == 5
     pretrain(pictures, broken, steps=12)
     assert rates(broken) == found
@@ -264,21 +266,23 @@ def test_a_run_made_longer_says_so_and_warms_up_again(pictures: Path, tmp_path: 
 def test_bad_batches_are_left_out_named_and_rolled_back(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, bad_steps = train.update, {2, 5, 6, 7}
+    real, bad_steps = Stepper.step, {2, 5, 6, 7}
     seen: list[int] = []
 
-    def sometimes_bad(current: Any, batch: Any, step: int, rate: float) -> Any:
+    def sometimes_bad(current: Stepper, batch: Any, step: int, factor: float) -> Any:
+        if factor == TINY_FACTOR:  # measured, before the first step
+            return real(current, batch, step, factor)
         seen.append(step)
         if step in bad_steps and current.seed == 0:
             batch = batch._replace(images=batch.images * float("nan"))
-        before = {key: value.clone() for key, value in current.method.state_dict().items()}
-        result = real(current, batch, step, rate)
+        before = {key: value.clone() for key, value in current.task.state_dict().items()}
+        result = real(current, batch, step, factor)
         if step in bad_steps and current.seed == 0:
-            for key, value in current.method.state_dict().items():
+            for key, value in current.task.state_dict().items():
                 assert torch.equal(value, before[key])  # the batch changed nothing
         return result
 
-    monkeypatch.setattr(train, "update", sometimes_bad)
+    monkeypatch.setattr(Stepper, "step", sometimes_bad)
     run = pretrain(pictures, tmp_path / "run", steps=10, settings=SMALL, checkpoint_every=4, probe_every=100, **TINY)
     named = run.lines("not-finite.jsonl")
     assert [line["step"] for line in named] == [3, 6, 7, 8]  # counted from 1, as in the metrics
@@ -301,36 +305,41 @@ def ticking() -> Callable[[], float]:
 
 
 class Failing:
-    """In place of `train.update`: no finite loss at some (roll-back, step), steps counted from 0. Keeps what it saw."""
+    """Steps of which some have no finite loss, by (roll-back, step) with steps counted from 0. Keeps what it saw."""
 
     def __init__(self, bad: set[tuple[int, int]], dies_at: int | None = None):
-        self.real, self.bad, self.dies_at = train.update, bad, dies_at
+        self.bad, self.dies_at = bad, dies_at
         self.seen: list[tuple[int, int, dict[str, torch.Tensor], list[int], float]] = []
 
-    def __call__(self, current: Any, batch: Any, step: int, rate: float) -> Any:
-        if step == self.dies_at:
-            self.dies_at = None
-            raise OSError("pulled out")
-        rollback = (current.seed - current.recipe.run.seed) // 1_000_003
-        state = {key: value.clone() for key, value in training_state(current.method, current.optimiser).items()}
-        if (rollback, step) in self.bad:
-            batch = batch._replace(images=batch.images * float("nan"))
-        numbers, bad = self.real(current, batch, step, rate)
-        assert bool(bad) == ((rollback, step) in self.bad)
-        self.seen.append(
-            (rollback, step, state, list(batch.samples), float(numbers["loss"][0]))
-        )  # a sum, and its weight
-        return numbers, bad
+    def into(self, monkeypatch: pytest.MonkeyPatch) -> "Failing":
+        real = Stepper.step
+
+        def step(current: Stepper, batch: Any, step: int, factor: float) -> Any:
+            if factor == TINY_FACTOR:  # measured, before the first step
+                return real(current, batch, step, factor)
+            if step == self.dies_at:
+                self.dies_at = None
+                raise OSError("pulled out")
+            rollback = current.seed // ROLLED_BACK
+            state = {key: value.clone() for key, value in training_state(current.task, current.optimiser).items()}
+            if (rollback, step) in self.bad:
+                batch = batch._replace(images=batch.images * float("nan"))
+            numbers, bad = real(current, batch, step, factor)
+            assert bool(bad) == ((rollback, step) in self.bad)
+            self.seen.append((rollback, step, state, list(batch.samples), float(numbers["loss"][0])))
+            return numbers, bad
+
+        monkeypatch.setattr(Stepper, "step", step)
+        return self
 
 
 def test_a_roll_back_is_the_checkpoint_bit_for_bit_with_other_data(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = Failing({(0, 5), (0, 6), (0, 7), (1, 7), (1, 8), (1, 9)})
-    monkeypatch.setattr(train, "update", failing)
+    failing = Failing({(0, 5), (0, 6), (0, 7), (1, 7), (1, 8), (1, 9)}).into(monkeypatch)
     settings = SMALL | {"run.log_every": 1, "run.checkpoint_every": 4, "run.probe_every": 1000}
     run = pretrain(
-        plain, tmp_path / "run", method="mae", steps=10, settings=settings, pause=1e9, clock=ticking(), **TINY
+        plain, tmp_path / "run", method="mae", steps=10, settings=settings, stop_at=1e9, clock=ticking(), **TINY
     )
     # checkpoints at 4 and, within the second streak, at 8
     steps = [(rollback, step) for rollback, step, *_ in failing.seen]
@@ -366,16 +375,18 @@ def test_a_run_cut_off_among_bad_steps_is_as_if_it_was_not(
     bad = {(0, 6), (0, 7), (0, 8)}
     settings = SMALL | {"run.checkpoint_every": checkpoint_every, "run.probe_every": 1000}
     given: dict[str, Any] = {"method": "mae", "steps": 12, "settings": settings, **TINY}
-    monkeypatch.setattr(train, "update", Failing(bad))
-    whole = pretrain(plain, tmp_path / "whole", pause=1e9, clock=ticking(), **given)
+    with monkeypatch.context() as patched:
+        Failing(bad).into(patched)
+        whole = pretrain(plain, tmp_path / "whole", stop_at=1e9, clock=ticking(), **given)
+    failing = Failing(bad, dies_at=None if checkpoint_every == 4 else 8).into(monkeypatch)
+    assert failing.bad
     if checkpoint_every == 4:
-        pretrain(plain, tmp_path / "cut", pause=0.3 * 7 + 0.15, clock=ticking(), **given)
+        pretrain(plain, tmp_path / "cut", stop_at=0.3 * 7 + 0.15, clock=ticking(), **given)
         assert Run(tmp_path / "cut").lines("metrics.jsonl")[-1]["step"] == 8
     else:
-        monkeypatch.setattr(train, "update", Failing(bad, dies_at=8))
         with pytest.raises(OSError, match="pulled out"):
-            pretrain(plain, tmp_path / "cut", pause=1e9, clock=ticking(), **given)
-    cut = pretrain(plain, tmp_path / "cut", pause=1e9, clock=ticking(), **given)
+            pretrain(plain, tmp_path / "cut", stop_at=1e9, clock=ticking(), **given)
+    cut = pretrain(plain, tmp_path / "cut", stop_at=1e9, clock=ticking(), **given)
     assert cut.lines("not-finite.jsonl") == whole.lines("not-finite.jsonl")
     assert [line["loss"] for line in metrics(cut.path)] == [line["loss"] for line in metrics(whole.path)]
     ours, theirs = last_state(cut.path), last_state(whole.path)
@@ -404,11 +415,11 @@ def test_compiling_is_no_part_of_the_time_of_any_turn(
             return self.method(*given)
 
     given: dict[str, Any] = {"method": "mae", "minutes": 0.1, "probe_every": 1000, **TINY}
-    pretrain(plain, tmp_path / "as-it-is", settings=SMALL, pause=1e9, clock=clock, **given)
+    pretrain(plain, tmp_path / "as-it-is", settings=SMALL, stop_at=1e9, clock=clock, **given)
     monkeypatch.setattr(torch, "compile", Compiled)
     monkeypatch.setenv("CXX", "sh")  # some compiler is there
-    for pause in (3.0, 1e9):
-        pretrain(plain, tmp_path / "run", settings=SMALL | {"run.compile": "on"}, pause=pause, clock=clock, **given)
+    for stop_at in (3.0, 1e9):
+        pretrain(plain, tmp_path / "run", settings=SMALL | {"run.compile": "on"}, stop_at=stop_at, clock=clock, **given)
     run = Run(tmp_path / "run")
     assert run.recipe().measured["compile"]
     last, other = (Run(tmp_path / name).lines("metrics.jsonl")[-1] for name in ("run", "as-it-is"))
@@ -427,12 +438,11 @@ def half(*_: Any) -> Fabric:
 def test_float16_trains_leaves_out_what_is_not_finite_and_keeps_its_scale(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "make_fabric", half)
-    failing = Failing({(0, 2)})
-    monkeypatch.setattr(train, "update", failing)
+    monkeypatch.setattr(pretraining, "make_fabric", half)
+    failing = Failing({(0, 2)}).into(monkeypatch)
     given: dict[str, Any] = {"method": "mae", "steps": 6, "settings": SMALL, "probe_every": 1000, **TINY}
-    for pause in (0.3 * 3 + 0.15, 1e9):
-        run = pretrain(plain, tmp_path / "run", pause=pause, clock=ticking(), **given)
+    for stop_at in (0.3 * 3 + 0.15, 1e9):
+        run = pretrain(plain, tmp_path / "run", stop_at=stop_at, clock=ticking(), **given)
     by = {step: state for _, step, state, *_ in failing.seen}
     weights = [key for key in by[2] if key.startswith("method.")]
     assert all(torch.equal(by[2][key], by[3][key]) for key in weights)  # step 2 changed nothing
@@ -440,19 +450,19 @@ def test_float16_trains_leaves_out_what_is_not_finite_and_keeps_its_scale(
     found = run.load()
     assert found is not None
     assert found[1]["scaler"]["scale"] == 2.0**15  # torch begins with 2 ** 16, and halves it where a step failed
-    assert found[1]["scaler"]["_growth_tracker"] == 3  # good steps since, those before the pause included
+    assert found[1]["scaler"]["_growth_tracker"] == 3  # good steps since, those before the stop_at included
     assert all(torch.isfinite(value).all() for value in found[0].values())
 
 
 def test_a_loss_that_stays_not_finite_ends_with_status_3(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    real = train.update
+    real = Stepper.step
 
-    def always_bad(current: Any, batch: Any, step: int, rate: float) -> Any:
-        return real(current, batch._replace(images=batch.images * float("nan")) if step > 3 else batch, step, rate)
+    def always_bad(current: Stepper, batch: Any, step: int, factor: float) -> Any:
+        return real(current, batch._replace(images=batch.images * float("nan")) if step > 3 else batch, step, factor)
 
-    monkeypatch.setattr(train, "update", always_bad)
+    monkeypatch.setattr(Stepper, "step", always_bad)
     out = tmp_path / "run"
     command = ["pretrain", str(pictures), "--out", str(out), *COMMAND, "--steps", "20", "--checkpoint-every", "2"]
     assert main(command) == 3
@@ -525,16 +535,15 @@ def test_no_labels_gives_the_rank(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.quick
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    assert learning_rate(0.0, 2.0, 0.1) == 0
-    assert learning_rate(0.05, 2.0, 0.1) == 1
-    assert learning_rate(0.1, 2.0, 0.1) == 2
-    assert learning_rate(0.55, 2.0, 0.1) == pytest.approx(1)
-    assert learning_rate(1.0, 2.0, 0.1) == pytest.approx(0)
-    assert learning_rate(0.0, 2.0, 0.0) == 2
+    schedule = Schedule(0.1)
+    assert [schedule.factor(0, share) for share in (0.0, 0.05, 0.1)] == [0, 0.5, 1]
+    assert schedule.factor(0, 0.55) == pytest.approx(0.5)
+    assert schedule.factor(0, 1.0) == pytest.approx(0)
+    assert Schedule(0.0).factor(0, 0.0) == 1
 
 
 def test_nan_everywhere_from_the_first_step(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train.update
-    monkeypatch.setattr(train, "update", lambda c, b, s, r: real(c, b._replace(images=b.images * float("nan")), s, r))
+    real = Stepper.step
+    monkeypatch.setattr(Stepper, "step", lambda c, b, s, r: real(c, b._replace(images=b.images * float("nan")), s, r))
     with pytest.raises(NotFinite):
         pretrain(pictures, tmp_path / "run", steps=40, settings=SMALL, **TINY)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import underpaint.pretraining
+import underpaint.prepare
 from underpaint.masking import Mask, random_mask
 from underpaint.methods import METHODS, Method, Objective
 from underpaint.pretraining import pretrain
@@ -84,14 +84,14 @@ def test_features_that_collapse(pictures: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_run_starved_of_data(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = underpaint.pretraining.train_batches
+    quick = underpaint.prepare.train_batches
 
     def slow(*given: Any, **named: Any) -> Iterator[Any]:
         for batch in quick(*given, **named):
             time.sleep(0.1)
             yield batch
 
-    monkeypatch.setattr(underpaint.pretraining, "train_batches", slow)
+    monkeypatch.setattr(underpaint.prepare, "train_batches", slow)
     found = verdict_of(pictures, tmp_path / "run", optimiser__lr=2e-2)
     assert found.word == "starved"
     assert "`--workers`" in found.advice

@@ -513,7 +513,7 @@ def test_a_run_makes_and_keeps_its_tokenizer(tmp_path: Path, capsys: Any) -> Non
         "settings": TINY,
         "checkpoint_every": 2,
     }
-    pretrain(pictures, tmp_path / "run", steps=2, pause=1e9, **arguments)
+    pretrain(pictures, tmp_path / "run", steps=2, stop_at=1e9, **arguments)
     run = Run(tmp_path / "run")
     made = run.recipe().measured["tokenizer"]
     assert made["kind"] == "kmeans"
@@ -524,7 +524,7 @@ def test_a_run_makes_and_keeps_its_tokenizer(tmp_path: Path, capsys: Any) -> Non
     assert torch.equal(kept.tokenizer.centres, stored.centres)
     assert torch.equal(kept.standardize.mean, standardize.mean)
     before = run.tokenizer.read_bytes()
-    pretrain(pictures, tmp_path / "run", steps=4, pause=1e9, **arguments)
+    pretrain(pictures, tmp_path / "run", steps=4, stop_at=1e9, **arguments)
     assert run.tokenizer.read_bytes() == before
     assert [line["step"] for line in run.lines("metrics.jsonl")][-1] == 4
     # another run with these words says the same of them
@@ -532,7 +532,7 @@ def test_a_run_makes_and_keeps_its_tokenizer(tmp_path: Path, capsys: Any) -> Non
         pictures,
         tmp_path / "other",
         steps=1,
-        pause=1e9,
+        stop_at=1e9,
         **{
             **arguments,
             "method": "beit",

@@ -15,9 +15,17 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
+_watching: list[int] | None = None
+
+
 @contextmanager
 def watched_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM fill a list instead of ending the process; a second one ends it as usual."""
+    """Ctrl-C and SIGTERM fill a list instead of ending the process; a second one ends it as usual. Inside of another watch
+    the list is the same."""
+    global _watching
+    if _watching is not None:
+        yield _watching
+        return
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -31,8 +39,10 @@ def watched_signals() -> Iterator[list[int]]:
 
     for number in watched:
         signal.signal(number, note)
+    _watching = received
     try:
         yield received
     finally:
+        _watching = None
         for number in watched:
             signal.signal(number, previous[number])

@@ -28,14 +28,16 @@ from underpaint.tokenizers import (
     save_tokenizer,
     width_for,
 )
-from underpaint.train.fit import Length, Schedule, fit
+from underpaint.train.fit import Fitting, fit_task
+from underpaint.train.optim import adamw
+from underpaint.train.schedules import Duration, Schedule
 
 KINDS = ("kmeans", "fsq", "vq")
 HELD_OUT, HELD_OUT_IMAGES = 20, 2_000  # each 20th image, and at most so many, judge
 SHOWN = 6
 PATCHES_A_WORD = 256  # that k-means is fitted to
 COUNTED_A_WORD = 64  # n a word have a cross-entropy about 1 / 2n nats above that of the true frequencies: 0.008
-RATE = 1e-3  # of AdamW, at its highest
+LR = 1e-3  # of AdamW, at its highest
 STEPS = 5_000
 
 
@@ -48,7 +50,7 @@ def make_ready(
     seed: int,
     device: torch.device,
     folder: Path,
-    length: Length,
+    length: Duration,
     shout: Callable[[str], None] = say,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def make_ready(
     """
     made, seconds, began = not tokenizer.ready, None, clock()
 
-    def crops(first: int) -> Generator[Tensor, None, None]:
+    def crops(first: int, seed: int = seed) -> Generator[Tensor, None, None]:
         return _crops(images, settings, batch_size, seed, device, first)
 
     if made:
@@ -82,29 +84,19 @@ def make_ready(
         seconds = clock() - began
     elif made and isinstance(tokenizer, ConvTokenizer):
         tokenizer.requires_grad_(True)
-        trained = fit(
-            tokenizer,
-            torch.optim.AdamW(tokenizer.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01),
-            crops,
-            lambda images, step: tokenizer.loss(images),
-            folder=folder,
-            length=length,
-            schedule=Schedule(0.05),
-            seed=seed,
-            clip=1.0,
-            batch_size=batch_size,
-            settings={
-                **tokenizer.arguments(),
-                "images": images.fingerprint(),
-                "image_size": settings.image_size,
-                "crop_scale": settings.crop_scale,
-                "flip": settings.flip,
-                "batch_size": batch_size,
-                "seed": seed,
-            },
-            clock=clock,
-        )
-        seconds = 60 * trained["minutes"]  # that before an interruption, too
+        told = {
+            **tokenizer.arguments(),
+            "images": images.fingerprint(),
+            "image_size": settings.image_size,
+            "crop_scale": settings.crop_scale,
+            "flip": settings.flip,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        optimiser = adamw(tokenizer.param_groups(LR, 0.01), betas=(0.9, 0.95))
+        how = Fitting(length, Schedule(0.05), seed, 1.0, batch_size, told, clock)
+        trained = fit_task(tokenizer, optimiser, crops, folder, how)
+        seconds = 60 * (trained["minutes"] or 0.0)  # that before an interruption, too
     tokenizer.ready = True
     tokenizer.requires_grad_(False).eval()
     tokenizer.zero_grad(set_to_none=True)
@@ -216,7 +208,7 @@ def make_tokenizer(
         seed=seed,
         device=device,
         folder=path.with_suffix(".training"),
-        length=Length(STEPS, minutes),
+        length=Duration(STEPS, minutes),
     )
     save_tokenizer(tokenizer, path, made["quality"], images.scaling, made["seconds"])
     if kind != "kmeans":

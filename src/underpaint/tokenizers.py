@@ -26,6 +26,7 @@ from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.files import replacing, write_json
 from underpaint.patches import patchify, unpatchify
+from underpaint.trainable import Objective, Trainable
 
 FORMAT = 1
 CHUNK = 2**24  # distances held at once
@@ -37,7 +38,7 @@ ITERATIONS = 25  # of Lloyd
 FSQ_LEVELS = {1000: (8, 5, 5, 5), 1024: (4, 4, 4, 4, 4), 4375: (7, 5, 5, 5, 5), 64: (4, 4, 4), 256: (4, 4, 4, 4)}
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(Trainable):
     """The contract above. `ready` says whether it was fitted, trained or loaded."""
 
     kind: str
@@ -351,6 +352,9 @@ class ConvTokenizer(Tokenizer):
         codes, _, commitment = self._codes(images)
         restored = self._images(codes, self.grid(*images.shape[-2:]))
         return (restored - images).square().mean() + commitment.sum()
+
+    def forward(self, images: Float[Tensor, "b c height width"], noise: None = None) -> Objective:
+        return Objective(self.loss(images), {})
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:

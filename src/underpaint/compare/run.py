@@ -38,7 +38,7 @@ from underpaint.files import replacing, write_json, write_text
 from underpaint.inference import load_method
 from underpaint.methods import METHODS
 from underpaint.pictures import sheet
-from underpaint.pretraining import build, open_data
+from underpaint.prepare import build, open_data
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import Recipe, checked, differences, override, plain
 from underpaint.recipes.request import FLAGS, read_recipe, recipe_named
@@ -259,9 +259,9 @@ def _turn(
     """One turn of a method, where it has not had it; a method that fails is left out from then on."""
     run = Run(folder / "runs" / f"{name}-{seed}")
     last = round_ == plan.rounds - 1
-    pause = math.inf if last else 60 * plan.minutes * (round_ + 1) / plan.rounds
+    stop_at = math.inf if last else 60 * plan.minutes * (round_ + 1) / plan.rounds
     seconds = _reached(run)
-    if seconds >= min(pause, 60 * plan.minutes):
+    if seconds >= min(stop_at, 60 * plan.minutes):
         return
     say(
         f"round {round_ + 1} of {plan.rounds}: {name}, seed {seed}, {seconds / 60:.1f} of {plan.minutes:g} minutes done"
@@ -272,7 +272,7 @@ def _turn(
     write_text(recipe, yaml.safe_dump(chosen, sort_keys=False))
     reason = folder / "reason.txt"
     reason.unlink(missing_ok=True)
-    told = {"out": str(run.path), "recipe": str(recipe), "pause": str(pause), "reason": str(reason)}
+    told = {"out": str(run.path), "recipe": str(recipe), "stop_at": str(stop_at), "reason": str(reason)}
     told = {"data": chosen["data"]["path"], **told}
     write_json(folder / "turn.json", told)
     status = _process(folder / "turn.json", received) if clock is None else turn(told, clock)

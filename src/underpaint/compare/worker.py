@@ -18,12 +18,12 @@ from underpaint.errors import InputError, NotFinite
 
 
 def turn(plan: dict[str, Any], clock: Callable[[], float] = time.perf_counter) -> int:
-    """Train until `pause` seconds of training by `clock` are done, or to the end."""
+    """Train until `stop_at` seconds of training by `clock` are done, or to the end."""
     from underpaint.pretraining import pretrain
     from underpaint.signals import Interrupted
 
     try:
-        pretrain(plan["data"], plan["out"], recipe=plan["recipe"], pause=float(plan["pause"]), clock=clock)
+        pretrain(plan["data"], plan["out"], recipe=plan["recipe"], stop_at=float(plan["stop_at"]), clock=clock)
         return 0
     except (InputError, NotFinite) as error:
         Path(plan["reason"]).write_text(" ".join(str(error).split()))

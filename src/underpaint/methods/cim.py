@@ -173,7 +173,7 @@ class CIM(Method):
     def standardize(self) -> Standardize:
         return self.generator.standardize
 
-    def clipped_apart(self) -> list[list[nn.Parameter]]:
+    def clip_groups(self) -> list[list[nn.Parameter]]:
         """Generator and enhancer share nothing, so the weight of neither loss may reach the other through the norm."""
         mine = [p for name, p in self.named_parameters() if not name.startswith("generator.") and p.requires_grad]
         return [[p for p in self.generator.parameters() if p.requires_grad], mine]

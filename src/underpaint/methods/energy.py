@@ -211,7 +211,7 @@ class Energy(Method):
         if readout == "class" and (self.upper is not None or not has_class):
             raise ValueError("readout class needs an encoder with a class token, and context image")
 
-    def rate_factors(self) -> dict[str, float]:
+    def lr_scales(self) -> dict[str, float]:
         return {name: self.step_rate for name in ("log_step_size", "log_position_step") if hasattr(self, name)}
 
     # --- corrupting ------------------------------------------------------------------------------------------------

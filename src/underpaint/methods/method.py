@@ -1,34 +1,20 @@
 """The contract between a method and everything around it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
 
 from underpaint.backbones import Backbone
 from underpaint.patches import Standardize
 from underpaint.tokenizers import Tokenizer
+from underpaint.trainable import Objective, Trainable
 
 
-class Objective(NamedTuple):
-    """A loss, and the named numbers it was made of.
-
-    `terms` holds scalars without gradient, among them `baseline`: the loss of a trivial prediction. A loss that
-    does not fall below its baseline has learned nothing. `carry` is what the next part of a loss in parts starts from.
-    `weights` says how much a term counts in a mean over micro-batches, processes and steps where that is not the same
-    each time: the denominator of a ratio, the number of images that it speaks of (0 where there are none).
-    """
-
-    loss: Float[Tensor, ""]
-    terms: dict[str, Tensor]
-    carry: Any = None
-    weights: Mapping[str, Tensor] = MappingProxyType({})
-
-
-class Method(nn.Module):
+class Method(Trainable):
     """A pretraining method around an encoder: `method(images)` is an `Objective`.
 
     Images are standardised, float32 [b, c, height, width]. What is random in a step is drawn by `sample`, outside
@@ -41,7 +27,6 @@ class Method(nn.Module):
     """
 
     encoder: Backbone
-    num_losses: int = 1
 
     def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
         """The random part of a step for `batch` images of this size in pixels, on the CPU."""
@@ -50,13 +35,31 @@ class Method(nn.Module):
     def forward(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> Objective:
         raise NotImplementedError
 
-    def rate_factors(self) -> dict[str, float]:
+    def noise_for(self, inputs: Float[Tensor, "b c height width"], count: int, generator: torch.Generator) -> Any:
+        return self.sample(count, inputs.shape[2], inputs.shape[3], generator)
+
+    def lr_scales(self) -> dict[str, float]:
         """Weights in a parameter group of their own, without decay: the factor on their learning rate, by name."""
         return {}
 
-    def clipped_apart(self) -> list[list[nn.Parameter]]:
-        """Weights whose gradients are clipped by norms of their own; all together where empty."""
-        return []
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """timm's: no decay on biases, norms, positions, class and mask tokens."""
+        listed = {
+            f"{place}.{name}"
+            for place, module in self.named_modules()
+            for name in getattr(module, "no_weight_decay", set)()
+        }
+        groups = param_groups_weight_decay(self, weight_decay, no_weight_decay_list=listed)
+        named, scales = dict(self.named_parameters()), self.lr_scales()
+        apart = {id(named[name]) for name in scales if name in named}
+        for group in groups:
+            group |= {"params": [p for p in group["params"] if id(p) not in apart], "lr": lr}
+        groups += [
+            {"params": [named[name]], "weight_decay": 0.0, "lr": lr * scale}
+            for name, scale in scales.items()
+            if name in named
+        ]
+        return groups
 
     def parts(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> Iterator[Objective]:
         """The parts of the loss one by one; backpropagate each before asking for the next, and memory is that of one."""
@@ -84,10 +87,6 @@ class Method(nn.Module):
         `mean` averages a number over the processes of a run, so that all take over the same.
         """
         return {}
-
-    def after_step(self, progress: float) -> None:
-        """After a step that was taken, where the share `progress` of the run is done: a moving-average teacher follows
-        here."""
 
     def restore(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> dict[str, Tensor]:
         """Pictures by caption, standardised like the images, from the original to the restoration."""

@@ -119,27 +119,32 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def training_state(method: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_state(task: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights and optimiser state as one flat dict of tensors, named by parameter."""
-    tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
-    for name, parameter in method.named_parameters():
+    tensors = {f"method.{name}": value for name, value in task.state_dict().items()}
+    for name, parameter in task.named_parameters():
         for key, value in optimiser.state.get(parameter, {}).items():
             tensors[f"optimiser.{name}:{key}"] = value
+    for number, group in enumerate(optimiser.param_groups):
+        if "step" in group:  # timm's LAMB counts there
+            tensors[f"group.{number}"] = torch.as_tensor(group["step"])
     return tensors
 
 
-def restore_state(method: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_state(task: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `training_state` took, in place."""
     weights = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
-    method.load_state_dict(weights)
+    task.load_state_dict(weights)
     optimiser.state.clear()
-    parameters = dict(method.named_parameters())
+    parameters = dict(task.named_parameters())
     for key, value in tensors.items():
         if key.startswith("optimiser."):
             name, _, kind = key.removeprefix("optimiser.").rpartition(":")
             parameter = parameters[name]
             # AdamW's step counts stay float32, whatever the weights are
             optimiser.state[parameter][kind] = value.clone().to(parameter.device)
+        elif key.startswith("group."):
+            optimiser.param_groups[int(key.removeprefix("group."))]["step"] = value.clone()
 
 
 def environment() -> dict[str, Any]:

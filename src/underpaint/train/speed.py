@@ -9,6 +9,7 @@ import resource
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 from underpaint.data import Batch
 from underpaint.errors import InputError
-from underpaint.train.stepper import Session, scaler_of, session, update
+from underpaint.train.stepper import Stepper
 
+TINY_FACTOR = 1e-3  # of the learning rate, in steps that leave no trace
 COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
 
 
@@ -30,23 +32,25 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def measure(
-    current: Session,
+    current: Stepper,
     batches: Sequence[Batch],
     compiled: bool | None,
     steps_for: Callable[[float], int],
     shout: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Seconds a step, memory in GiB, and whether to compile.
 
     Args:
         compiled: True or False as the recipe says, None to find out.
         steps_for: how many steps the run will have at so many seconds a step.
+        clock: seconds, by which steps are timed.
 
     Raises:
         InputError: the batch does not fit; the line names one that does.
     """
     _check_fit(current, batches[0])
-    seconds = _seconds(current, batches)
+    seconds = _seconds(current, batches, clock)
     worth = seconds * steps_for(seconds) > COMPILE_WORTH_TRYING and current.fabric.world_size == 1
     pays = False
     if compiled or (compiled is None and worth):
@@ -55,11 +59,11 @@ def measure(
         elif compiled:
             pays = True
         else:
-            began = current.clock()
-            other = session(current.fabric, current.recipe, current.method, current.standardize, True, current.clock)
+            began = clock()
+            other = current.compile()
             try:
-                faster = _seconds(other, batches)
-                cost = current.clock() - began
+                faster = _seconds(other, batches, clock)
+                cost = clock() - began
                 steps = steps_for(seconds)
                 pays = faster * steps + cost < 0.98 * seconds * steps
                 shout(
@@ -75,47 +79,47 @@ def measure(
     }
 
 
-def _seconds(current: Session, batches: Sequence[Batch], limit: float = 6.0) -> float:
+def _seconds(current: Stepper, batches: Sequence[Batch], clock: Callable[[], float], limit: float = 6.0) -> float:
     """The median time of a step, data wait not counted; state and gradients are put back."""
     with _throwaway(current):
         for batch in batches[:2]:
-            _timed(current, batch)
+            _timed(current, batch, clock)
         times: list[float] = []
-        began = current.clock()
-        while len(times) < 12 and (len(times) < 3 or current.clock() - began < limit):
-            times.append(_timed(current, batches[len(times) % len(batches)]))
+        began = clock()
+        while len(times) < 12 and (len(times) < 3 or clock() - began < limit):
+            times.append(_timed(current, batches[len(times) % len(batches)], clock))
     return statistics.median(times)
 
 
-def _timed(current: Session, batch: Batch) -> float:
-    began = current.clock()
-    update(current, batch, 0, 1e-6)
+def _timed(current: Stepper, batch: Batch, clock: Callable[[], float]) -> float:
+    began = clock()
+    current.step(batch, 0, TINY_FACTOR)
     if current.fabric.device.type == "cuda":
         torch.cuda.synchronize()
-    return current.clock() - began
+    return clock() - began
 
 
-def warm(current: Session, batch: Batch) -> None:
+def warm(current: Stepper, batch: Batch) -> None:
     """A step that leaves no trace, for what the first one alone costs: compiling is no part of any run's time."""
     with _throwaway(current):
-        update(current, batch, 0, 1e-6)
+        current.step(batch, 0, TINY_FACTOR)
 
 
 class _throwaway:
     """Steps inside leave no trace in weights, optimiser or gradients."""
 
-    def __init__(self, current: Session):
+    def __init__(self, current: Stepper):
         self.current = current
 
     def __enter__(self) -> None:
-        self.weights = copy.deepcopy(self.current.method.state_dict())
-        self.scaler = scaler_of(self.current.fabric)
+        self.weights = copy.deepcopy(self.current.task.state_dict())
+        self.scaler = self.current.scaler
         if self.scaler:
             self.scaler.scale(torch.zeros(1, device=self.current.fabric.device))  # it makes its scale when first used
             self.scale = self.scaler.state_dict()
 
     def __exit__(self, *_: Any) -> None:
-        self.current.method.load_state_dict(self.weights)
+        self.current.task.load_state_dict(self.weights)
         self.current.optimiser.state.clear()
         self.current.optimiser.zero_grad(set_to_none=True)
         if self.scaler:
@@ -123,14 +127,14 @@ class _throwaway:
             self.scaler.load_state_dict(self.scale)
 
 
-def _check_fit(current: Session, batch: Batch) -> None:
+def _check_fit(current: Stepper, batch: Batch) -> None:
     """Try the batch; where memory does not suffice, find by halving what does.
 
     A CPU's memory is not refused, it ends the process: so an eighth of the batch is tried first, and the whole is
     extrapolated from what it took.
     """
     full = current.local_batch
-    parts = current.recipe.optimiser.accumulation
+    parts = current.accumulation
     if current.fabric.device.type == "cpu" and full // parts >= 64:
         before = restart_peak()
         small = _rows(current, batch, max(parts, full // 8 // parts * parts))
@@ -148,38 +152,37 @@ def _check_fit(current: Session, batch: Batch) -> None:
         raise _too_large(current, size)
 
 
-def _too_large(current: Session, fits: int) -> InputError:
-    batch = current.recipe.optimiser.batch_size
+def _too_large(current: Stepper, fits: int) -> InputError:
+    batch = current.batch_size
     return InputError(
         f"out of memory with a batch of {batch}; {fits * current.fabric.world_size} fits: "
         f"--batch-size {fits * current.fabric.world_size}"
     )
 
 
-def _rows(current: Session, batch: Batch, count: int) -> Batch:
+def _rows(current: Stepper, batch: Batch, count: int) -> Batch:
     return Batch(batch.images[:count], batch.samples[:count])
 
 
-def _runs(current: Session, batch: Batch) -> bool:
+def _runs(current: Stepper, batch: Batch) -> bool:
     """Whether a step on these images fits into memory."""
-    recipe = current.recipe
-    whole = recipe.optimiser.batch_size
+    whole = current.batch_size
     try:
-        recipe.optimiser.batch_size = len(batch.images) * current.fabric.world_size
+        current.batch_size = len(batch.images) * current.fabric.world_size
         with _throwaway(current):
-            update(current, batch, 0, 1e-6)
+            current.step(batch, 0, TINY_FACTOR)
         return True
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
     finally:
-        recipe.optimiser.batch_size = whole
+        current.batch_size = whole
     if current.fabric.device.type == "cuda":
         torch.cuda.empty_cache()
     return False
 
 
-def _memory(current: Session) -> int:
+def _memory(current: Stepper) -> int:
     """Peak memory of this process in bytes: the GPU's where there is one."""
     return torch.cuda.max_memory_allocated() if current.fabric.device.type == "cuda" else peak()
 

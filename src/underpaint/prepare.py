@@ -1,0 +1,391 @@
+"""What a run needs before its first step: images, the untrained method, a tokenizer, and what the machine can do.
+
+What is measured is written into the recipe, so that a run that goes on decides nothing again.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from underpaint.backbones import create_arguments, from_arguments, init_from
+from underpaint.console import say
+from underpaint.data import (
+    Batch,
+    ImageSet,
+    Source,
+    copies,
+    labelled_indices,
+    load_images,
+    open_source,
+    pretraining_indices,
+    same_place,
+    stored_scaling,
+    train_batches,
+)
+from underpaint.errors import InputError, NotFinite
+from underpaint.evaluate.probes import ProbeSuite
+from underpaint.methods import METHODS, Method
+from underpaint.patches import Standardize
+from underpaint.recipes.recipe import Recipe, method_options
+from underpaint.recipes.request import DEFAULT_EPOCHS
+from underpaint.tokenize import STEPS as TOKENIZER_STEPS
+from underpaint.tokenize import make_ready
+from underpaint.tokenizers import Tokenizer, making_seconds, save_tokenizer, tokenizer_scaling
+from underpaint.train.optim import adamw
+from underpaint.train.run_folder import Run
+from underpaint.train.schedules import Duration, Schedule, WarmedAgain
+from underpaint.train.speed import measure, restart_peak
+from underpaint.train.stepper import Stepper
+
+Shout = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """In place of `say`, where it was said before."""
+
+
+@dataclass
+class Session:
+    """What a run of pretraining works with.
+
+    Attributes:
+        suite: what it is judged by.
+        standardize: from images in [0, 1] to what the method takes.
+        arguments: of `timm.create_model`, kept with the encoder.
+        matched: what `--init` matched, as text.
+        clock: seconds, by which everything in the run is timed.
+        shout: says what a person should know.
+    """
+
+    fabric: Fabric
+    run: Run
+    recipe: Recipe
+    images: ImageSet
+    suite: ProbeSuite
+    method: Method
+    standardize: Standardize
+    arguments: dict[str, Any]
+    clock: Callable[[], float] = time.perf_counter
+    shout: Shout = say
+
+    def batches(
+        self, first: int, seed: int, on_skip: Callable[[dict[str, str]], None] | None = None
+    ) -> Generator[Batch, None, None]:
+        """The training batches of this process from step `first` on."""
+        data, fabric = self.recipe.data, self.fabric
+        return train_batches(
+            self.images,
+            size=data.image_size,
+            batch_size=self.recipe.optimiser.batch_size,
+            seed=seed,
+            first_batch=first,
+            workers=data.workers,
+            crop_scale=data.crop_scale,
+            flip=data.flip,
+            rank=fabric.global_rank,
+            world=fabric.world_size,
+            device=fabric.device,
+            on_skip=on_skip,
+        )
+
+    def first_batches(self, count: int) -> list[Batch]:
+        with closing(self.batches(0, self.recipe.run.seed)) as batches:
+            return list(islice(batches, count))
+
+
+def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Method, Standardize, dict[str, Any], str]:
+    """The untrained method of a recipe, a function of the recipe's seed; also what `--init` matched, as text.
+
+    A tokenizer is taken from the run where it has one.
+    """
+    torch.manual_seed(recipe.run.seed)
+    settings = dict(recipe.encoder)
+    arguments = create_arguments(
+        settings.pop("name"),
+        image_size=recipe.data.image_size,
+        patch_size=settings.pop("patch_size", None),
+        in_chans=recipe.data.channels,
+        **settings,
+    )
+    backbone = from_arguments(arguments)
+    mean, std, matched = images.mean, images.std, ""
+    if recipe.init:
+        report, statistics = init_from(backbone, recipe.init)
+        matched = f"started from {recipe.init}: {report}"
+        if statistics and images.scaling.same_units(statistics.get("scaling")):
+            mean, std = statistics["mean"], statistics["std"]
+        elif statistics:
+            matched += "; its images had another range, so mean and deviation are those of these images"
+    options = method_options(recipe, None if run is None else run.tokenizer)
+    try:
+        method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
+        method.sample(1, *recipe.data.image_size)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"method {recipe.method['name']}: {error}") from error
+    standardize = Standardize(list(mean), list(std))
+    method.prepare(standardize)
+    return method, standardize, arguments, matched
+
+
+def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, ProbeSuite]:
+    """The images to pretrain on and, where there are labels, those to judge by; says what was understood."""
+    settings = recipe.data
+    assert settings.path is not None
+    source = open_source(settings.path, groups=settings.groups)
+    for note in source.notes:
+        shout(note)
+    labelled = source
+    if settings.labels is not None and not same_place(settings.labels, settings.path):
+        labelled = open_source(settings.labels, groups=settings.groups)
+        for note in labelled.notes:
+            shout(f"labels: {note}")
+    if settings.groups and not labelled.matched:
+        raise InputError(
+            f"--groups {settings.groups!r}: no name in {labelled.location} matches, the first is "
+            f"{labelled.entries[0].name}; give a regular expression that does"
+        )
+    scaling = stored_scaling(recipe.measured.get("scaling"))
+    if scaling is None and recipe.method.get("tokenizer"):
+        scaling = tokenizer_scaling(recipe.method["tokenizer"])
+
+    def load(opened: Any, indices: list[int]) -> ImageSet:
+        return load_images(
+            opened,
+            indices,
+            size=settings.image_size,
+            channels=settings.channels,
+            cache_limit=settings.cache_limit,
+            max_pixels=settings.max_pixels,
+            workers=settings.workers,
+            scaling=scaling,
+            nodata=settings.nodata,
+        )
+
+    indices, seen = _chosen(source, labelled, settings.all_images, shout)
+    images = load(source, indices)
+    scaling = images.scaling  # all that is loaded from here on means the same
+    images.skipped[:0] = source.skipped
+    shout(
+        f"{len(images)} images to pretrain on, {'kept decoded' if images.cached else 'decoded as they are needed'}"
+        + (f"; {len(images.skipped)} files skipped (skipped.jsonl)" if images.skipped else "")
+    )
+    for note in ([] if scaling.plain else [str(scaling)]) + images.notes:
+        shout(note)
+    if images.pixels is not None:
+        side = int(np.median(images.pixels.shapes[:, :2].min(axis=1)))
+        if 2 * side <= min(settings.image_size):
+            shout(
+                f"note: images are {side} px, enlarged to {min(settings.image_size)}: "
+                f"--image-size {side} with a smaller --patch-size is many times faster"
+            )
+    judge = ProbeSuite.of(labelled, load, images, indices, settings.image_size, recipe.run.seed)
+    judge.seen = seen
+    for part in judge.splits or ():
+        if part.images is not images and part.images.skipped:
+            first = f"{part.images.skipped[0]['path']}: {part.images.skipped[0]['reason']}"
+            shout(f"{len(part.images.skipped)} images to judge by are left out, the first: {first}")
+    return images, judge
+
+
+def _chosen(source: Source, labelled: Source, all_images: bool, shout: Any) -> tuple[list[int], int]:
+    """The entries to pretrain on, and how many of them are images that the run is judged by: none, unless it is asked
+    for `all_images`."""
+    sides = labelled_indices(labelled)
+    if labelled is source:
+        indices = pretraining_indices(source, all_images=all_images)
+        seen = len(set(indices) & set(sides[1])) if sides else 0
+    else:  # it is judged by other images, so it needs no hold-out of its own
+        indices, judged = pretraining_indices(source, all_images=True), sides[1] if sides else []
+        if judged:
+            shout(f"looking for the {len(judged):,} test images of --labels among those to pretrain on ...")
+        found = copies(source, indices, labelled, judged)
+        seen = len(found) if all_images else 0
+        if found:
+            named = ", ".join(source.entries[i].name for i in found[:3]) + (", ..." if len(found) > 3 else "")
+            shout(f"{len(found):,} images are test images of --labels too ({named})" + ("" if seen else "; left out"))
+        if not all_images:
+            indices = sorted(set(indices) - set(found))
+        if len(pretraining_indices(source)) < len(pretraining_indices(source, all_images=True)):
+            shout("judged by --labels: the hold-out of the images to pretrain on is not left out")
+        if not indices:
+            raise InputError(
+                f"{source.location}: every image is a test image of --labels too; none is left to train on"
+            )
+    if seen:
+        shout(f"--all-images: the probes' test images are among those to pretrain on ({seen:,}, without their labels)")
+    return indices, seen
+
+
+def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
+    """How many steps the recipe's length comes to."""
+    length = recipe.run
+    if length.steps:
+        return length.steps
+    if length.minutes:
+        return max(1, round(length.minutes * 60 / seconds_per_step))
+    return max(1, round((length.epochs or DEFAULT_EPOCHS) * images / recipe.optimiser.batch_size))
+
+
+TOKENIZER_MINUTES, TOKENIZER_BATCH = 20.0, 128
+
+
+def tokenizer_length(recipe: Recipe, images: int) -> Duration:
+    """Half as long as the run itself, which it comes on top of; at most 20 minutes, or 5,000 steps."""
+    if recipe.run.minutes:
+        return Duration(TOKENIZER_STEPS, min(TOKENIZER_MINUTES, recipe.run.minutes / 2))
+    return Duration(min(TOKENIZER_STEPS, math.ceil(planned_steps(recipe, images, math.nan) / 2)))
+
+
+def make_words(session: "Session", tokenizer: Tokenizer) -> dict[str, Any]:
+    """Make a run's tokenizer, or judge the one it was given: the first process does, and keeps it, the others take it
+    over."""
+    fabric, run, recipe, images = session.fabric, session.run, session.recipe, session.images
+    given, scratch = recipe.method.get("tokenizer"), run.path / "tokenizer.training"
+    taken = run.tokenizer if run.tokenizer.is_file() else given  # what `build` read, where it read one
+    found: Any = None
+    if fabric.is_global_zero:
+        try:
+            found = make_ready(
+                tokenizer,
+                images,
+                recipe.data,
+                batch_size=min(recipe.optimiser.batch_size, TOKENIZER_BATCH),
+                seed=recipe.run.seed,
+                device=fabric.device,
+                folder=scratch,
+                length=tokenizer_length(recipe, len(images)),
+                shout=session.shout,
+                clock=session.clock,
+            )
+            if not found["made"] and taken is not None:
+                # by an earlier call that was killed, or elsewhere
+                found |= {"made": given is None, "seconds": making_seconds(taken)}
+            save_tokenizer(tokenizer, run.tokenizer, found["quality"], images.scaling, found["seconds"])
+            if scratch.is_dir():
+                shutil.rmtree(scratch)
+        except (InputError, NotFinite) as error:
+            found = error
+    found = fabric.broadcast(found)
+    if isinstance(found, Exception):
+        raise found
+    for tensor in tokenizer.state_dict().values():
+        tensor.copy_(fabric.broadcast(tensor))
+    tokenizer.ready = True
+    tokenizer.requires_grad_(False).eval()
+    return found
+
+
+def stepper_for(
+    fabric: Fabric, recipe: Recipe, method: Method, standardize: Standardize, compiled: bool = False
+) -> Stepper:
+    """What makes the steps of a recipe, on Fabric's device."""
+    settings = recipe.optimiser
+    standardize, method = standardize.to(fabric.device), method.to(fabric.device)
+    groups = method.param_groups(peak_lr(recipe), settings.weight_decay)
+    return Stepper(
+        fabric,
+        method,
+        adamw(groups, betas=settings.betas),
+        lambda batch: standardize(batch.images),
+        settings.batch_size,
+        settings.accumulation,
+        settings.clip,
+        recipe.run.seed,
+        compiled=compiled,
+    )
+
+
+def peak_lr(recipe: Recipe) -> float:
+    """The learning rate at its highest, for the batch size of the recipe."""
+    return recipe.optimiser.lr * recipe.optimiser.batch_size / 256
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    """The schedule of a run, with a second warm-up where it was made longer."""
+    warmup, again = recipe.optimiser.warmup, recipe.measured.get("warm_again")
+    if again is None:
+        return Schedule(warmup)
+    return WarmedAgain(
+        warmup, first=again["step"], had=again["rate"] / max(1e-30, peak_lr(recipe)), steps=recipe.measured["steps"]
+    )
+
+
+def warm_again(step: int, steps_before: int, recipe: Recipe) -> str | None:
+    """Note in the recipe that its run, which was to end after `steps_before`, has another length from this step on.
+
+    Where the new schedule has a higher rate here than the old one, it warms up again, from the rate that it had.
+
+    Returns:
+        What to say of it; None where the rate does not rise.
+    """
+    steps, peak = recipe.measured["steps"], peak_lr(recipe)
+    old = replace(recipe, measured={**recipe.measured, "steps": steps_before})
+    had = peak * schedule_of(old).factor(step, step / steps_before)
+    recipe.measured.pop("warm_again", None)
+    rate = peak * schedule_of(recipe).factor(step, step / steps)
+    if rate <= had:
+        return None
+    recipe.measured["warm_again"] = {"step": step, "rate": had}
+    return (
+        f"note: {steps} steps in place of {steps_before}: the learning rate was {had:.3g} at step {step}, where the new "
+        f"schedule has {rate:.3g}; it warms up again, over {math.ceil(recipe.optimiser.warmup * (steps - step))} steps"
+    )
+
+
+def decide(session: Session) -> Stepper:
+    """Make the tokenizer, measure what the machine can do, and write what follows from it into the recipe."""
+    recipe, measured, length = session.recipe, session.recipe.measured, session.recipe.run
+    stepper = stepper_for(session.fabric, recipe, session.method, session.standardize, bool(measured.get("compile")))
+    words = session.method.prepare(session.standardize)
+    if words is not None and ("tokenizer" not in measured or not words.ready):
+        measured["tokenizer"] = make_words(session, words)
+        restart_peak()  # what it took is not the run's
+    if "seconds_per_step" not in measured:
+        _measure(session, stepper)
+    if "steps" not in measured:
+        steps = planned_steps(recipe, len(session.images), measured["seconds_per_step"])
+        measured |= {
+            "steps": steps,
+            "log_every": length.log_every or max(1, steps // 200),
+            "probe_every": length.probe_every or max(1, -(-steps // 4)),
+            "checkpoint_every": length.checkpoint_every or max(1, round(120 / measured["seconds_per_step"])),
+        }
+    seconds = measured["seconds_per_step"] * measured["steps"]
+    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
+    session.shout(
+        f"{recipe.optimiser.batch_size / measured['seconds_per_step']:.0f} images/s, {measured['memory_gib']:.1f} GiB; "
+        f"{measured['steps']} steps of {recipe.optimiser.batch_size} take {seconds / 60:.1f} min, "
+        f"probes not counted; it would end about {end}"
+    )
+    return stepper.compile() if measured["compile"] and not stepper.compiled else stepper
+
+
+def _measure(session: Session, stepper: Stepper) -> None:
+    """Calibrate the method and time its steps, on real batches."""
+    fabric, recipe = session.fabric, session.recipe
+    seen = session.first_batches(4)
+    images = stepper.transform(seen[0])
+    calibrated = session.method.calibrate(
+        images,
+        stepper.noise(images, 0),
+        lambda number: torch.as_tensor(fabric.all_reduce(number, reduce_op="mean")),
+    )
+    wanted = {"on": True, "off": False, "auto": None}[recipe.run.compile]
+    found = measure(
+        stepper,
+        seen,
+        wanted,
+        lambda seconds: planned_steps(recipe, len(session.images), seconds),
+        session.shout,
+        session.clock,
+    )
+    recipe.measured |= fabric.broadcast({**calibrated, **found})

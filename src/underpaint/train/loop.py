@@ -1,0 +1,257 @@
+"""The one loop: whatever is trained goes through `Training.train`, from its start or last checkpoint to its end.
+
+Everything random in a step is a function of (seed, step), so a training that was killed and started again makes exactly
+the steps that it would have made. Flags of steps without a finite gradient are read a step late, so that a GPU never waits
+for Python.
+"""
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from underpaint.console import Bar
+from underpaint.errors import NotFinite
+from underpaint.files import finite
+from underpaint.seeds import ROLLED_BACK
+from underpaint.signals import Interrupted, watched_signals
+from underpaint.train.cadence import Due, Plan, Progress
+from underpaint.train.loggers import Loggers
+from underpaint.train.meter import Meter
+from underpaint.train.run_folder import Run, restore_state, training_state
+from underpaint.train.stepper import Stepper
+
+ROLL_BACK_AFTER, STOP_AFTER = 3, 10  # steps in a row without a finite gradient; such steps in all
+Batches = Callable[[int, int], Generator[Any, None, None]]  # from a step on, by a seed
+
+
+@dataclass
+class Watch:
+    """What looks at a training from outside.
+
+    Attributes:
+        names: of the images of a batch, to say which step was not finite.
+        probe: named numbers of where the task stands after a step, by the first process.
+        export: writes what others use of the task, beside each checkpoint.
+        resume_loggers: makes what is told every line, from the step that is gone on from (None at the start).
+    """
+
+    names: Callable[[Any], Sequence[str]] | None = None
+    probe: Callable[[int], dict[str, float]] | None = None
+    export: Callable[[], None] | None = None
+    resume_loggers: Callable[[int | None], Loggers] | None = None
+
+
+@dataclass
+class Training:
+    """One training: what makes its steps, how long, where it is written down, and where it stands.
+
+    Attributes:
+        run: the folder of its checkpoints and metrics.
+        clock: seconds, by which it is timed.
+    """
+
+    stepper: Stepper
+    plan: Plan
+    run: Run
+    watch: Watch = field(default_factory=Watch)
+    clock: Callable[[], float] = time.perf_counter
+    at: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.meter, self.pending = Meter(), deque[tuple[int, Tensor, Sequence[str]]]()
+        self.waited, self.since, self.steps = 0.0, 0.0, 0  # seconds and steps since the last line
+        self.main = self.stepper.fabric.is_global_zero
+        self.seed = self.stepper.seed
+        self.loggers: Loggers | None = None
+        self.bar: Bar
+
+    def resume(self) -> bool:
+        """Take up the last checkpoint, if there is one; lines of metrics that lie after it are dropped."""
+        found = self.run.load()
+        if found is not None:
+            tensors, numbers = found
+            restore_state(self.stepper.task, self.stepper.optimiser, tensors)
+            self.meter.load(tensors, numbers["window"], self.stepper.fabric.device)
+            self.at = Progress(**{name: numbers[name] for name in asdict(self.at)})
+            self.plan.logged = self.plan.saved = self.at.seconds
+            if self.stepper.scaler is not None and numbers.get("scaler"):
+                self.stepper.scaler.load_state_dict(numbers["scaler"])
+        self.stepper.fabric.barrier()
+        if self.main:
+            self.run.drop_after("metrics.jsonl", -1 if found is None else self.at.step)
+        return found is not None
+
+    def start_anew(self) -> bool:
+        """Forget the metrics of an earlier start that left no checkpoint."""
+        self.stepper.fabric.barrier()
+        if self.main:
+            self.run.drop_after("metrics.jsonl", -1)
+        return False
+
+    def train(self, batches: Batches, resumed: bool) -> Due | None:
+        """Steps until the training ends, or pauses; `resumed` says that `resume` found a checkpoint.
+
+        Returns:
+            What was due at the last step; None where there was nothing to do.
+
+        Raises:
+            NotFinite: the gradient was not finite too often.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        """
+        self.bar = Bar(self.plan.expected(self.at), self.at.step, enabled=self.main)
+        if self.main and self.watch.resume_loggers is not None:
+            self.loggers = self.watch.resume_loggers(self.at.step if resumed else None)
+        self.stepper.task.train()
+        due = None
+        try:
+            if not resumed and self.watch.probe is not None:
+                self._log(True)
+                self._save()
+            with watched_signals() as received:
+                while due is None and self.plan.share(self.at) < 1:
+                    self.stepper.seed = (
+                        self.seed + ROLLED_BACK * self.at.rollbacks
+                    )  # other batches than those that failed
+                    with closing(batches(self.at.step, self.stepper.seed)) as source:
+                        due = self._steps(source, received)
+                    if due is None:
+                        self._roll_back()
+        finally:
+            self.bar.close()
+            if self.loggers is not None:
+                self.loggers.close()
+        return due
+
+    def _steps(self, source: Generator[Any, None, None], received: list[int]) -> Due | None:
+        """Steps until the training ends or pauses; None where it has to be rolled back."""
+        fabric, at, plan = self.stepper.fabric, self.at, self.plan
+        self.pending.clear()
+        self.waited, self.since, self.steps = 0.0, 0.0, 0
+        while True:
+            began = self.clock()
+            batch = next(source)
+            self.waited += self.clock() - began
+            numbers, bad = self.stepper.step(batch, at.step, plan.factor(at))
+            self.meter.add(numbers, bad)
+            at.step += 1
+            self.pending.append((at.step, bad, self.watch.names(batch) if self.watch.names else ()))
+            looked = fabric.world_size == 1 or plan.looks(at.step)
+            if looked:
+                at.passed = fabric.broadcast(at.seconds + self.clock() - began)
+            self.stepper.task.after_step(min(1.0, plan.share(at)), 1 - bad)
+            due = plan.due(at, at.passed, looked, looked and self._any(bool(received)))
+            rolled = self._read_flags(0 if due.log or due.save else 1)
+            spent = self.clock() - began
+            at.seconds += spent
+            self.since, self.steps = self.since + spent, self.steps + 1
+            if looked:
+                self.bar.expect(plan.expected(at))
+            self.bar.step(at.step)
+            if rolled:
+                return None
+            if due.log:
+                self._log(due.probe)
+            if due.save:
+                self._save()
+            if due.stopping:
+                raise Interrupted(received[0] if received else signal.SIGTERM)
+            if due.ended or due.pausing:
+                return due
+
+    def _any(self, wanted: bool) -> bool:
+        """Whether any process wants it."""
+        fabric = self.stepper.fabric
+        if fabric.world_size == 1:
+            return wanted
+        flag = fabric.all_reduce(torch.tensor(float(wanted), device=fabric.device), reduce_op="sum")
+        return bool(torch.as_tensor(flag) > 0)
+
+    def _read_flags(self, left: int) -> bool:
+        """Count the steps, and those in a row, without a finite gradient, all but the last `left`; whether to roll back."""
+        rolled = False
+        while len(self.pending) > left:
+            step, bad, names = self.pending.popleft()
+            if not bad.item():
+                self.at.in_a_row = 0
+                continue
+            self.at.bad += 1
+            self.at.in_a_row += 1
+            line = {"step": step, "paths": list(names)}
+            if line not in self.run.lines("not-finite.jsonl"):  # a step that is made again after a kill
+                self.run.append("not-finite.jsonl", [line])
+            shown = f" ({', '.join(names[:3])}, ...; all in not-finite.jsonl)" if names else ""
+            self.bar.above(f"step {step}: not finite, batch left out{shown}")
+            if self.at.bad >= STOP_AFTER:
+                raise NotFinite(
+                    f"the loss stayed not finite ({self.at.bad} batches, the last at step {step}); the last good "
+                    f"checkpoint is kept in {self.run.path / 'checkpoints'}; try a lower learning rate"
+                )
+            rolled = rolled or self.at.in_a_row >= ROLL_BACK_AFTER
+        return rolled
+
+    def _roll_back(self) -> None:
+        """Back to the last checkpoint; the time is spent, whatever became of it."""
+        failed = self.at
+        if not self.resume():
+            raise NotFinite("the loss is not finite from the first step on; try a lower learning rate")
+        self.at.seconds, self.at.passed, self.at.bad = failed.seconds, failed.passed, failed.bad
+        self.at.rollbacks, self.at.in_a_row = failed.rollbacks + 1, 0
+        if self.loggers is not None:
+            self.loggers.back_to(self.at.step)
+        self.bar.above(f"step {failed.step}: {ROLL_BACK_AFTER} steps in a row not finite; back to step {self.at.step}")
+        self.stepper.fabric.barrier()  # the others read the checkpoint that is written anew now
+        self._save()  # so that a kill from here on does not forget that the data moved on
+
+    def _log(self, probing: bool) -> None:
+        """One line of metrics: the means since the last one, and a probe where it is time for one."""
+        at, batch_size = self.at, self.stepper.batch_size
+        means = self.meter.means(self.stepper.fabric)
+        self.meter.reset()
+        probe = self.watch.probe(at.step) if self.main and probing and self.watch.probe is not None else None
+        if self.main:
+            spent = max(self.since, 1e-9)
+            line: dict[str, Any] = {
+                "step": at.step,
+                "images": at.step * batch_size,
+                "seconds": round(at.seconds, 3),
+                "loss": means.pop("loss", None),
+                "gradient_norm": means.pop("gradient_norm", None),
+                "terms": means,
+                "lr": self.stepper.peaks[0] * self.plan.factor(at),
+                "images_per_second": round(self.steps * batch_size / spent, 1),
+                "data_wait": round(self.waited / spent, 4),
+            }
+            if probe:
+                line["probe"] = probe
+                value = probe.get("linear", -(line["loss"] or math.inf))  # the loss where there are no labels
+                if math.isfinite(value) and (at.best is None or value > at.best):
+                    at.best, at.best_step = value, at.step
+            self.run.append("metrics.jsonl", [line])
+            if self.loggers is not None:
+                self.loggers.write(finite(line))
+            self.bar.line(line)
+        self.plan.logged = at.passed
+        self.waited, self.since, self.steps = 0.0, 0.0, 0
+
+    def _save(self) -> None:
+        """A checkpoint, and what others use."""
+        if self.main:
+            self.at.loss = self.meter.last() or self.at.loss
+            tensors = training_state(self.stepper.task, self.stepper.optimiser) | self.meter.state()
+            keep = [step for step in (self.at.best_step,) if step is not None]
+            scaler = self.stepper.scaler
+            scale = None if scaler is None else scaler.state_dict()
+            numbers = {**asdict(self.at), "window": self.meter.names, "scaler": scale}
+            self.run.save(self.at.step, tensors, numbers, keep)
+            if self.watch.export is not None:
+                self.watch.export()
+        self.plan.saved = self.at.passed
+        self.stepper.fabric.barrier()
