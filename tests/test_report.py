@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from underpaint.errors import InputError
-from underpaint.plots import Line, line_plot, number_text, thin
 from underpaint.report import Verdict, is_falling, verdict, write_report
+from underpaint.report.figures.plots import Line, line_plot, number_text, thin
 
 ONE_RUN = "error of the test images alone; one run"
 VOID = {"meta", "link", "img", "input", "br", "hr"}

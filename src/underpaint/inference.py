@@ -22,9 +22,9 @@ from underpaint.data.images import Decoding, decode_as
 from underpaint.errors import InputError
 from underpaint.methods import METHODS, Energy, Method
 from underpaint.patches import Standardize
-from underpaint.pictures import sheet
 from underpaint.recipes import Recipe
 from underpaint.recipes.recipe import method_options
+from underpaint.report.figures.pictures import sheet
 from underpaint.train.run_folder import Run
 
 

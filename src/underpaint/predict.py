@@ -36,7 +36,7 @@ from underpaint.evaluate.keep import kept
 from underpaint.evaluate.segment import Segmenting, painted, segmented, segmenter
 from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
-from underpaint.pictures import alike, legend_of, rgb, sheet, to_rgb
+from underpaint.report.figures.pictures import alike, legend_of, rgb, sheet, to_rgb
 
 SHOWN = 24  # images on a picture of classes
 SHOWN_DENSE = 6

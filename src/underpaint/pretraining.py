@@ -15,11 +15,11 @@ from underpaint.console import say
 from underpaint.data import Batch
 from underpaint.errors import InputError
 from underpaint.evaluate.visualizations import write_visualizations
-from underpaint.pictures import sheet
 from underpaint.prepare import Session, build, decide, open_data, schedule_of, silent, warm_again
 from underpaint.recipes.recipe import Recipe
 from underpaint.recipes.request import FLAGS, resolve
 from underpaint.report import write_report
+from underpaint.report.figures.pictures import sheet
 from underpaint.signals import watched_signals
 from underpaint.train.cadence import Due, Plan
 from underpaint.train.devices import make_fabric

@@ -15,8 +15,8 @@ from torch import Tensor
 from underpaint.console import say
 from underpaint.data import ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
-from underpaint.pictures import sheet
 from underpaint.recipes.recipe import Data
+from underpaint.report.figures.pictures import sheet
 from underpaint.tokenizers import (
     ConvTokenizer,
     KMeansPatches,

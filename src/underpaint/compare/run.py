@@ -37,13 +37,13 @@ from underpaint.evaluate.visualizations import write_visualizations
 from underpaint.files import replacing, write_json, write_text
 from underpaint.inference import load_method
 from underpaint.methods import METHODS
-from underpaint.pictures import sheet
 from underpaint.prepare import build, open_data
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import Recipe, checked, differences, override, plain
 from underpaint.recipes.request import FLAGS, read_recipe, recipe_named
 from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
+from underpaint.report.figures.pictures import sheet
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.tokenizers import tokenizer_scaling
 from underpaint.train.run_folder import Run, environment

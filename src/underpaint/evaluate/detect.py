@@ -34,7 +34,7 @@ from underpaint.evaluate.full_res import FullResImages
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.pyramid import Pyramid
 from underpaint.evaluate.result import Measured, measured, redraw
-from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
+from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.train.fit import Length, Schedule, fit
 
 RATIOS = (0.5, 1.0, 2.0)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from matplotlib.figure import Figure
 
 from underpaint.files import replacing
-from underpaint.plots import PALETTE
+from underpaint.report.figures.plots import PALETTE
 
 NUMBERED = 12  # classes up to which the cells of a matrix are numbered
 NAMED = 40  # and up to which rows and columns are named

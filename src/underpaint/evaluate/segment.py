@@ -24,7 +24,7 @@ from underpaint.evaluate.plots import matrix_picture
 from underpaint.evaluate.pyramid import Pyramid, padded, sliding, tokens_to_map
 from underpaint.evaluate.result import Measured, measured, redraw
 from underpaint.patches import patchify
-from underpaint.pictures import alike, colours, legend_of, rgb, sheet, spread
+from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.targets import hog_pyramid
 from underpaint.train.fit import Length, Schedule, fit
 

@@ -22,7 +22,7 @@ from underpaint.evaluate.probes import ProbeSuite
 from underpaint.evaluate.splits import Split
 from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
-from underpaint.pictures import sheet, to_rgb
+from underpaint.report.figures.pictures import sheet, to_rgb
 
 PATCH_IMAGES, PATCH_TOKENS = 256, 32_768  # at most, to find the colours by
 QUERIES, CANDIDATES = 500, 1_500  # labelled images whose neighbours are sought, and among which

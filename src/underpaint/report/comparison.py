@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from underpaint.errors import InputError
-from underpaint.plots import Dot, Line, dot_plot, line_plot
+from underpaint.report.figures.plots import Dot, Line, dot_plot, line_plot
 from underpaint.report.page import PICTURE_BYTES, page, picture_address, plots, table_row
 from underpaint.report.reading import accuracy, number, read_json
 from underpaint.report.run import environment_section

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from underpaint.plots import Line, line_plot
+from underpaint.report.figures.plots import Line, line_plot
 from underpaint.report.page import PICTURE_BYTES, page, picture_address, plots, table_row
 from underpaint.report.reading import (
     accuracy,

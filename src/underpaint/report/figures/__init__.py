@@ -1,0 +1,1 @@
+"""What is drawn: plots as SVG text for pages, and sheets of small pictures as PNG."""
