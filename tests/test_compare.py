@@ -24,8 +24,9 @@ from underpaint.errors import InputError
 from underpaint.evaluate import Probe
 from underpaint.evaluate.probes import Worth
 from underpaint.pretraining import pretrain
-from underpaint.report import write_comparison
-from underpaint.report.comparison import tokenizer_text, training_text
+from underpaint.report import write_report
+from underpaint.report.comparison import advised, tokenizer_text, training_text
+from underpaint.report.results import tokenizers_of
 from underpaint.train.run_folder import Run
 
 PROBES = ("linear", "few_linear")
@@ -299,6 +300,54 @@ def test_what_went_wrong_is_said_too() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    ("accuracies", "collapsed", "said"),
+    [
+        ((0.55, 0.55), ["m0"], "Take m1, not m0, whose run collapsed."),
+        ((0.55, 0.547), ["m1"], "Take m0, not m1, whose run collapsed."),
+        ((0.55, 0.42), ["m1"], "Take m0, not m1, whose run collapsed."),
+        (
+            (0.55, 0.42),
+            ["m0"],
+            "Take none of them: no method measurably beats the untrained encoder, and",
+        ),
+        ((0.55, 0.55, 0.42), ["m1", "m2"], "Take m0, not m1 or m2, whose runs collapsed."),
+        ((0.55, 0.54), ["m0", "m1"], "Take none of them: the runs of m0 and m1 collapsed."),
+    ],
+)
+def test_a_collapsed_method_is_named_first_and_never_advised(
+    accuracies: tuple[float, ...], collapsed: list[str], said: str
+) -> None:
+    first, *others = said_of(made_arms(*accuracies, start=0.42), troubled=dict.fromkeys(collapsed, "collapsed"))
+    assert first.startswith(said)
+    assert "cannot be told" not in first
+    for name in collapsed:
+        assert f"The run of {name} is collapsed: its own page says why." in others
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("sentence", "names"),
+    [
+        ("Take m0.", ["m0"]),
+        ("Take v1.5; but a linear probe does measurably better on HOG, without any network.", ["v1.5"]),
+        ("Take m0, though it cannot be told from m1 and m2.", ["m0"]),
+        ("Take m0, m1 or m2, which cannot be told apart, not m3, whose run collapsed.", ["m0", "m1", "m2"]),
+        ("Take none of them: no method measurably beats the untrained encoder. More may change that.", []),
+        ("Without labels it cannot be said which encoder is better.", []),
+    ],
+)
+def test_the_page_shows_in_bold_what_the_verdict_advises(sentence: str, names: list[str]) -> None:
+    assert advised(sentence) == names
+
+
+@pytest.mark.quick
+def test_of_one_seed_a_collapse_is_named_beside_the_highest_number() -> None:
+    said = said_of(made_arms(0.55, 0.45, seeds=1), troubled={"m1": "collapsed"})
+    assert said[0].endswith("`--seeds 3` or more can. The run of m1 collapsed.")
+
+
+@pytest.mark.quick
 def test_public_weights_are_the_bar_where_they_are_better_than_random_ones() -> None:
     rng = np.random.default_rng(0)
     arms = made_arms(0.55)
@@ -320,9 +369,8 @@ def test_minutes_that_differ_are_named() -> None:
     assert "each" not in unequal
     (short,) = [s for s in said_of(arms, spent={"m0": [3.4], "m1": [3.4]}) if "more can change" in s]
     assert "m0 had 3.4 minutes" in short  # not the 8 that were planned
-    result = {"minutes": 8.0, "rows": [{"minutes": 7.55}, {"minutes": 8.0}, {"name": "HOG"}]}
-    assert training_text(result) == "7.5 to 8.0 min, of 8 planned"
-    assert training_text({**result, "rows": [{"minutes": 8.1}]}) == "8 min each"
+    assert training_text(8.0, [7.55, 8.0, math.nan]) == "7.5 to 8.0 min, of 8 planned"
+    assert training_text(8.0, [8.1, math.nan]) == "8 min each"
 
 
 @pytest.mark.quick
@@ -336,16 +384,16 @@ def test_minutes_that_differ_are_named() -> None:
     ],
 )
 def test_the_time_of_a_tokenizer_is_that_of_making_it(found: Any, cell: str, said: str) -> None:
-    assert tokenizer_text({"kind": "method", "tokenizers": found}) == cell
-    assert any(said in sentence for sentence in said_of(made_arms(0.55, 0.47), tokenizers={"m0": found}))
+    tokenizers = tokenizers_of({"kind": "method", "tokenizers": found})
+    assert tokenizer_text(tokenizers) == cell
+    assert any(said in sentence for sentence in said_of(made_arms(0.55, 0.47), tokenizers={"m0": tokenizers}))
 
 
 @pytest.mark.quick
-def test_an_older_comparison_is_not_said_to_have_made_a_given_tokenizer_in_a_second() -> None:
+def test_nothing_is_said_of_a_tokenizer_that_a_comparison_does_not_tell_of() -> None:
     measured = {"tokenizer": {"kind": "fsq", "made": False, "seconds": 1.0}}
-    row = {"kind": "method", "tokenizer_seconds": 1.0, "recipe": {"measured": measured}}
-    assert tokenizer_text(row) == "given, made elsewhere"
-    assert tokenizer_text({"kind": "method", "recipe": {"measured": {}}}) == "none"
+    assert tokenizer_text(tokenizers_of({"kind": "method", "recipe": {"measured": measured}})) == "–"
+    assert tokenizer_text(tokenizers_of({"kind": "method", "tokenizers": []})) == "none"
 
 
 # --- turns ----------------------------------------------------------------------------------------------------------
@@ -477,7 +525,7 @@ def test_every_row_is_there_and_had_the_same_time(compared: tuple[Path, dict[str
         assert (folder / "runs" / f"{row['name']}-0" / "report.html").is_file()
     assert json.loads((folder / "compare.json").read_text())["verdict"] == result["verdict"]
     assert any("0.03 minutes of training each" in sentence for sentence in result["verdict"])
-    assert (folder / "table.md").read_text().count("\n") == 2 + len(names)
+    assert (folder / "table.md").read_text().count("\n") == 2 + len(names) + 1  # and chance
 
 
 @pytest.mark.xdist_group("compare")
@@ -507,7 +555,7 @@ def test_another_comparison_is_not_written_over(
 
 @pytest.mark.xdist_group("compare")
 def test_the_page_holds_table_curves_pictures_and_verdict(compared: tuple[Path, dict[str, Any]]) -> None:
-    page = write_comparison(compared[0]).read_text()
+    page = write_report(compared[0]).read_text()
     for heading in (
         "Which method for these images?",
         "The table",

@@ -9,26 +9,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageDraw
 
 from underpaint.errors import InputError
+from underpaint.recipes.recipe import checked, plain
 from underpaint.report import Verdict, is_falling, verdict, write_report
-from underpaint.report.figures.plots import Line, line_plot, number_text, thin
+from underpaint.report.figures.plots import Line as Curve
+from underpaint.report.figures.plots import line_plot, number_text, thin
+from underpaint.report.page import TEMPLATES
+from underpaint.report.results import of_comparison, of_evaluation, of_run
+from underpaint.report.tables import Line, Table, markdown, summary, table, terminal
 
-ONE_RUN = "error of the test images alone; one run"
+ONE_RUN = "one run; error of the test images alone"
 VOID = {"meta", "link", "img", "input", "br", "hr"}
-RECIPE = """method:
-  name: mae
-  mask_ratio: 0.75
-encoder:
-  name: vit_tiny_patch16_224
-data:
-  path: made/<images> & "more"
-optimiser:
-  lr: 0.00015
-measured:
-  rate: 3
-"""
+RECIPE = yaml.safe_dump(
+    plain(
+        checked(
+            {
+                "method": {"name": "mae", "mask_ratio": 0.75},
+                "encoder": {"name": "vit_tiny_patch16_224"},
+                "data": {"path": 'made/<images> & "more"'},
+                "optimiser": {"lr": 1.5e-4},
+            }
+        )
+    ),
+    sort_keys=False,
+)
 
 
 def made_metrics(
@@ -199,7 +206,7 @@ class Balance(HTMLParser):
         assert self.open.pop() == tag
 
 
-def checked(path: Path) -> tuple[str, Balance]:
+def whole(path: Path) -> tuple[str, Balance]:
     """The text of a page, once it has been found whole, self-contained and small."""
     assert path.stat().st_size < 5_000_000
     text = path.read_text(encoding="utf-8").replace("\u00a0", " ")
@@ -221,11 +228,13 @@ def test_a_learning_run_makes_the_whole_page(tmp_path):
     run = learning_run(tmp_path / "run <one>")
     path = write_report(run)
     assert path == run / "report.html"
-    text, page = checked(path)
+    text, page = whole(path)
     found = verdict(run)
     assert found.word == "learning"
-    assert f"The linear probe rose by 6.1 points ± 0.9 over the untrained encoder ({ONE_RUN})." in found.sentence
-    assert f"The linear probe rose by 6.1 points ± 0.9 over the untrained encoder ({ONE_RUN})." in text
+    assert f"The linear probe rose by 6.1 ± 0.9 points over the untrained encoder ({ONE_RUN})." in found.sentence
+    assert f"The linear probe rose by 6.1 ± 0.9 points over the untrained encoder ({ONE_RUN})." in text
+    assert "<li>The attentive probe rose by 6.1 ± 0.9 points over the untrained encoder.</li>" in text
+    assert text.count(ONE_RUN) == 1
     for heading in ("Training", "What the features are worth", "Restorations", "Skipped files", "Recipe"):
         assert f"<h2>{heading}</h2>" in text
     assert len(page.frames) == 5
@@ -237,10 +246,10 @@ def test_a_learning_run_makes_the_whole_page(tmp_path):
 
 def test_what_comes_from_files_is_escaped(tmp_path):
     run = learning_run(tmp_path / "run <one>")
-    text, _ = checked(write_report(run))
+    text, _ = whole(write_report(run))
     assert "<h1>run &lt;one&gt;</h1>" in text
     assert "bad/&lt;b&gt;0&lt;/b&gt;.jpg" in text
-    assert "made/&lt;images&gt; &amp; &quot;more&quot;" in text
+    assert "made/&lt;images&gt; &amp; &#34;more&#34;" in text
     assert "underpaint pretrain &lt;data&gt;" in text
     assert "<one>" not in text
     assert "<b>0" not in text
@@ -249,7 +258,7 @@ def test_what_comes_from_files_is_escaped(tmp_path):
 def test_a_hostile_recipe_stays_text(tmp_path):
     attack = "method: {name: '</style><script>alert(1)</script>'}\noptimiser: {lr: '<img src=x>'}\n"
     run = make_run(tmp_path / "run", made_metrics(flat_losses()), recipe=attack)
-    text, page = checked(write_report(run))
+    text, page = whole(write_report(run))
     assert "<script>alert" not in text
     assert "x" not in page.addresses
 
@@ -302,7 +311,7 @@ def test_rank_without_labels_is_measured_against_the_dimensions(tmp_path):
     assert verdict(run).word == "collapsed"
     run = make_run(tmp_path / "run", made_metrics(falling_losses()), probes={"rank": {**probes["rank"], "dim": 64}})
     assert verdict(run).word == "learning"
-    assert "8.0 of 64 dimensions" in checked(write_report(run))[0]
+    assert "8.0 of 64 dimensions" in whole(write_report(run))[0]
 
 
 def test_a_rank_that_fell_and_is_not_low_is_told_apart(tmp_path):
@@ -335,7 +344,7 @@ def test_waiting_for_data_is_starved(tmp_path):
     assert found.word == "starved"
     assert "71%" in found.sentence
     assert "--workers" in found.advice
-    assert "Starved of data" in checked(write_report(run))[0]
+    assert "Starved of data" in whole(write_report(run))[0]
 
 
 @pytest.mark.parametrize("lost", [1, 30, 100])
@@ -346,7 +355,7 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path, lost):
     assert found.word == "stalled"
     assert f"not finite in {lost} of 100 log lines" in found.sentence
     assert "bf16" in found.advice
-    checked(write_report(run))
+    whole(write_report(run))
 
 
 def test_one_skipped_step_is_forgiven(tmp_path):
@@ -362,14 +371,14 @@ def test_nothing_logged_is_said(tmp_path, content):
     found = verdict(run)
     assert found.word == "stalled"
     assert "No training step was logged" in found.sentence
-    checked(write_report(run))
+    whole(write_report(run))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_a_short_run_says_that_it_is_short(tmp_path, count):
     run = make_run(tmp_path / "run", made_metrics(falling_losses(count)))
     assert f"Only {count} log line" in verdict(run).sentence
-    checked(write_report(run))
+    whole(write_report(run))
 
 
 def test_no_baseline_is_judged_against_the_beginning(tmp_path):
@@ -389,10 +398,10 @@ def test_losses_below_zero_are_judged_too(tmp_path):
 @pytest.mark.parametrize(
     ("difference", "error", "said"),
     [
-        (0.061, 0.009, f"The linear probe rose by 6.1 points ± 0.9 over the untrained encoder ({ONE_RUN})."),
-        (0.015, 0.009, "Pretraining did not measurably help the linear probe (+1.5 points ± 0.9"),
-        (-0.015, 0.009, "Pretraining did not measurably help the linear probe (−1.5 points ± 0.9"),
-        (-0.05, 0.009, f"The linear probe fell by 5.0 points ± 0.9 below the untrained encoder ({ONE_RUN})."),
+        (0.061, 0.009, "The linear probe rose by 6.1 ± 0.9 points over the untrained encoder"),
+        (0.015, 0.009, "Pretraining did not measurably help the linear probe (+1.5 ± 0.9 points"),
+        (-0.015, 0.009, "Pretraining did not measurably help the linear probe (−1.5 ± 0.9 points"),
+        (-0.05, 0.009, "The linear probe fell by 5.0 ± 0.9 points below the untrained encoder"),
         (0.0, 0.0, "so nothing can be said"),
     ],
 )
@@ -402,7 +411,7 @@ def test_a_gain_is_claimed_only_above_two_standard_errors(tmp_path, difference, 
     metrics = [{"step": 10 * n, "loss": 1.0 - 0.01 * n} for n in range(20)]
     run = make_run(tmp_path / "run", metrics, probes=probes)
     assert said in verdict(run).sentence
-    assert said in checked(write_report(run))[0]
+    assert said in whole(write_report(run))[0]
     if difference < 2 * error:
         assert "--init timm:" in verdict(run).advice
 
@@ -410,7 +419,7 @@ def test_a_gain_is_claimed_only_above_two_standard_errors(tmp_path, difference, 
 def test_without_final_probes_those_of_the_run_are_used(tmp_path):
     probes = {0: made_probe(0.40), 100: made_probe(0.50)}
     found = verdict(make_run(tmp_path / "run", made_metrics(falling_losses(), probes=probes)))
-    assert "rose by 10.0 points ± 1.7" in found.sentence  # 1.2 twice, in quadrature
+    assert "rose by 10.0 ± 1.7 points" in found.sentence  # 1.2 twice, in quadrature
 
 
 def test_without_labels_labels_are_advised(tmp_path):
@@ -444,7 +453,7 @@ def test_a_damaged_file_does_not_cost_the_page(tmp_path, name, content):
     metrics = [{"step": 10 * n, "loss": 1.0 - 0.01 * n} for n in range(20)]  # one plot: drawing is what takes time
     run = make_run(tmp_path / "run", metrics, probes=made_final(0.5, 0.4), pictures=2, size=(64, 48), skipped=2)
     (run / name).write_text(content)
-    checked(write_report(run))
+    whole(write_report(run))
 
 
 @pytest.mark.parametrize("kept", ["recipe.yaml", "metrics.jsonl"])
@@ -453,7 +462,7 @@ def test_any_one_file_is_enough_for_a_page(tmp_path, kept):
     for path in run.iterdir():
         if path.name != kept:
             path.unlink()
-    checked(write_report(run))
+    whole(write_report(run))
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -467,13 +476,13 @@ def test_many_steps_and_large_pictures_stay_under_five_megabytes(tmp_path):
     losses = falling_losses(20_000)
     run = make_run(tmp_path / "run", made_metrics(losses), pictures=15, size=(700, 500), skipped=3)
     (run / "recipe.yaml").write_text(RECIPE + "# long\n" * 100_000)
-    _, page = checked(write_report(run))
+    _, page = whole(write_report(run))
     assert len(page.frames) == 12
 
 
 def test_a_plot_is_text_of_its_own_names():
-    line = Line("one", [0, 1, 2], [1.0, math.nan, 3.0], [0.1, math.nan, 0.2])
-    first = line_plot([line], x_label="step", y_label="<y>", title="A & B", baseline=Line("none", [0], [2.0], [0.1]))
+    line = Curve("one", [0, 1, 2], [1.0, math.nan, 3.0], [0.1, math.nan, 0.2])
+    first = line_plot([line], x_label="step", y_label="<y>", title="A & B", baseline=Curve("none", [0], [2.0], [0.1]))
     second = line_plot([line], x_label="step", y_label="<y>", title="C")
     assert first.startswith('<svg class="plot" role="img" viewBox=')
     assert "<title>A &amp; B</title>" in first
@@ -493,7 +502,7 @@ def test_a_plot_is_text_of_its_own_names():
 @pytest.mark.parametrize("values", [[], [math.nan], [1.0], [0.0, 0.0], [1e-9, 1e12]])
 def test_a_plot_of_little_is_still_a_plot(values):
     svg = line_plot(
-        [Line("one", list(range(len(values))), values)], x_label="x", y_label="y", title="t", from_zero=True
+        [Curve("one", list(range(len(values))), values)], x_label="x", y_label="y", title="t", from_zero=True
     )
     assert svg.endswith("</svg>")
 
@@ -501,7 +510,7 @@ def test_a_plot_of_little_is_still_a_plot(values):
 def test_thinning_keeps_the_mean_and_passes_over_gaps():
     values = [1.0, 3.0] * 500
     values[0] = math.nan
-    short = thin(Line("one", list(range(1000)), values), 100)
+    short = thin(Curve("one", list(range(1000)), values), 100)
     assert len(short.x) == len(short.y) == 100
     assert short.y[1:] == [2.0] * 99
     assert short.x[1] == 14.5
@@ -556,7 +565,7 @@ def looks_run(folder: Path, looks: Any, size: tuple[int, int] = (300, 200)) -> P
 
 
 def test_what_the_features_see_is_shown_with_its_numbers(tmp_path):
-    text, _ = checked(write_report(looks_run(tmp_path / "run", LOOKS)))
+    text, _ = whole(write_report(looks_run(tmp_path / "run", LOOKS)))
     section = text[text.index('<section id="looks">') :]
     section = section[: section.index("</section>")]
     assert text.index("<h2>Restorations</h2>") < text.index("<h2>What the features see</h2>")
@@ -565,16 +574,16 @@ def test_what_the_features_see_is_shown_with_its_numbers(tmp_path):
     assert (
         "Of the five nearest neighbours, 41.2 ± 0.9 % share the query's label; 30.1 ± 0.8 % before training; "
         "10.0 % by chance (500 queries)."
-    ) in section.replace("&#x27;", "'")
-    assert "Training changed it by +11.1 points ± 1.0." in section
+    ) in section.replace("&#39;", "'")
+    assert "Training changed it by +11.1 ± 1.0 points." in section
     assert "green bar" in section
 
 
 def test_a_change_within_its_error_is_not_claimed(tmp_path):
     looks = json.loads(json.dumps(LOOKS))
     looks["same_label"] |= {"difference": -0.012, "difference_error": 0.01}
-    text, _ = checked(write_report(looks_run(tmp_path / "run", looks)))
-    assert "The change by training is not measurable (−1.2 points ± 1.0)." in text
+    text, _ = whole(write_report(looks_run(tmp_path / "run", looks)))
+    assert "The change by training is not measurable (−1.2 ± 1.0 points)." in text
     assert "Training changed it" not in text
 
 
@@ -583,7 +592,7 @@ def test_a_change_within_its_error_is_not_claimed(tmp_path):
     ["{cut", "[]", '{"images": 3}', '{"same_label": 3}', '{"same_label": {"pretrained": "<b>", "chance": null}}'],
 )
 def test_looks_without_numbers_are_pictures_alone(tmp_path, looks):
-    text, _ = checked(write_report(looks_run(tmp_path / "run", looks)))
+    text, _ = whole(write_report(looks_run(tmp_path / "run", looks)))
     assert "<h2>What the features see</h2>" in text
     assert "by chance" not in text
     assert "green bar" not in text
@@ -592,7 +601,7 @@ def test_looks_without_numbers_are_pictures_alone(tmp_path, looks):
 
 def test_some_numbers_are_enough(tmp_path):
     looks = {"same_label": {"pretrained": 0.5, "pretrained_error": None}}
-    text, _ = checked(write_report(looks_run(tmp_path / "run", looks)))
+    text, _ = whole(write_report(looks_run(tmp_path / "run", looks)))
     assert "Of the nearest neighbours, 50.0 % share the query" in text
     assert "nan" not in text[text.index('id="looks"') : text.index("<h2>Recipe</h2>")].split("base64,")[0]
 
@@ -601,10 +610,10 @@ def test_missing_and_damaged_pictures_of_features_are_passed_over(tmp_path):
     run = looks_run(tmp_path / "run", LOOKS)
     (run / "pictures" / "map.png").unlink()
     (run / "pictures" / "features.png").write_text("not a picture")
-    text, _ = checked(write_report(run))
+    text, _ = whole(write_report(run))
     assert text[text.index('id="looks"') :].count("<figure") == 1
     (run / "pictures" / "neighbours.png").write_bytes(b"")
-    text, _ = checked(write_report(run))
+    text, _ = whole(write_report(run))
     assert "What the features see" not in text
 
 
@@ -612,5 +621,166 @@ def test_large_pictures_of_all_kinds_stay_under_five_megabytes(tmp_path):
     run = looks_run(tmp_path / "run", LOOKS, size=(900, 800))
     for position in range(12):
         made_picture((700, 500), position).save(run / "pictures" / f"restore-{100 * position:08d}.png")
-    text, _ = checked(write_report(run))
+    text, _ = whole(write_report(run))
     assert text[text.index('id="looks"') :].count("<figure") == 3
+
+
+# --- evaluations ----------------------------------------------------------------------------------------------------
+
+
+def numbers(value: float, error: float = 0.012, name: str = "accuracy") -> dict[str, float]:
+    return {name: value, f"{name}_error": error}
+
+
+def made_evaluation(folder: Path) -> Path:
+    """What `evaluate` leaves of a probe and of a segmentation."""
+    rows = {"encoder": 0.461, "untrained": 0.4, "HOG": 0.45, "majority": 0.09}
+    linear = {
+        "train": 5000,
+        "test": 1250,
+        "classes": 2,
+        "rows": {name: {**numbers(value), "chosen": {"C": 0.1}} for name, value in rows.items()},
+        "gains": {"encoder over untrained": numbers(0.061, 0.009)},
+        "by_class": {"<b>cat</b>": 0.5, "dog | wolf": 0.25},
+    }
+    segment = {
+        "train": 16,
+        "test": 6,
+        "classes": 2,
+        "names": ["ground", "disc"],
+        "rows": {
+            "most frequent class": numbers(0.2, 0.01, "miou"),
+            "encoder, linear": {
+                **numbers(0.43, 0.03, "miou"),
+                **numbers(0.8, 0.02, "pixel_accuracy"),
+                "iou": [0.8, None],
+            },
+        },
+        "settings": {"lr": 0.001, "scale": [0.5, 2.0]},
+    }
+    results = {
+        "format": 1,
+        "encoder": "runs/<one>",
+        "untrained": False,
+        "data": "labelled",
+        "image_size": [32, 32],
+        "label_fraction": 0.1,
+        "seed": 0,
+        "groups": None,
+        "notes": ["3 of the 9 images held out to test on were pretrained on, without their labels."],
+        "environment": {"python": "3.11.2"},
+        "tasks": {"linear": linear, "segment": segment},
+    }
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    for name in ("linear/confusion.png", "segment/linear/segmentations.png", "pictures/features.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        made_picture((200, 100), 0).save(folder / name)
+    return folder
+
+
+def test_an_evaluation_makes_a_page_of_every_task(tmp_path):
+    folder = made_evaluation(tmp_path / "worth")
+    text, _ = whole(write_report(folder))
+    for said in (
+        "<h1>What is &lt;one&gt; worth?</h1>",
+        "<h2>Linear probe</h2>",
+        "5 000 images to fit, 1 250 images to test, 2 classes",
+        '<th scope="row">encoder over untrained, points</th><td>+6.1 ± 0.9</td>',
+        '<th scope="row">most frequent class</th><td>20.0 ± 1.0</td><td>–</td>',
+        '<th scope="row">disc</th><td>–</td>',
+        "<h2>Segmentation</h2>",
+        "<figcaption>Linear: segmentations</figcaption>",
+        "<h2>What the features see</h2>",
+        "were pretrained on",
+        "10.0 % of each class",
+        "C: 0.1",
+    ):
+        assert said in text.replace("\u202f", " "), said
+    assert text.count("<svg") == 2
+    assert "<b>cat" not in text
+    before = (folder / "report.html").read_bytes()
+    assert write_report(folder).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"tasks": {"linear": 3, "knn": {"rows": [1]}}}',
+        '{"tasks": {"linear": {"rows": {"encoder": {"accuracy": null, "accuracy_error": "x"}, "b": 2}, "gains": 3}}}',
+        '{"tasks": {"segment": {"rows": {"encoder": {"miou": 0.5, "iou": [0.5]}}, "names": [1, 2, 3]}}, "seed": {}}',
+    ],
+)
+def test_a_damaged_evaluation_is_still_a_page(tmp_path, content):
+    folder = made_evaluation(tmp_path / "worth")
+    (folder / "results.json").write_text(content)
+    whole(write_report(folder))
+
+
+def test_what_is_no_evaluation_is_refused(tmp_path):
+    folder = made_evaluation(tmp_path / "worth")
+    (folder / "results.json").write_text("{cut")
+    with pytest.raises(InputError, match="holds no evaluation"):
+        write_report(folder)
+
+
+# --- tables and style -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_a_page_a_terminal_and_markdown_show_the_same_numbers(tmp_path):
+    (linear, segment) = of_evaluation(json.loads((made_evaluation(tmp_path / "worth") / "results.json").read_text()))
+    made = table(linear)
+    assert made.heads == ["linear", "Accuracy, %"]
+    assert (made.lines[0].name, made.lines[0].cells) == ("encoder", ["46.1 ± 1.2"])
+    assert terminal(made)[-1].split("  ")[0] == "encoder over untrained, points"
+    assert terminal(made)[-1].endswith("  +6.1 ± 0.9")
+    assert markdown(made)[:3] == ["| linear | Accuracy, % |", "| --- | --- |", "| encoder | 46.1 ± 1.2 |"]
+    said = summary([linear, segment], ["seen [bold]"], terminal)
+    assert "16 images to fit, 6 images to test, 2 classes." in said
+    assert said[-1] == "seen [bold]"
+    wide = Table(["", "head " * 40], [Line("[red]name", ["1"], "")])
+    assert len(terminal(wide)[0]) > 190
+    assert terminal(wide)[-1].startswith("[red]name")
+    assert markdown(Table(["a|b"], []))[0] == r"| a\|b |"
+
+
+@pytest.mark.quick
+def test_a_run_an_evaluation_and_a_comparison_are_read_into_one_form():
+    run = of_run(made_final(0.461, 0.40))
+    rows = [{"name": "mae", "kind": "method", "probes": {"linear": {"accuracy": 0.461, "standard_error": 0.012}}}]
+    rows[0]["gain"] = {"linear": {"difference": 0.061, "standard_error": 0.009}}
+    comparison = of_comparison({"rows": rows, "chance": 1 / 13, "train": 5000})
+    found = {"rows": {"encoder": numbers(0.461)}, "gains": {"encoder over untrained": numbers(0.061, 0.009)}}
+    (evaluation,) = of_evaluation({"tasks": {"linear": found}})
+    for result, name, metric in (
+        (run, "pretrained", "linear"),
+        (comparison, "mae", "linear"),
+        (evaluation, "encoder", "accuracy"),
+    ):
+        assert result.row(name)[metric] == (0.461, 0.012)
+        assert result.gain(name, metric) == pytest.approx((0.061, 0.009))
+        assert result.row(name).kind == "own"
+        assert not result.row("absent")[metric].known
+    assert run.row("chance")["knn"].value == comparison.row("chance")["linear"].value == 1 / 13
+    assert comparison.counts == {"train": 5000}
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb (WCAG 2)."""
+    digits = "".join(2 * one for one in colour[1:]) if len(colour) == 4 else colour[1:]
+    parts = [int(digits[k : k + 2], 16) / 255 for k in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.quick
+def test_text_stands_out_in_light_and_in_dark_and_on_paper():
+    style = (TEMPLATES / "style.css").read_text()
+    shades = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{[^}]*\}", style)]
+    assert len(shades) == 3
+    for shade in shades:
+        for ground in ("page", "raised"):
+            for name in ("text", "quiet", "good", "bad"):
+                low, high = sorted((luminance(shade[ground]), luminance(shade[name])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground, shade)

@@ -182,7 +182,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--groups", metavar="REGEX", help="as for pretrain, so that the same images are held out")
     made.add_argument("--seed", type=int, default=0, help="of everything random")
 
-    made = command("report", _report, "write the HTML page of a run or a comparison", "report runs/first")
+    made = command(
+        "report", _report, "write the HTML page of a run, an evaluation or a comparison", "report runs/first"
+    )
     made.add_argument("run_folder", metavar="RUN|DIR", type=Path)
 
     made = command("check", _check, "what would be read, and how it was understood; no training", "check photos/")
@@ -347,12 +349,11 @@ def _tokenizer(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    compared = (given.run_folder / "compare.json").is_file()
-    if not compared:
+    if not any((given.run_folder / name).is_file() for name in ("compare.json", "results.json")):
         _run_at(given.run_folder)
-    from underpaint.report import write_comparison, write_report
+    from underpaint.report import write_report
 
-    print((write_comparison if compared else write_report)(given.run_folder))
+    print(write_report(given.run_folder))
 
 
 def _check(given: argparse.Namespace) -> None:

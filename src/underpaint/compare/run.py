@@ -41,9 +41,11 @@ from underpaint.prepare import build, open_data
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import Recipe, checked, differences, override, plain
 from underpaint.recipes.request import FLAGS, read_recipe, recipe_named
-from underpaint.report import PROBES, markdown_table, write_comparison, write_report
 from underpaint.report import verdict as verdict_of_run
+from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
+from underpaint.report.results import COLUMNS, of_comparison, tokenizers_of
+from underpaint.report.tables import markdown, table, terminal
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.tokenizers import tokenizer_scaling
 from underpaint.train.run_folder import Run, environment
@@ -151,9 +153,10 @@ def compare(
         found = _judge_all(folder, plan, images, judge, received)
     result = _result(plan, judge, folder, found)
     write_json(folder / "compare.json", result, indent=1)
-    page = write_comparison(folder)
-    write_text(folder / "table.md", markdown_table(result) + "\n")
-    for line in [*table(result), *result.get("notes", []), *result["verdict"]]:
+    page = write_report(folder)
+    found_rows = of_comparison(result)
+    write_text(folder / "table.md", "\n".join(markdown(table(found_rows, COLUMNS))) + "\n")
+    for line in [*terminal(table(found_rows, COLUMNS)), *found_rows.notes, *result["verdict"]]:
         say(line)
     say(f"done: {folder / 'compare.json'}, {page}")
     return result
@@ -482,7 +485,9 @@ def _result(plan: Plan, judge: ProbeSuite, folder: Path, found: Found) -> dict[s
         troubled=troubled,
         left_out=plan.left_out,
         spent={name: [run.lines("metrics.jsonl")[-1]["seconds"] / 60 for run in those] for name, those in runs.items()},
-        tokenizers={name: made for name, those in runs.items() if (made := _tokenizers(those))},
+        tokenizers={
+            n: made for n, those in runs.items() if (made := tokenizers_of({"tokenizers": _tokenizers(those)}))
+        },
     )
     result["rows"] = [_row(arm, arms, start, runs.get(arm.name), words.get(arm.name)) for arm in arms]
     result["left_out"] = plan.left_out
@@ -603,25 +608,3 @@ def _restorations(judge: ProbeSuite, runs: Mapping[str, Sequence[Run]], path: Pa
             if caption != "original":
                 columns[f"{name}\n{caption}"] = standardize.inverse(frame)
     sheet(columns, path)
-
-
-def table(result: Mapping[str, Any]) -> list[str]:
-    """The rows as text."""
-    probes = [probe for probe in PROBES if any(probe in row["probes"] for row in result["rows"])]
-    rows = [["", *(PROBES[probe] for probe in probes), "rank", "images/s", "GiB", "min"]]
-    for row in result["rows"]:
-        cells = [
-            f"{100 * row['probes'][p]['accuracy']:.1f} ± {100 * row['probes'][p]['standard_error']:.1f}"
-            if p in row["probes"]
-            else "-"
-            for p in probes
-        ]
-        cells.append("-" if row["rank"] is None else f"{row['rank']:.1f}")
-        for key, form in (("images_per_second", "{:.0f}"), ("memory_gib", "{:.2f}"), ("minutes", "{:.1f}")):
-            cells.append(form.format(row[key]) if key in row else "-")
-        rows.append([row["name"], *cells])
-    first, *widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for name, *cells in rows
-    ]

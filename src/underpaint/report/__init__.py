@@ -1,27 +1,28 @@
-"""A run folder or a comparison as one self-contained page, and the verdict of a run."""
+"""A run, an evaluation or a comparison as one self-contained page, its tables, and the verdict of a run."""
 
 from pathlib import Path
 
-from underpaint.report.comparison import PROBES, comparison, markdown_table
-from underpaint.report.page import write_page
-from underpaint.report.run import report
 from underpaint.report.verdict import Verdict, is_falling, verdict
 
 
-def write_report(run: Path) -> Path:
-    """Writes `run/report.html`, one page that holds all it shows, and returns its path.
+def write_report(folder: Path) -> Path:
+    """Writes `folder/report.html`, one page that holds all it shows, and returns its path.
 
-    Whatever is missing from the run folder is left out of the page, or said to be missing.
+    The folder is a comparison (it holds compare.json), an evaluation (results.json), or else a run. Whatever is missing
+    from it is left out of the page, or said to be missing. Raises InputError where it is none of them.
     """
-    return write_page(run / "report.html", report(run))
+    # here: pages draw, and who trains needs no matplotlib until then
+    from underpaint.report.comparison import comparison_page
+    from underpaint.report.evaluation import evaluation_page
+    from underpaint.report.page import write_page
+    from underpaint.report.run import run_page
+
+    kind, made = "run", run_page
+    if (folder / "compare.json").is_file():
+        kind, made = "comparison", comparison_page
+    elif (folder / "results.json").is_file():
+        kind, made = "evaluation", evaluation_page
+    return write_page(folder / "report.html", f"{kind}.html.jinja2", made(folder))
 
 
-def write_comparison(folder: Path) -> Path:
-    """Writes `folder/report.html` from `folder/compare.json`, and returns its path.
-
-    Raises InputError where the folder holds no finished comparison.
-    """
-    return write_page(folder / "report.html", comparison(folder))
-
-
-__all__ = ["PROBES", "Verdict", "is_falling", "markdown_table", "verdict", "write_comparison", "write_report"]
+__all__ = ["Verdict", "is_falling", "verdict", "write_report"]

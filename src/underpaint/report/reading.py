@@ -1,12 +1,13 @@
-"""What a run folder holds, as the page and the verdict read it: whatever is missing or damaged is passed over."""
+"""What a folder holds, as pages and verdicts read it: whatever is missing or damaged is passed over."""
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
+from jaxtyping import Float
 
 from underpaint.errors import InputError
 
@@ -21,89 +22,108 @@ def require_run(run: Path) -> None:
         raise InputError(f"{run} is not a run folder: it holds neither recipe.yaml nor metrics.jsonl")
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; a line that was cut short, as by a full disk, is passed over."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+# -- files ---------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; empty where there is no such file, or no object in it."""
-    if not path.is_file():
-        return {}
+def text_of(path: Path) -> str:
+    """What a text file says; nothing where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def json_of(text: str) -> dict[str, object]:
+    """The object that a text holds as JSON; empty where it holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return mapping(json.loads(text))
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
-def read_recipe(run: Path) -> tuple[str, dict]:
-    """The recipe as text and as a mapping; the mapping is empty where the text is none."""
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        return "", {}
-    text = path.read_text(encoding="utf-8", errors="replace")
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file; empty where there is no such file, or no object in it."""
+    return json_of(text_of(path))
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    """The objects of a file of JSON lines; a line that was cut short, as by a full disk, is passed over."""
+    return [found for line in text_of(path).splitlines() if (found := json_of(line))]
+
+
+def read_yaml(text: str) -> dict[str, object]:
+    """The mapping that a text holds as YAML; empty where it holds none."""
     try:
-        value = yaml.safe_load(text)
+        return mapping(yaml.safe_load(text))
     except yaml.YAMLError:
-        return text, {}
-    return text, value if isinstance(value, dict) else {}
+        return {}
 
 
-def number(mapping: Any, *keys: str) -> float:
-    """The number at the end of the keys, nan where there is none; a null stands for what was not finite."""
+# -- values --------------------------------------------------------------------------------------------------------
+
+
+def at(value: object, *keys: str) -> object:
+    """What lies at the end of the keys; None where nothing does."""
     for key in keys:
-        if not isinstance(mapping, dict):
-            return math.nan
-        mapping = mapping.get(key)
-    if isinstance(mapping, bool) or not isinstance(mapping, int | float):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def number(value: object, *keys: str) -> float:
+    """The number at the end of the keys, nan where there is none; a null stands for what was not finite."""
+    found = at(value, *keys)
+    if isinstance(found, bool) or not isinstance(found, int | float):
         return math.nan
-    return float(mapping) if abs(mapping) < OVERFLOW else math.nan
+    return float(found) if abs(found) < OVERFLOW else math.nan
 
 
-def column(metrics: list[dict], *keys: str) -> np.ndarray:
+def text(value: object, *keys: str) -> str:
+    """What lies at the end of the keys, as text; what is no mapping on the way stands for itself."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else value
+    return "" if value is None else str(value)
+
+
+def mapping(value: object, *keys: str) -> dict[str, object]:
+    """The mapping at the end of the keys, its names as text; empty where there is none."""
+    found = at(value, *keys)
+    return {str(key): inner for key, inner in found.items()} if isinstance(found, dict) else {}
+
+
+def sequence(value: object, *keys: str) -> list[object]:
+    """The list at the end of the keys; empty where there is none."""
+    found = at(value, *keys)
+    return list(found) if isinstance(found, list) else []
+
+
+def numbers(value: object, *keys: str) -> list[float]:
+    """The numbers of the list at the end of the keys, nan where an entry is none."""
+    return [number(one) for one in sequence(value, *keys)]
+
+
+def texts(value: object, *keys: str) -> list[str]:
+    """The entries of the list at the end of the keys, as text."""
+    return [str(one) for one in sequence(value, *keys)]
+
+
+# -- lines of metrics ------------------------------------------------------------------------------------------------
+
+Lines = Sequence[dict[str, object]]
+
+
+def column(lines: Lines, *keys: str) -> Float[np.ndarray, "n"]:
     """One number of each line, nan where there is none."""
-    return np.array([number(line, *keys) for line in metrics], dtype=float)
+    return np.array([number(line, *keys) for line in lines], dtype=float)
 
 
-def accuracy(probes: dict, *keys: str) -> tuple[float, float]:
-    """An accuracy and its standard error, whether they were stored together or the accuracy alone."""
-    alone = number(probes, *keys)
-    if math.isfinite(alone):
-        return alone, math.nan
-    return number(probes, *keys, "accuracy"), number(probes, *keys, "standard_error")
+def probe_lines(lines: Lines) -> Lines:
+    """Those at which a probe ran."""
+    return [line for line in lines if mapping(line, "probe")]
 
 
-def probe_lines(metrics: list[dict]) -> list[dict]:
-    """The lines at which a probe ran."""
-    return [line for line in metrics if isinstance(line.get("probe"), dict) and line["probe"]]
+def finite(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
+    """Those that are finite."""
+    return values[np.isfinite(values)]
 
 
-def mean(values: np.ndarray) -> float:
+def mean(values: Float[np.ndarray, "n"]) -> float:
     """The mean of the finite values, nan where there are none."""
-    values = values[np.isfinite(values)]
+    values = finite(values)
     return float(values.mean()) if len(values) else math.nan
-
-
-def median(values: np.ndarray) -> float:
-    """The median of the finite values, nan where there are none."""
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else math.nan
-
-
-def rate_setting(recipe: dict) -> str:
-    """How to set the learning rate of this run, in parentheses; nothing where the recipe does not tell."""
-    optimiser = recipe.get("optimiser")
-    if not isinstance(optimiser, dict) or "lr" not in optimiser:
-        return ""
-    return f" (`--set optimiser.lr=...`, it was {optimiser['lr']})"

@@ -11,28 +11,25 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from underpaint.report.reading import (
-    accuracy,
+    Lines,
     column,
+    finite,
+    mapping,
     mean,
-    median,
     number,
     probe_lines,
-    rate_setting,
     read_json,
     read_lines,
-    read_recipe,
+    read_yaml,
     require_run,
+    text,
+    text_of,
 )
-from underpaint.report.words import short, signed
-
-PROBES = {
-    "linear": "linear probe",
-    "attentive": "attentive probe",
-    "knn": "kNN accuracy",
-}  # the first one there heads the page
+from underpaint.report.results import PROBES, Result, Value, of_run
+from underpaint.report.words import points_text, short
 
 # The verdict's thresholds.
-ONE_RUN = "error of the test images alone; one run"
+ONE_RUN = "one run; error of the test images alone"
 MEASURABLE = 2.0  # standard errors: about 1 in 20 differences of nothing look larger
 WAITING = 0.5  # share of time: above it, the data decide the speed, not the device
 NOT_BELOW = 0.97  # of the baseline: predicting the mean of the patch comes this near without having learned anything
@@ -54,30 +51,17 @@ class Verdict(NamedTuple):
     advice: str
 
 
-class Change(NamedTuple):
-    """How far a probe is above the untrained encoder, as shares of 1; `error` is None where unknown."""
-
-    name: str
-    difference: float
-    error: float | None
-
-    @property
-    def standard_errors(self) -> float:
-        """The difference in its own standard errors; 0 where those are unknown: nothing is claimed."""
-        return self.difference / self.error if self.error else 0.0
-
-
 def verdict(run: Path) -> Verdict:
     """Whether a run is learning, stalled, collapsed or starved of data, by which signal, and what to change."""
     require_run(run)
-    return judge(read_lines(run / "metrics.jsonl"), read_json(run / "probes.json"), read_recipe(run)[1])
+    recipe = read_yaml(text_of(run / "recipe.yaml"))
+    return judge(read_lines(run / "metrics.jsonl"), of_run(read_json(run / "probes.json")), recipe)
 
 
-def judge(metrics: list[dict], probes: dict, recipe: dict) -> Verdict:
+def judge(lines: Lines, result: Result, recipe: object) -> Verdict:
     """The rules, the gravest first; each names the signal it went by."""
-    trained = [line for line in metrics if number(line, "step") > 0 or math.isfinite(number(line, "loss"))]
-    loss, gradient = column(trained, "loss"), column(trained, "gradient_norm")
-    rate, waiting = column(trained, "lr"), column(trained, "data_wait")
+    trained = [line for line in lines if number(line, "step") > 0 or math.isfinite(number(line, "loss"))]
+    loss, rate, waited = column(trained, "loss"), column(trained, "lr"), finite(column(trained, "data_wait"))
     quarter = max(1, len(loss) // 4)
     if len(loss) == 0:
         return Verdict("stalled", "No training step was logged, so there is nothing to judge.", START_AGAIN)
@@ -90,35 +74,41 @@ def judge(metrics: list[dict], probes: dict, recipe: dict) -> Verdict:
     last, falling = mean(loss[-quarter:]), is_falling(loss)
     below = math.isfinite(baseline) and last < baseline - (1 - NOT_BELOW) * abs(baseline)
     story = loss_sentence(last, baseline, falling, len(loss), has_baseline(trained))
-    gains = changes(metrics, probes)
-    rose = any(gain.standard_errors >= MEASURABLE for gain in gains)
-    rose = rose and not any(gain.standard_errors <= -MEASURABLE for gain in gains)
-
-    rank, untrained_rank, dimensions = ranks(metrics, probes)
-    few = max(FEW, FEW_SHARE * dimensions) if math.isfinite(dimensions) else FEW
-    fell_to_few = rank < few and not rank >= SAME_RANK * untrained_rank
-    lost_most = rank < RANK_KEPT * untrained_rank and (below or falling)
-    if (fell_to_few or lost_most) and not rose:  # a probe that rose where none fell has seen that features differ
-        since = f", from {untrained_rank:.1f} before training" if math.isfinite(untrained_rank) else ""
-        told = "the encoder hardly tells images apart" if fell_to_few else "far less of an image shows in them"
-        sentence = f"The features span {rank:.1f} dimensions{since}: {told}."
-        return Verdict("collapsed", sentence, collapse_advice(recipe))
-    gradient_end, loss_end = gradient[-quarter:], loss[-quarter:]
-    dead = not is_zero(rate) and np.isfinite(gradient_end).all() and (gradient_end <= NO_GRADIENT).all()
-    if dead and np.ptp(loss_end[np.isfinite(loss_end)]) <= CONSTANT * abs(last):
-        sentence = f"The loss stands still at {short(last)} and the gradient is zero: nothing can change any more."
-        return Verdict("collapsed", sentence, collapse_advice(recipe))
-
-    worth = change_sentence(gains[0]) if gains else ""
-    wait = median(waiting)
-    if wait > WAITING:
-        return Verdict(
-            "starved", f"Training waited for data {wait:.0%} of the time (median). {story} {worth}".strip(), FEED
-        )
+    gains = changes(lines, result)
+    found = collapse(trained, ranks(lines, result), gains, below or falling)
+    if found:
+        return Verdict("collapsed", found, collapse_advice(recipe))
+    worth = next((change_sentence(name, gain, ONE_RUN) for name, gain in gains.items()), "")
+    if len(waited) and (wait := float(np.median(waited))) > WAITING:
+        said = f"Training waited for data {wait:.0%} of the time (median). {story} {worth}"
+        return Verdict("starved", said.strip(), FEED)
     if not below and not falling:
         return Verdict("stalled", f"{story} {worth}".strip(), stall_advice(rate, recipe))
     worth = worth or "No probe ran, so what the features are worth is not known."
     return Verdict("learning", f"{story} {worth}", learning_advice(falling, gains))
+
+
+def collapse(trained: Lines, rank: "Ranks", gains: dict[str, Value], moved: bool) -> str:
+    """By which signal the features of all images became the same; nothing where they did not.
+
+    `moved` is whether the loss fell, or lies below its baseline: a rank that fell without that has other reasons.
+    """
+    loss, gradient, rate = (column(trained, name) for name in ("loss", "gradient_norm", "lr"))
+    quarter = max(1, len(loss) // 4)
+    sigmas = [gain.sigmas for gain in gains.values()]
+    rose = any(one >= MEASURABLE for one in sigmas) and not any(one <= -MEASURABLE for one in sigmas)
+    few = max(FEW, FEW_SHARE * rank.dimensions) if math.isfinite(rank.dimensions) else FEW
+    fell_to_few = rank.encoder < few and not rank.encoder >= SAME_RANK * rank.untrained
+    lost_most = rank.encoder < RANK_KEPT * rank.untrained and moved
+    if (fell_to_few or lost_most) and not rose:  # a probe that rose where none fell has seen that features differ
+        since = f", from {rank.untrained:.1f} before training" if math.isfinite(rank.untrained) else ""
+        told = "the encoder hardly tells images apart" if fell_to_few else "far less of an image shows in them"
+        return f"The features span {rank.encoder:.1f} dimensions{since}: {told}."
+    end, last = gradient[-quarter:], mean(loss[-quarter:])
+    dead = not is_zero(rate) and np.isfinite(end).all() and (end <= NO_GRADIENT).all()
+    if dead and np.ptp(finite(loss[-quarter:])) <= CONSTANT * abs(last):
+        return f"The loss stands still at {short(last)} and the gradient is zero: nothing can change any more."
+    return ""
 
 
 START_AGAIN = "Run the same command again; it goes on from the last checkpoint, or from the start where there is none."
@@ -128,7 +118,7 @@ FEED = (
 )
 
 
-def stall_advice(rate: np.ndarray, recipe: dict) -> str:
+def stall_advice(rate: np.ndarray, recipe: object) -> str:
     """What to do about a loss that does not move; a learning rate of zero is named."""
     if is_zero(rate):
         return f"The learning rate was zero throughout; set it above zero{rate_setting(recipe)}."
@@ -136,7 +126,7 @@ def stall_advice(rate: np.ndarray, recipe: dict) -> str:
     return f"{rates}, or more `--epochs` or `--steps`."
 
 
-def not_finite_advice(recipe: dict) -> str:
+def not_finite_advice(recipe: object) -> str:
     """What to do about a loss that left the numbers."""
     return (
         f"Lower the learning rate{rate_setting(recipe)}, and use `--precision bf16` or `32` if it was `16`; "
@@ -144,7 +134,7 @@ def not_finite_advice(recipe: dict) -> str:
     )
 
 
-def collapse_advice(recipe: dict) -> str:
+def collapse_advice(recipe: object) -> str:
     """What to do about features that are all the same."""
     return (
         f"Lower the learning rate{rate_setting(recipe)} or warm it up longer, and start anew: "
@@ -152,12 +142,18 @@ def collapse_advice(recipe: dict) -> str:
     )
 
 
-def learning_advice(falling: bool, gains: list[Change]) -> str:
+def rate_setting(recipe: object) -> str:
+    """How to set the learning rate of this run, in parentheses; nothing where the recipe does not tell."""
+    known = "lr" in mapping(recipe, "optimiser")
+    return f" (`--set optimiser.lr=...`, it was {text(recipe, 'optimiser', 'lr')})" if known else ""
+
+
+def learning_advice(falling: bool, gains: dict[str, Value]) -> str:
     """What to do with a run that goes well, or well by its loss only."""
     longer = "The loss was still falling: more `--epochs` or `--steps` may give more." if falling else ""
     if not gains:
         advice = "Give labelled images (`--labels`) to learn whether the features are any good."
-    elif gains[0].standard_errors >= MEASURABLE:
+    elif next(iter(gains.values())).sigmas >= MEASURABLE:
         advice = "" if longer else "Nothing needs to change."
     else:
         advice = "Compare with public weights (`--init timm:NAME`), which are often better where images are few."
@@ -180,19 +176,19 @@ def loss_sentence(last: float, baseline: float, falling: bool, lines: int, logge
     return f"{where}, and was {'still' if falling else 'not'} falling.{few}"
 
 
-def change_sentence(gain: Change) -> str:
-    """What pretraining did to a probe: a number of one run, said to have moved only above two standard errors."""
-    points = f"{abs(100 * gain.difference):.1f} points"
-    if gain.error is None:
-        moved = f"{signed(100 * gain.difference)} points from the untrained encoder, of unknown standard error"
-        return f"The {gain.name} moved by {moved}, so nothing can be said."
-    error = f"± {100 * gain.error:.1f}"
-    if gain.standard_errors >= MEASURABLE:
-        return f"The {gain.name} rose by {points} {error} over the untrained encoder ({ONE_RUN})."
-    if gain.standard_errors <= -MEASURABLE:
-        return f"The {gain.name} fell by {points} {error} below the untrained encoder ({ONE_RUN})."
-    moved = f"{signed(100 * gain.difference)} points {error} against the untrained encoder"
-    return f"Pretraining did not measurably help the {gain.name} ({moved})."
+def change_sentence(name: str, change: Value, caveat: str = "") -> str:
+    """What pretraining did to a probe: a number of one run, said to have moved only above two standard errors.
+
+    `caveat` is said of a move, in parentheses.
+    """
+    points = f"{points_text(*change)} points"
+    said = f" ({caveat})" if caveat else ""
+    if math.isnan(change.error):
+        return f"The {name} moved by {points} from the untrained encoder, of unknown standard error, so nothing can be said."
+    if abs(change.sigmas) < MEASURABLE:
+        return f"Pretraining did not measurably help the {name} ({points} against the untrained encoder)."
+    moved = "rose by {} over" if change.value > 0 else "fell by {} below"
+    return f"The {name} {moved.format(points[1:])} the untrained encoder{said}."
 
 
 def is_zero(values: np.ndarray) -> bool:
@@ -213,7 +209,7 @@ def is_falling(loss: np.ndarray) -> bool:
     return fall > FALL * abs(float(before.mean())) and fall > MEASURABLE * noise
 
 
-def trivial_loss(trained: list[dict]) -> float:
+def trivial_loss(trained: Lines) -> float:
     """The baseline's mean over the last quarter; the loss of the first lines where no baseline was logged."""
     if has_baseline(trained):
         logged = column(trained, "terms", "baseline")
@@ -221,47 +217,47 @@ def trivial_loss(trained: list[dict]) -> float:
     return mean(column(trained, "loss")[: max(1, len(trained) // 20)])
 
 
-def has_baseline(trained: list[dict]) -> bool:
+def has_baseline(trained: Lines) -> bool:
     """Whether any line tells the loss of a trivial prediction."""
     return bool(np.isfinite(column(trained, "terms", "baseline")).any())
 
 
-def changes(metrics: list[dict], probes: dict) -> list[Change]:
-    """Each probe against the untrained encoder: the final probes, else the first and last during the run."""
-    found = []
-    during = probe_lines(metrics)
+def changes(lines: Lines, result: Result) -> dict[str, Value]:
+    """Each probe against the untrained encoder, by its name in a sentence: at the end, else over the run."""
+    found = {}
+    during = probe_lines(lines)
     for key, name in PROBES.items():
-        difference, error = (
-            number(probes, "gain", key, "difference"),
-            number(probes, "gain", key, "standard_error"),
-        )
-        if not math.isfinite(difference):
-            after, after_error = accuracy(probes, "encoder", key)
-            before, before_error = accuracy(probes, "untrained", key)
-            if not math.isfinite(after - before) and during and number(during[0], "step") == 0 and len(during) > 1:
-                after, after_error = (
-                    number(during[-1], "probe", key),
-                    number(during[-1], "probe", f"{key}_error"),
-                )
-                before, before_error = (
-                    number(during[0], "probe", key),
-                    number(during[0], "probe", f"{key}_error"),
+        change = result.gain("pretrained", key)
+        if not change.known:
+            after, before = result.row("pretrained")[key], result.row("untrained")[key]
+            if not math.isfinite(after.value - before.value) and len(during) > 1 and number(during[0], "step") == 0:
+                after, before = (
+                    Value(number(line, "probe", key), number(line, "probe", f"{key}_error"))
+                    for line in (during[-1], during[0])
                 )
             # as if the two had other test images each: never smaller than the error of the paired difference
-            difference, error = after - before, math.hypot(after_error, before_error)
-        if math.isfinite(difference):
-            found.append(Change(name, difference, error if math.isfinite(error) and error > 0 else None))
+            change = Value(after.value - before.value, math.hypot(after.error, before.error))
+        if change.known:
+            found[name] = change if change.error > 0 else Value(change.value)
     return found
 
 
-def ranks(metrics: list[dict], probes: dict) -> tuple[float, float, float]:
-    """Effective rank of the encoder, of the untrained one, and the dimensions; nan where not known."""
-    during = [line for line in probe_lines(metrics) if math.isfinite(number(line, "probe", "rank"))]
+class Ranks(NamedTuple):
+    """Effective ranks, and the dimensions of the features; nan where not known."""
+
+    encoder: float
+    untrained: float
+    dimensions: float
+
+
+def ranks(lines: Lines, result: Result) -> Ranks:
+    """Those at the end of the run, else those on the way."""
+    during = [line for line in probe_lines(lines) if math.isfinite(number(line, "probe", "rank"))]
     first = number(during[0], "probe", "rank") if during and number(during[0], "step") == 0 else math.nan
     last = number(during[-1], "probe", "rank") if during and number(during[-1], "step") > 0 else math.nan
-    encoder, untrained = number(probes, "rank", "encoder"), number(probes, "rank", "untrained")
-    return (
-        encoder if math.isfinite(encoder) else last,
-        untrained if math.isfinite(untrained) else first,
-        number(probes, "rank", "dim"),
+    after, before = result.row("pretrained"), result.row("untrained")["rank"]
+    return Ranks(
+        after["rank"].value if after["rank"].known else last,
+        before.value if before.known else first,
+        after["dim"].value,
     )

@@ -1,28 +1,15 @@
-"""Numbers and sentences as a page shows them."""
+"""Numbers and lists as pages, tables and verdicts say them."""
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
-from html import escape
-from typing import Any
 
 TEXT_CHARACTERS = 60_000  # of a recipe or an environment
+NONE = "–"  # where a table has no number
+UNEQUAL = 1.05  # of minutes: where one method's are more than this times another's, they are not called the same
 
 
-def sentence_html(text: str) -> str:
-    """An escaped sentence, what stood in backticks as code, no line broken within a number and its error."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)).replace(" ± ", "\u00a0±\u00a0")
-
-
-def text_at(mapping: dict, section: str, key: str) -> str:
-    """A setting of a section as text; a section may also be its own name."""
-    value = mapping.get(section)
-    value = value.get(key) if isinstance(value, dict) else value
-    return "" if value is None else str(value)
-
-
-def plain_text(value: Any) -> str:
+def plain_text(value: object) -> str:
     """A value as one would write it: text as it is, the rest as JSON."""
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
@@ -30,6 +17,16 @@ def plain_text(value: Any) -> str:
 def cut(text: str, length: int = TEXT_CHARACTERS) -> str:
     """The text, or its beginning where it is too long for a page."""
     return text if len(text) <= length else f"{text[:length]}\n... ({len(text) - length} more characters)"
+
+
+def listing(names: Sequence[str], joined: str = "and") -> str:
+    """Names in a sentence."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {joined} {names[-1]}"
+
+
+def capital(sentence: str) -> str:
+    """A sentence with its first letter large, the rest as it is."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 def short(value: float) -> str:
@@ -42,18 +39,24 @@ def signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
-def percent_text(value: float, error: float) -> str:
-    """A share as percent, with its standard error where it is known."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
+def with_error(value: str, error: float, digits: int) -> str:
+    """A number with its standard error, where that is known."""
+    return f"{value} ± {error:.{digits}f}" if math.isfinite(error) else value
 
 
-def points_text(value: float, error: float) -> str:
-    """A difference of shares in percentage points, with its standard error where it is known."""
-    if not math.isfinite(value):
-        return "–"
-    return signed(100 * value) + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
+def percent_text(value: float, error: float = math.nan) -> str:
+    """A share as percent, without the sign of percent."""
+    return with_error(f"{100 * value:.1f}", 100 * error, 1) if math.isfinite(value) else NONE
+
+
+def points_text(value: float, error: float = math.nan) -> str:
+    """A difference of shares in percentage points, without their name."""
+    return with_error(signed(100 * value), 100 * error, 1) if math.isfinite(value) else NONE
+
+
+def decimal_text(value: float, error: float = math.nan, digits: int = 3) -> str:
+    """A number in so many decimals."""
+    return with_error(f"{value:.{digits}f}", error, digits) if math.isfinite(value) else NONE
 
 
 def count_text(value: float | int) -> str:
@@ -61,8 +64,8 @@ def count_text(value: float | int) -> str:
     return f"{value:,.0f}".replace(",", "\u202f") if math.isfinite(value) else ""
 
 
-def time_text(seconds: float) -> str:
-    """A duration in its two largest units."""
+def time_text(seconds: float | int) -> str:
+    """A duration in its two largest units; nothing where it is not known."""
     if not math.isfinite(seconds):
         return ""
     whole = round(seconds)

@@ -1,0 +1,125 @@
+"""An evaluation as one page: what an encoder is worth, task by task, beside the same one untrained and what needs none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from markupsafe import Markup
+
+from underpaint.errors import InputError
+from underpaint.report.page import PICTURE_BYTES, Picture, Seen, dots, environment_facts, facts, picture, seen
+from underpaint.report.reading import at, mapping, number, numbers, read_json, text, texts
+from underpaint.report.results import Result, of_evaluation
+from underpaint.report.tables import Line, Table, metric, shown, sizes_text, table
+from underpaint.report.words import capital, cut, percent_text
+
+TASK_BYTES = PICTURE_BYTES * 2 // 3  # of the pictures of all tasks; the rest is for what the features see
+PICTURES = 16  # of all tasks together
+CLASSES = 200  # that a table names
+TITLES = {
+    "knn": "Nearest neighbours",
+    "linear": "Linear probe",
+    "attentive": "Attentive probe",
+    "finetune": "Fine-tuning",
+    "segment": "Segmentation",
+    "detect": "Detection",
+    "outliers": "Outliers",
+}
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    """What the page shows of one task."""
+
+    name: str
+    title: str
+    sizes: str
+    against: str  # the other images, of outliers
+    table: Table
+    dots: Sequence[Markup]
+    classes: Table
+    pictures: Sequence[Picture]
+    settings: str
+
+
+@dataclass(frozen=True)
+class EvaluationPage:
+    """What `evaluation.html.jinja2` shows."""
+
+    name: str
+    facts: Mapping[str, str]
+    notes: Sequence[str]
+    tasks: Sequence[TaskPart]
+    seen: Seen
+    environment: Mapping[str, str]
+
+
+def evaluation_page(folder: Path) -> EvaluationPage:
+    """Everything there is to show of an evaluation.
+
+    Raises InputError where the folder holds no evaluation.
+    """
+    found = read_json(folder / "results.json")
+    results = of_evaluation(found)
+    if not results:
+        raise InputError(f"{folder}: holds no evaluation (results.json); `underpaint evaluate` makes one")
+    files = {result.name: sorted((folder / result.name).rglob("*.png")) for result in results}
+    limit = TASK_BYTES // max(1, min(PICTURES, sum(map(len, files.values()))))
+    share = number(found, "label_fraction")
+    return EvaluationPage(
+        name=Path(text(found, "encoder")).name or folder.resolve().name,
+        facts=facts(
+            {
+                "encoder": text(found, "encoder") + (", untrained" if at(found, "untrained") is True else ""),
+                "data": text(found, "data"),
+                "image size": " x ".join(texts(found, "image_size")) + " px",
+                "labels": f"{percent_text(share)} % of each class" if share < 1 else "",
+                "groups": text(found, "groups"),
+                "seed": text(found, "seed"),
+            }
+        ),
+        notes=texts(found, "notes"),
+        tasks=[task(result, at(found, "tasks", result.name), folder, files[result.name], limit) for result in results],
+        seen=seen(folder / "pictures", PICTURE_BYTES - TASK_BYTES),
+        environment=environment_facts(mapping(found, "environment")),
+    )
+
+
+def task(result: Result, found: object, folder: Path, files: Sequence[Path], limit: int) -> TaskPart:
+    """One task; `found` is what results.json holds of it, for what is no number of a row."""
+    pictures = [picture(file, limit, picture_name(file.relative_to(folder / result.name))) for file in files[:PICTURES]]
+    kept = {key: mapping(found, key) for key in ("settings", "recipe", "sizes", "trained") if mapping(found, key)}
+    chosen = {name: mapping(row, "chosen") for name, row in mapping(found, "rows").items() if mapping(row, "chosen")}
+    kept |= {"chosen": chosen} if chosen else {}
+    first = next(iter(shown(result)), "accuracy")
+    return TaskPart(
+        name=result.name,
+        title=TITLES.get(result.name, result.name),
+        sizes=sizes_text(result),
+        against=text(found, "against"),
+        table=table(result),
+        dots=dots(result, first, "Each row, ± one standard error", metric(first).head),
+        classes=classes(found),
+        pictures=[one for one in pictures if one],
+        settings=cut(yaml.safe_dump(kept, sort_keys=False)) if kept else "",
+    )
+
+
+def picture_name(file: Path) -> str:
+    """What a picture is called under it: upernet/confusion.png is "Upernet: confusion"."""
+    return capital(": ".join([*file.parent.parts, file.stem.replace("-", " ")]))
+
+
+def classes(found: object) -> Table:
+    """Accuracy by class, or the overlap (IoU) of each class by row; no lines where neither is known."""
+    by_class = mapping(found, "by_class")
+    if by_class:
+        lines = [Line(name, [percent_text(number(value))], "") for name, value in by_class.items()]
+        return Table(["Class", "Accuracy, %"], lines[:CLASSES])
+    columns = {name: iou for name, row in mapping(found, "rows").items() if (iou := numbers(row, "iou"))}
+    lines = [
+        Line(name, [percent_text(column[k]) if k < len(column) else "" for column in columns.values()], "")
+        for k, name in enumerate(texts(found, "names"))
+    ]
+    return Table(["Class", *(f"{name}: IoU, %" for name in columns)], lines[:CLASSES] if columns else [])
