@@ -18,7 +18,7 @@ from underpaint.report import Verdict, is_falling, verdict, write_report
 from underpaint.report.figures.plots import Line as Curve
 from underpaint.report.figures.plots import line_plot, number_text, thin
 from underpaint.report.page import TEMPLATES
-from underpaint.report.results import of_comparison, of_evaluation, of_run
+from underpaint.report.results import Gain, Result, Row, Value, of_comparison, of_evaluation, of_run
 from underpaint.report.tables import Line, Table, markdown, summary, table, terminal
 
 ONE_RUN = "one run; error of the test images alone"
@@ -736,6 +736,16 @@ def test_a_page_a_terminal_and_markdown_show_the_same_numbers(tmp_path):
     assert terminal(made)[-1].split("  ")[0] == "encoder over untrained, points"
     assert terminal(made)[-1].endswith("  +6.1 ± 0.9")
     assert markdown(made)[:3] == ["| linear | Accuracy, % |", "| --- | --- |", "| encoder | 46.1 ± 1.2 |"]
+    regression = Result(
+        "regress",
+        [Row("encoder", "own", {"mean_absolute_error": Value(1.25, 0.125)})],
+        [Gain("encoder over untrained", "encoder", {"mean_absolute_error": Value(-0.5, 0.25)})],
+    )
+    assert [(line.name, *line.cells) for line in table(regression).lines] == [
+        ("encoder", "1.250 ± 0.125"),
+        ("encoder over untrained", "−0.500 ± 0.250"),
+    ]
+    assert table(regression).heads[1] == "Mean absolute error"
     said = summary([linear, segment], ["seen [bold]"], terminal)
     assert "16 images to fit, 6 images to test, 2 classes." in said
     assert said[-1] == "seen [bold]"

@@ -35,6 +35,7 @@ class TaskPart:
     name: str
     title: str
     sizes: str
+    percent: bool  # whether all its numbers are shares
     against: str  # the other images, of outliers
     table: Table
     dots: Sequence[Markup]
@@ -92,14 +93,15 @@ def task(result: Result, found: object, folder: Path, files: Sequence[Path], lim
     kept = {key: mapping(found, key) for key in ("settings", "recipe", "sizes", "trained") if mapping(found, key)}
     chosen = {name: mapping(row, "chosen") for name, row in mapping(found, "rows").items() if mapping(row, "chosen")}
     kept |= {"chosen": chosen} if chosen else {}
-    first = next(iter(shown(result)), "accuracy")
+    metrics = shown(result) or ["accuracy"]
     return TaskPart(
         name=result.name,
         title=TITLES.get(result.name, result.name),
         sizes=sizes_text(result),
+        percent=all(metric(name).share for name in metrics),
         against=text(found, "against"),
         table=table(result),
-        dots=dots(result, first, "Each row, ± one standard error", metric(first).head),
+        dots=dots(result, metrics[0], "Each row, ± one standard error", metric(metrics[0]).head),
         classes=classes(found),
         pictures=[one for one in pictures if one],
         settings=cut(yaml.safe_dump(kept, sort_keys=False)) if kept else "",

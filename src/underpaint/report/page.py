@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from underpaint.files import replacing
 from underpaint.report.figures.plots import Dot, dot_plot
 from underpaint.report.reading import mapping, number, read_json
 from underpaint.report.results import Result, Value
+from underpaint.report.tables import metric
 from underpaint.report.verdict import MEASURABLE
 from underpaint.report.words import count_text, cut, percent_text, plain_text, points_text
 
@@ -74,15 +74,20 @@ def environment_facts(found: Mapping[str, object]) -> dict[str, str]:
 
 
 def dots(result: Result, name: str, title: str, x_label: str) -> list[Markup]:
-    """One number of every row but chance, which is a line across, as a plot; none where no row has it."""
+    """One number of every row but chance, which is a line across, as a plot, shares in percent; none where no row has it."""
+    scale = 100.0 if metric(name).share else 1.0
     chance = result.row("chance")[name]
     made = [
-        Dot(row.name, 100 * value, 100 * error if error >= 0 else 0.0, row.kind == "own")
+        Dot(
+            row.name,
+            scale * row[name].value,
+            scale * row[name].error if row[name].error >= 0 else 0.0,
+            row.kind == "own",
+        )
         for row in result.rows
-        for value, error in [row[name]]
-        if math.isfinite(value) and row.name != "chance"
+        if row[name].known and row.name != "chance"
     ]
-    line = 100 * chance.value if chance.known else None
+    line = scale * chance.value if chance.known else None
     return drawn([dot_plot(made, x_label=x_label, title=title, baseline=line)] if made else [])
 
 

@@ -11,20 +11,26 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from underpaint.report.results import Result, Row, Value
-from underpaint.report.words import NONE, count_text, decimal_text, percent_text, points_text
+from underpaint.report.words import NONE, capital, count_text, decimal_text, percent_text, points_text
+
+Written = Callable[[float, float], str]  # of a number and its standard error
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is headed and written, and whether its differences are points of percent."""
+    """How a number is headed and written, and how a difference of two is; shares are told in percent and in points."""
 
     head: str
-    text: Callable[[float, float], str] = percent_text
-    share: bool = True
+    text: Written = percent_text
+    change: Written = points_text
+
+    @property
+    def share(self) -> bool:
+        return self.change is points_text
 
 
 def _decimals(head: str, digits: int) -> Metric:
-    return Metric(head, partial(decimal_text, digits=digits), share=False)
+    return Metric(head, partial(decimal_text, digits=digits), partial(decimal_text, digits=digits, sign="+"))
 
 
 METRICS = {
@@ -46,7 +52,7 @@ METRICS = {
     "fpr95": Metric("FPR at 95 %, %"),
     "rank": _decimals("Rank", 1),
     "loss_over_baseline": _decimals("Loss / baseline", 3),
-    "images_per_second": Metric("Images / s", lambda value, _: count_text(value) or NONE, share=False),
+    "images_per_second": Metric("Images / s", lambda value, _: count_text(value) or NONE),
     "memory_gib": _decimals("Memory (GiB)", 2),
     "minutes": _decimals("Minutes", 1),
     # of a restoration: the error over that of the trivial one
@@ -65,7 +71,7 @@ METRICS = {
 
 def metric(name: str) -> Metric:
     """How a number of that name is written; one that is not listed has three decimals under its own name."""
-    return METRICS.get(name) or _decimals(name.replace("_", " "), 3)
+    return METRICS.get(name) or _decimals(capital(name.replace("_", " ")), 3)
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,9 @@ def table(result: Result, metrics: Sequence[str] = ()) -> Table:
     for gain in () if "gain" in names else result.gains:
         values = [gain.values.get(name, Value()) for name in names]
         if any(one.known for one in values):
-            cells = [points_text(*one) if metric(n).share else NONE for n, one in zip(names, values, strict=True)]
-            lines.append(Line(f"{gain.name}, points", cells, "gain"))
+            unit = ", points" if all(metric(name).share for name in names) else ""
+            cells = [metric(name).change(*one) for name, one in zip(names, values, strict=True)]
+            lines.append(Line(f"{gain.name}{unit}", cells, "gain"))
     return Table([result.name, *(metric(name).head for name in names)], lines)
 
 

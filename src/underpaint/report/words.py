@@ -54,9 +54,9 @@ def points_text(value: float, error: float = math.nan) -> str:
     return with_error(signed(100 * value), 100 * error, 1) if math.isfinite(value) else NONE
 
 
-def decimal_text(value: float, error: float = math.nan, digits: int = 3) -> str:
-    """A number in so many decimals."""
-    return with_error(f"{value:.{digits}f}", error, digits) if math.isfinite(value) else NONE
+def decimal_text(value: float, error: float = math.nan, digits: int = 3, sign: str = "") -> str:
+    """A number in so many decimals; with its sign where `sign` is "+"."""
+    return with_error(f"{value:{sign}.{digits}f}".replace("-", "−"), error, digits) if math.isfinite(value) else NONE
 
 
 def count_text(value: float | int) -> str:
