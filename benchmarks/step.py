@@ -157,7 +157,7 @@ def own_rows(device: torch.device, seconds: float, only: str, methods: list[str]
                 method.tokenizer.load_state_dict({"centres": torch.rand_like(method.tokenizer.centres)}, strict=False)
                 method.tokenizer.ready = True
             if isinstance(method, CIM):
-                method.tokenizer.ready = True
+                method.generator.tokenizer.ready = True
             mask = method.sample(batch, images.shape[2], images.shape[3]).to(device)
             step = training_step(method, lambda m=method, k=mask, x=images: m(x, k).loss, device)
             flops = counted_flops(step)
@@ -188,7 +188,7 @@ def cim_parts(device: torch.device, seconds: float, encoder_name: str) -> dict[s
     batch = BATCHES[encoder_name] * (ON_GPU if device.type == "cuda" else 1)
     size = arguments["image_size"]
     method = CIM(underpaint.encoder(arguments.pop("name"), **arguments)).to(device)
-    method.tokenizer.ready = True
+    method.generator.tokenizer.ready = True
     images = torch.randn(batch, 3, size, size, device=device)
     noise = method.sample(batch, size, size).to(device)
     corrupted = method.corrupt(images, noise)
@@ -205,7 +205,7 @@ def cim_parts(device: torch.device, seconds: float, encoder_name: str) -> dict[s
 
     parts = {
         "encode": part(lambda: method.generator.words(images)),
-        "generator": part(lambda: cross_entropies(method.generator.logits(images, noise.mask), hidden).mean()),
+        "generator": part(lambda: cross_entropies(method.generator.predict(images, noise.mask), hidden).mean()),
         "sampling": part(lambda: method.sample_tokens(corrupted.logits, hidden, noise.uniform)),
         "decode": part(lambda: method.generator.spoken(images, corrupted.words)),
         "enhancer": part(lambda: method.losses(images, corrupted)[0].mean()),

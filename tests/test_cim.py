@@ -46,7 +46,7 @@ def photographs(count: int = 8, seed: int = 0) -> Tensor:
 def made(family: str = "vit", **settings: Any) -> CIM:
     torch.manual_seed(0)
     method = CIM(ENCODERS[family](), codebook_size=64, generator_dim=32, image_size=(32, 32), **settings)
-    tokenizer = ConvTokenizer("fsq", 64, method.stride, dim=32, blocks=1)
+    tokenizer = ConvTokenizer("fsq", 64, method.word, dim=32, blocks=1)
     tokenizer.ready = True
     method.generator.tokenizer = tokenizer.requires_grad_(False).eval()
     method.standardize.mean.fill_(0.5)
@@ -114,8 +114,8 @@ def test_corruption_stays_where_it_belongs(family: str) -> None:
     assert bool(found.replaced.gather(1, noise.mask.hidden).any())
     # all of it is the codec's: untouched places too are what the whole grid decodes to, not the photograph's pixels
     assert torch.equal(found.images, method.generator.spoken(images, found.words))
-    size = (method.stride, method.stride)
-    index = noise.mask.visible.unsqueeze(-1).expand(-1, -1, 3 * method.stride**2)
+    size = (method.word, method.word)
+    index = noise.mask.visible.unsqueeze(-1).expand(-1, -1, 3 * method.word**2)
     kept, own = (patchify(version, size).gather(1, index) for version in (found.images, images))
     assert float((kept - own).abs().mean()) > 0.05
     assert float(method.standardize.inverse(found.images).min()) >= 0
@@ -160,7 +160,7 @@ def test_shapes_and_gradients(family: str, objective: Any) -> None:
     noise = drawn(method)
     corrupted = method.corrupt(images, noise)
     answer = method.enhance(corrupted.images)
-    assert answer.shape == ((8, 3, 32, 32) if objective == "pixels" else (8, 1, *method.words_grid))
+    assert answer.shape == ((8, 3, 32, 32) if objective == "pixels" else (8, 1, *method.masking.grid(32, 32)))
     left, _, _ = method.losses(images, corrupted)
     left.mean().backward()
     # the enhancer's loss ends at the corrupted image
@@ -169,7 +169,7 @@ def test_shapes_and_gradients(family: str, objective: Any) -> None:
     method.zero_grad()
     objective_ = method(images, noise)
     objective_.loss.backward()
-    assert all(parameter.grad is None for parameter in method.tokenizer.parameters())
+    assert all(parameter.grad is None for parameter in method.generator.tokenizer.parameters())
     assert all(p.grad is not None for p in method.generator.parameters() if p.requires_grad)
     for frame in method.restore(images).values():
         assert frame.shape == images.shape
@@ -180,7 +180,7 @@ def test_shapes_and_gradients(family: str, objective: Any) -> None:
 def test_places_of_a_network_hold_their_words_in_order() -> None:
     """A place of 32 px holds 4 x 4 words of 8 px, row by row."""
     method = made("resnet", objective="detect")
-    assert (method.place, method.stride, method.words_grid) == (32, 8, (4, 4))
+    assert (method.place, method.word, method.masking.grid(32, 32)) == (32, 8, (4, 4))
     with torch.no_grad():
         method.head.weight.zero_()
         method.head.bias.copy_(torch.arange(16.0))
@@ -341,7 +341,7 @@ def test_enhancers_of_other_families(name: str, objective: Any) -> None:
     size = OTHERS[name].get("image_size", 32)
     encoder = underpaint.encoder(name, **OTHERS[name])
     method = CIM(encoder, objective, codebook_size=64, generator_dim=32, image_size=(size, size))
-    method.tokenizer.ready = True
+    method.generator.tokenizer.ready = True
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     method(images).loss.backward()
     silent = [key for key, p in method.named_parameters() if p.requires_grad and p.grad is None]

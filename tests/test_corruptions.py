@@ -18,7 +18,7 @@ def images(count: int = 3, channels: int = 3, height: int = 16, width: int = 24)
 
 def test_hidden_cells_are_zero_and_the_others_untouched() -> None:
     given = images()
-    mask = random_mask(3, 6 * 4, 10, torch.Generator().manual_seed(1))
+    mask = random_mask(3, (6, 4), 10, torch.Generator().manual_seed(1))
     before, after = patchify(given, (4, 4)), patchify(mask_cells(given, mask, (4, 4)), (4, 4))
     for k in range(3):
         assert not after[k, mask.hidden[k]].any()

@@ -37,15 +37,15 @@ def fixed(method: Any, images: torch.Tensor) -> Any:
 
 @pytest.mark.quick
 def test_taps_and_scales() -> None:
-    assert (local(12).taps, local(12).scales) == ([1, 3, 9, 11], [2, 4, 8, 16])
-    assert local(4).taps == [0, 1, 2, 3]
-    assert local(6).taps == [1, 2, 3, 5]
-    assert local(8, taps=[2, 7], scales=[4, 8]).scales == [4, 8]
+    assert (local(12).walk.taps, local(12).cells) == ([1, 3, 9, 11], [2, 4, 8, 16])
+    assert local(4).walk.taps == [0, 1, 2, 3]
+    assert local(6).walk.taps == [1, 2, 3, 5]
+    assert local(8, taps=[2, 7], scales=[4, 8]).cells == [4, 8]
     # counted from the end; of fewer than four the scales end at one patch
     for depth, taps in ((4, [1, 3]), (12, [9, 11])):
-        assert (local(depth, taps=[-3, -1]).taps, local(depth, taps=[-3, -1]).scales) == (taps, [4, 8])
-    assert local(4, taps=[0, 1, -1]).scales == [2, 4, 8]
-    assert (local(4, taps=[-3, -1], patch=2).taps, local(4, taps=[-3, -1], patch=2).scales) == ([3], [2])
+        assert (local(depth, taps=[-3, -1]).walk.taps, local(depth, taps=[-3, -1]).cells) == (taps, [4, 8])
+    assert local(4, taps=[0, 1, -1]).cells == [2, 4, 8]
+    assert (local(4, taps=[-3, -1], patch=2).walk.taps, local(4, taps=[-3, -1], patch=2).cells) == ([3], [2])
 
 
 @pytest.mark.quick
@@ -53,12 +53,12 @@ def test_scales_that_do_not_fit_are_dropped_with_a_message(caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         method = local(8, patch=4)  # cells of 1 px have no orientation
     assert "cells of 1 px" in caplog.text
-    assert method.scales == [2, 4, 8]
-    assert method.taps == [3, 5, 7]
+    assert method.cells == [2, 4, 8]
+    assert method.walk.taps == [3, 5, 7]
     odd = local(8, size=(24, 40), patch=8)  # a grid of 3 x 5: no cells of 2 x 2 patches
-    assert odd.scales == [2, 4, 8]
-    assert odd.taps[-1] == 7  # whatever was dropped, the last block has a loss
-    assert local(8, patch=4, target="pixels").scales == [1, 2, 4, 8]
+    assert odd.cells == [2, 4, 8]
+    assert odd.walk.taps[-1] == 7  # whatever was dropped, the last block has a loss
+    assert local(8, patch=4, target="pixels").cells == [1, 2, 4, 8]
     for wrong in (
         {"taps": [1, 3], "scales": [4, 8]},
         {"taps": [1, 3]},
@@ -77,7 +77,7 @@ def test_heads_on_hidden_patches_equal_deconvolutions_of_the_whole_map(factor: i
     torch.manual_seed(0)
     grid, outputs = (4, 6), 5
     tap = Tap(20, grid, 32, 1, factor, outputs).double()
-    mask = random_mask(3, 24, 18, torch.Generator().manual_seed(0))
+    mask = random_mask(3, (4, 6), 18, torch.Generator().manual_seed(0))
     tokens = torch.randn(3, 6, 20, dtype=torch.float64)
     found = tap(tokens, mask)
     every = tap.decoder.norm(tap.decoder.tokens(tokens, mask))
@@ -119,9 +119,9 @@ def test_pooled_cells_and_their_weights_by_hand() -> None:
 def test_targets_of_hidden_patches_are_their_cells() -> None:
     """Number the pixels: each cell of a hidden patch must come from that patch."""
     method = local(target="pixels")
-    mask = random_mask(2, 16, 12, torch.Generator().manual_seed(0))
+    mask = random_mask(2, (4, 4), 12, torch.Generator().manual_seed(0))
     numbers = torch.arange(32 * 32).view(1, 1, 32, 32).expand(2, -1, -1, -1)
-    for tap, scale in zip(method.decoders, method.scales, strict=True):
+    for tap, scale in zip(method.decoders, method.cells, strict=True):
         of_cell: Any = numbers[..., ::scale, ::scale]  # the first pixel of each cell
         found = tap.target(of_cell, mask)  # pyright: ignore[reportCallIssue]
         if scale > 8:
@@ -179,8 +179,8 @@ def test_stop_gradient_trains_each_part_by_its_own_loss() -> None:
                 objective.loss.backward()
         names = reached(method)
         blocks = {int(name.split(".")[3]) for name in names if name.startswith("encoder.model.blocks.")}
-        first = method.taps[number - 1] + 1 if number else 0
-        assert blocks == set(range(first, method.taps[number] + 1))
+        first = method.walk.taps[number - 1] + 1 if number else 0
+        assert blocks == set(range(first, method.walk.taps[number] + 1))
         assert {name.split(".")[1] for name in names if name.startswith("decoders.")} == {str(number)}
         assert ("encoder.model.patch_embed.proj.weight" in names) == (number == 0)
     free = local()
@@ -228,7 +228,7 @@ def swin_method(**settings: Any) -> LocalMIM:
 @pytest.mark.parametrize("target", ["hog", "pixels"])
 def test_swin_scales_follow_its_stages(target: Any) -> None:
     method, images = swin_method(target=target), photographs(4, 3, 64, 64)
-    assert method.scales == [4, 8, 8]
+    assert method.cells == [4, 8, 8]
     noise = fixed(method, images)
     assert noise.groups == 2
     objective = method(images, noise)
@@ -244,7 +244,7 @@ def test_swin_scales_follow_its_stages(target: Any) -> None:
 def test_swin_hidden_pixels_do_not_leak() -> None:
     method, images = swin_method().eval(), photographs(2, 3, 64, 64)
     noise = fixed(method, images)
-    mask = method.mask(noise, 2)
+    mask = method.walk.mask(noise, 2)
     patches = torch.zeros(2, 64, 3 * 64).scatter(1, mask.hidden.unsqueeze(-1).expand(-1, -1, 192), 1.0)
     hidden = unpatchify(patches, (8, 8), (8, 8))
     simmim = SimMIM(swin()).eval()
@@ -273,11 +273,9 @@ def test_bad_settings_are_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match="follow its stages"):
         LocalMIM(swin(), taps=[1, 2])
     with pytest.raises(ValueError, match="must be a multiple of"):
-        SimMIM(swin(), cell=12)
-    with pytest.raises(TypeError, match="plain ViT or a Swin"):
-        LocalMIM(underpaint.encoder("resnet18"))
+        SimMIM(swin(), mask_patch_size=12)
     two: Any = underpaint.encoder("vit_tiny_patch16_224", image_size=16, patch_size=2)
-    with pytest.raises(ValueError, match="half a patch"):
+    with pytest.raises(ValueError, match="2 x 2 cells of at least 2 px"):
         underpaint.MAE(two, target="hog")
 
 
@@ -305,11 +303,11 @@ def test_a_swins_masks_follow_the_seed_of_its_run(pictures: Path, tmp_path: Path
     images = load_images(source, pretraining_indices(source), size=(16, 16))
     resumed: Any = build(run.recipe(), images, run)[0]
     other: Any = build(replace(run.recipe(), run=replace(run.recipe().run, seed=6)), images)[0]
-    assert torch.equal(loaded.pool.visible1, resumed.pool.visible1)
-    assert not torch.equal(loaded.pool.visible1, other.pool.visible1)
+    assert torch.equal(loaded.walk.visible1, resumed.walk.visible1)
+    assert not torch.equal(loaded.walk.visible1, other.walk.visible1)
     # against what random_mask draws from the run's seed
-    drawn = random_mask(256, 16, loaded.pool.hidden1.shape[1], torch.Generator().manual_seed(5))
-    assert torch.equal(loaded.pool.hidden1, drawn.hidden)
+    drawn = random_mask(256, (4, 4), loaded.walk.hidden1.shape[1], torch.Generator().manual_seed(5))
+    assert torch.equal(loaded.walk.hidden1, drawn.hidden)
     batch = torch.randn(2, 3, 16, 16)
     other.load_state_dict(loaded.state_dict())
     resumed.load_state_dict(loaded.state_dict())

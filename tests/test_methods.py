@@ -16,8 +16,9 @@ from torch import Tensor
 import underpaint
 from underpaint.backbones import create_arguments, from_arguments, load_encoder, save_encoder, standardize_for
 from underpaint.data import Batch
-from underpaint.masking import hidden_map
+from underpaint.masking import MASKS, Mask, hidden_map, hide_highest
 from underpaint.methods import METHODS
+from underpaint.methods.masked import MaskedMethod
 from underpaint.patches import Standardize, patchify
 from underpaint.prepare import stepper_for
 from underpaint.recipes.recipe import checked
@@ -38,10 +39,10 @@ PREDICTIONS: dict[str, Callable[[Any, Tensor, Any], Tensor]] = {
         1,
     ),
     "simmim": lambda method, images, mask: method.predict(images, mask),
-    "beit": lambda method, images, mask: method.logits(images, mask),
-    "cae": lambda method, images, mask: method.logits(images, mask),
+    "beit": lambda method, images, mask: method.predict(images, mask),
+    "cae": lambda method, images, mask: method.predict(images, mask),
     # the enhancer sees words of hidden patches on purpose; what must not see them is the generator
-    "cim": lambda method, images, noise: method.generator.logits(images, noise.mask),
+    "cim": lambda method, images, noise: method.generator.predict(images, noise.mask),
 }
 WORDS = ("beit", "cae")  # predict words, which come from the images
 each_method = pytest.mark.parametrize("name", sorted(METHODS))
@@ -62,7 +63,7 @@ def small(name: str, height: int = 16, width: int = 16, channels: int = 3, **set
         method.tokenizer.fit(patchify(images, (4, 4)).flatten(0, 1))
         method.standardize = Standardize([0.5] * channels, [0.25] * channels)
     if name == "cim":
-        method.tokenizer.ready = True  # untrained: any map from images to words and back
+        method.generator.tokenizer.ready = True  # untrained: any map from images to words and back
         method.standardize.load_state_dict(Standardize([0.5] * channels, [0.25] * channels).state_dict())
     return method
 
@@ -156,8 +157,7 @@ def test_overfits_one_batch(name: str) -> None:
 def test_hidden_pixels_do_not_leak(name: str) -> None:
     method, images = small(name), photographs()
     mask = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
-    cell = 8 if name == "simmim" else 4  # pixels
-    hidden = hidden_map(getattr(mask, "mask", mask), (16 // cell, 16 // cell), (cell, cell)).expand_as(images)
+    hidden = hidden_map(getattr(mask, "mask", mask), (4, 4), (4, 4)).expand_as(images)
     predict = PREDICTIONS[name]
     changed = images + 10 * hidden * torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
     assert torch.equal(predict(method, changed, mask), predict(method, images, mask))
@@ -270,5 +270,33 @@ def test_compiles(name: str) -> None:
 def test_encoders_that_cannot_serve_fail_with_a_sentence() -> None:
     with pytest.raises(TypeError, match="runs on part of its patches"):
         underpaint.MAE(underpaint.encoder("resnet18"))  # pyright: ignore[reportArgumentType]
+    for kind in (underpaint.LocalMIM, underpaint.SimMIM):
+        with pytest.raises(TypeError, match="plain ViT or a Swin"):
+            kind(underpaint.encoder("resnet18"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="without batch norm"):
         underpaint.Energy(underpaint.encoder("resnet18"))
+
+
+MASKED = [name for name in sorted(METHODS) if issubclass(METHODS[name], MaskedMethod)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", [*MASKS, "checkerboard"])
+@pytest.mark.parametrize("name", MASKED)
+def test_any_mask_of_larger_patches_hides_whole_ones_and_trains(name: str, kind: str) -> None:
+    """Squares of two patches of a side, by every pattern there is and by one that no method knows."""
+
+    def checkerboard(batch: int, grid: tuple[int, int], hidden: int, generator: torch.Generator | None) -> Mask:
+        rows, columns = torch.arange(grid[0]).view(-1, 1), torch.arange(grid[1])
+        return hide_highest(((rows + columns) % 2).float().flatten().expand(batch, -1), hidden)
+
+    method = small(name, 32, 32, mask=MASKS.get(kind, checkerboard), mask_patch_size=8)
+    images = photographs(4, 3, 32, 32)
+    noise = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
+    rows, columns = method.masking.grid(32, 32)
+    hidden = torch.zeros(4, rows * columns).scatter(1, getattr(noise, "mask", noise).hidden, 1.0)
+    squares = hidden.view(4, 4, rows // 4, 4, columns // 4)
+    assert torch.equal(squares.amax((2, 4)), squares.amin((2, 4)))
+    assert 0 < hidden.mean() < 1
+    method(images, noise).loss.backward()
+    assert method.encoder.model.patch_embed.proj.weight.grad.any()

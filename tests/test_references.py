@@ -49,7 +49,7 @@ def silent(layer: Any, says: Tensor | float = 0.0) -> None:
 
 def trivial_words(method: Any) -> None:
     """Words by frequency, from frequencies that are far from equal."""
-    shares = method.tokenizer.shares
+    shares = getattr(method, "generator", method).tokenizer.shares
     shares.copy_(torch.arange(1.0, len(shares) + 1) / torch.arange(1.0, len(shares) + 1).sum())
 
 
@@ -73,7 +73,7 @@ def trivial_cae(**settings: Any) -> tuple[Any, Tensor, Any]:
 def trivial_cim(**settings: Any) -> tuple[Any, Tensor, Any]:
     method, images = small("cim", **settings), photographs()
     trivial_words(method)
-    silent(method.generator.head, method.tokenizer.shares.log())
+    silent(method.generator.head, method.generator.tokenizer.shares.log())
     noise = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
     share = method.corrupt(images, noise).replaced.float().mean()
     assert 0 < float(share) < 1
@@ -98,8 +98,8 @@ def trivial_local(on: str = "vit", **settings: Any) -> tuple[Any, Tensor, Any]:
             photographs(4, 3, 32, 32),
         )
     noise = method.sample(4, *images.shape[-2:], torch.Generator().manual_seed(0))
-    for number, (tap, level) in enumerate(zip(method.decoders, method.targets(images), strict=True)):
-        mask = method.mask(noise, number)
+    for number, (tap, level) in enumerate(zip(method.decoders, method.levels(images), strict=True)):
+        mask = method.walk.mask(noise, number)
         wanted = tap.target(level, mask).numpy()
         shares = tap.weights(mask)
         weights = np.ones(wanted.shape[:-1]) if shares is None else shares.numpy()
@@ -156,14 +156,14 @@ def test_the_best_constant_of_pooled_cells_is_that_of_hidden_ones() -> None:
     """Cells of two patches count by the share of them that is hidden, in the constant too."""
     method, images = small("localmim", height=32, width=32, taps=[0, 1], scales=[4, 8]), photographs(4, 3, 32, 32)
     noise = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
-    tap, level = method.decoders[1], method.targets(images)[1]
+    tap, level = method.decoders[1], method.levels(images)[1]
     wanted = level.flatten(2).transpose(1, 2)
     hidden = torch.zeros(4, 64).scatter(1, noise.hidden, 1.0).view(4, 1, 8, 8)
     share = F.avg_pool2d(hidden, 2).flatten(1).double().numpy()
     best = np.average(wanted.reshape(-1, 27), axis=0, weights=share.reshape(-1))
     squares = ((wanted.double().numpy() - best) ** 2).mean(-1)
     tokens = method.every_tap(images, noise)[1]
-    found = method.errors(1, tokens, level, noise)[1]
+    found = method.errors_at(1, tokens, level, noise)[1]
     np.testing.assert_allclose(found.detach().numpy(), np.average(squares, axis=1, weights=share), rtol=1e-5)
     assert tap.factor == 0
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import underpaint
 from underpaint.backbones.swin import PooledMask, Swin
-from underpaint.masking import Mask, random_mask, refine
+from underpaint.masking import Mask, Masking, random_mask, refine
 from underpaint.patches import take
 
 
@@ -76,13 +76,13 @@ def test_visible_windows_equal_dense_ones_without_hidden_keys(window: int, image
     """At every stage, shifted and not, with different masks in one batch, in float64."""
     encoder = swin(image_size, window).double().eval()
     relative_tables(encoder)
-    pool = encoder.mask_pool(0.6, masks=5)
+    pool = encoder.walk(Masking(0.6, unit=(8, 8)), masks=5)
     noise = PooledMask(torch.tensor([3, 3, 1, 1]), 2)
     rows, columns = image_size[0] // 2, image_size[1] // 2
     whole: Any = torch.randn(4, rows, columns, 16, dtype=torch.float64)
     shifts, before = set(), whole
     for number, stage in enumerate(encoder.stages):
-        mask = pool.mask(noise, number)
+        mask = pool.at_stage(noise, number)
         tokens = take(whole.flatten(1, 2), mask.visible)
         if number:
             tokens = encoder.merge(before, pool, noise, number)
@@ -109,10 +109,10 @@ def test_visible_windows_equal_dense_ones_without_hidden_keys(window: int, image
 @pytest.mark.quick
 def test_hidden_patches_do_not_matter_and_counts_are_exact() -> None:
     encoder = swin().eval()
-    pool = encoder.mask_pool(0.75, masks=9)
+    pool = encoder.walk(Masking(unit=(8, 8)), masks=9)
     for choice in range(9):
         for stage, side in enumerate((32, 16, 8)):
-            mask = pool.mask(PooledMask(torch.tensor([choice]), 1), stage)
+            mask = pool.at_stage(PooledMask(torch.tensor([choice]), 1), stage)
             assert mask.visible.shape == (1, 16 * 4 ** (2 - stage))
             every = torch.cat([mask.visible, mask.hidden], 1).sort().values
             assert torch.equal(every, torch.arange(side * side).unsqueeze(0))
@@ -120,7 +120,7 @@ def test_hidden_patches_do_not_matter_and_counts_are_exact() -> None:
 
 @pytest.mark.quick
 def test_masks_on_finer_grids_cover_the_same_pixels() -> None:
-    mask = random_mask(3, 6, 4, torch.Generator().manual_seed(0))
+    mask = random_mask(3, (2, 3), 4, torch.Generator().manual_seed(0))
     finer = refine(mask, (2, 3), 2)
     for image in range(3):
         coarse, fine = torch.zeros(2, 3), torch.zeros(4, 6)
@@ -143,7 +143,7 @@ def test_rows_of_pooled_masks_keep_whole_groups() -> None:
 @pytest.mark.quick
 def test_sizes_that_are_no_whole_units_are_refused() -> None:
     with pytest.raises(ValueError, match="no whole number of units of 16 px"):
-        swin((64, 72), patch=4).mask_pool(0.75)
+        swin((64, 72), patch=4).walk(Masking(unit=(16, 16)))
 
 
 @pytest.mark.quick

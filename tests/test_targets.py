@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from underpaint.targets import hog_pyramid, pixel_pyramid, strokes
+from underpaint.targets import Pixels, hog_pyramid, strokes
 
 
 def slow_hog(image: np.ndarray, cell: int, bins: int) -> np.ndarray:
@@ -80,7 +80,7 @@ def test_float32_under_autocast() -> None:
 
 @pytest.mark.quick
 def test_pixels_of_each_cell_are_standardised() -> None:
-    for cell, level in zip((4, 8), pixel_pyramid(torch.randn(2, 3, 16, 24), (4, 8)), strict=True):
+    for cell, level in zip((4, 8), Pixels()(torch.randn(2, 3, 16, 24), (4, 8)), strict=True):
         assert level.shape == (2, 3 * cell * cell, 16 // cell, 24 // cell)
         torch.testing.assert_close(level.mean(1), torch.zeros(2, 16 // cell, 24 // cell), atol=1e-5, rtol=0)
         torch.testing.assert_close(level.var(1), torch.ones(2, 16 // cell, 24 // cell), atol=1e-3, rtol=0)

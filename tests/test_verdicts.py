@@ -62,7 +62,7 @@ class Shrink(Method):
 
     def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
         rows, columns = self.encoder.grid(height, width)
-        return random_mask(batch, rows * columns, 1, generator)
+        return random_mask(batch, (rows, columns), 1, generator)
 
     def forward(self, images: Tensor, mask: Mask | None = None) -> Objective:
         pooled = self.encoder(images).pooled

@@ -308,7 +308,9 @@ def test_block_masks_hang_together() -> None:
         return float((flat[:, 1:] * flat[:, :-1]).mean() + (flat[:, :, 1:] * flat[:, :, :-1]).mean())
 
     generator = torch.Generator().manual_seed(0)
-    assert neighbours(block_mask(300, (14, 14), 75, generator)) > 1.5 * neighbours(random_mask(300, 196, 75, generator))
+    assert neighbours(block_mask(300, (14, 14), 75, generator)) > 1.5 * neighbours(
+        random_mask(300, (14, 14), 75, generator)
+    )
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ def test_the_baseline_is_that_of_frequencies(kind: type) -> None:
     method, images = prepared(kind), photographs(16) * 2 - 1
     method.tokenizer.count([photographs(64, seed=1)])  # of other images: a batch's own would know its answers
     mask = method.sample(16, 32, 32, torch.Generator().manual_seed(0))
-    words = method.hidden_words(images, mask)
+    words = method.targets(images, mask)
     counts = np.bincount(method.tokenizer.encode(photographs(64, seed=1)).flatten().numpy(), minlength=32) + 1
     wanted = float(np.mean([-math.log(counts[word] / counts.sum()) for word in words.flatten().tolist()]))
     assert float(frequency_losses(words, method.tokenizer.shares).mean()) == pytest.approx(wanted, rel=1e-5)
@@ -388,7 +390,7 @@ def test_regressor_ignores_the_order_of_visible_patches_and_leaves_them_alone() 
     mask = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
     order = torch.randperm(mask.visible.shape[1])
     shuffled = Mask(mask.visible[:, order], mask.hidden)
-    assert torch.allclose(method.logits(images, mask), method.logits(images, shuffled), atol=1e-5)
+    assert torch.allclose(method.predict(images, mask), method.predict(images, shuffled), atol=1e-5)
     visible = method.encode(method.encoder.embed(images), mask.visible)
     before = visible.clone()
     method.regress(visible, mask)
@@ -430,7 +432,7 @@ def test_settings_reach_the_modules() -> None:
     method = prepared(
         CAE, regressor_depth=3, decoder_depth=1, gamma=0.02, alignment=0.5, mask="random", mask_ratio=0.25
     )
-    assert (len(method.regressor), len(method.decoder)) == (3, 1)
+    assert (len(method.regressor), len(method.blocks)) == (3, 1)
     for block in method.regressor:
         assert block.heads == 1  # 32 wide
         assert torch.equal(block.gamma1, torch.full((32,), 0.02))
@@ -443,7 +445,7 @@ def test_settings_reach_the_modules() -> None:
     for settings, said in refused:
         with pytest.raises(ValueError, match=said):
             CAE(encoder(), codebook_size=32, **settings)
-    assert torch.equal(method.decoder[0].ls1.gamma, torch.full((32,), 0.02))
+    assert torch.equal(method.blocks[0].ls1.gamma, torch.full((32,), 0.02))
     assert method.head[1].out_features == 32
     assert method.sample(2, 32, 32).hidden.shape == (2, 4)
     objective = method(photographs(4) * 2 - 1)

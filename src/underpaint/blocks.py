@@ -1,7 +1,7 @@
 """The trainable pieces that methods share."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -70,6 +70,14 @@ class MaskedDecoder(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return tokens
+
+
+def replaced(
+    tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"], token: Float[Tensor, "d"]
+) -> Float[Tensor, "b n d"]:
+    """The tokens with one learned token in place of those at `index`."""
+    hidden = torch.zeros_like(tokens[..., 0]).scatter(1, index, 1.0).unsqueeze(-1)
+    return tokens * (1 - hidden) + token.to(tokens.dtype) * hidden
 
 
 def heads_for(dim: int) -> int:

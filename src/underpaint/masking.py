@@ -6,6 +6,8 @@ same masks, and a resumed run needs no saved random state.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,9 +40,9 @@ def hide_highest(score: Float[Tensor, "b n"], count: int) -> Mask:
     return Mask(order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values)
 
 
-def random_mask(batch: int, patches: int, hidden: int, generator: torch.Generator | None = None) -> Mask:
-    """Hide `hidden` of `patches` patches, all choices equally likely (MAE, 2111.06377, section 3)."""
-    return hide_highest(torch.rand(batch, patches, generator=generator), hidden)
+def random_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch.Generator | None = None) -> Mask:
+    """Hide `hidden` patches of a grid (rows, columns), all choices equally likely (MAE, 2111.06377, section 3)."""
+    return hide_highest(torch.rand(batch, grid[0] * grid[1], generator=generator), hidden)
 
 
 def block_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch.Generator | None = None) -> Mask:
@@ -76,6 +78,57 @@ def block_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch.
         score = torch.where(new, 1.0 / turn + 0.1 * jitter / (turn * (turn + 1)), score)
         covered |= new
     return hide_highest(score, hidden)
+
+
+Strategy = Callable[[int, tuple[int, int], int, torch.Generator | None], Mask]  # batch, grid, hidden, generator
+MASKS: dict[str, Strategy] = {"random": random_mask, "block": block_mask}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How masks of a batch are made: a share of a grid, by a strategy, `factor` x `factor` positions hidden as one.
+
+    A mask numbers the positions of a grid of `unit` pixels (height, width), row by row.
+    """
+
+    ratio: float = 0.75
+    strategy: Strategy = random_mask
+    unit: tuple[int, int] = (1, 1)
+    factor: int = 1
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of an image of this size in pixels."""
+        return height // self.unit[0], width // self.unit[1]
+
+    def __call__(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+        """Masks for images of this size in pixels, on the CPU.
+
+        Raises:
+            ValueError: what is hidden as one does not divide the image; the ratio hides all of it, or nothing.
+        """
+        if height % (self.factor * self.unit[0]) or width % (self.factor * self.unit[1]):
+            sides = " x ".join(str(self.factor * side) for side in self.unit)
+            raise ValueError(f"mask_patch_size: {sides} px do not divide an image of {height}x{width}")
+        rows, columns = self.grid(height, width)
+        coarse = (rows // self.factor, columns // self.factor)
+        mask = self.strategy(batch, coarse, hidden_count(coarse[0] * coarse[1], self.ratio), generator)
+        return mask if self.factor == 1 else refine(mask, coarse, self.factor)
+
+
+def masking(ratio: float, mask: str | Strategy, mask_patch_size: int | None, unit: tuple[int, int]) -> Masking:
+    """The masks that a method's settings ask for: `mask` is a name of MASKS or a strategy, `mask_patch_size` the pixels of
+    a side of what is hidden as one, a whole number of units; one unit where None.
+
+    Raises:
+        ValueError: no such mask; no whole number of units.
+    """
+    if isinstance(mask, str) and mask not in MASKS:
+        raise ValueError(f"mask is '{mask}'; it must be one of {', '.join(MASKS)}")
+    side = mask_patch_size or unit[0]
+    if side % unit[0] or (mask_patch_size and unit[0] != unit[1]):
+        sides = " x ".join(map(str, unit))
+        raise ValueError(f"mask_patch_size is {side} px; it must be a multiple of square units, which are {sides} px")
+    return Masking(ratio, MASKS[mask] if isinstance(mask, str) else mask, unit, side // unit[0])
 
 
 def hidden_count(patches: int, ratio: float) -> int:

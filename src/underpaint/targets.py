@@ -1,14 +1,19 @@
-"""What hidden places should become: oriented gradients or standardised pixels, at one scale or several."""
+"""What hidden patches should become: oriented gradients or pixels, at one scale or several.
+
+A `Target` is what a method is told to predict. TARGETS has them by the name that `--set method.target=` takes.
+"""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from underpaint.patches import patchify, standardize
+from underpaint.patches import patchify, standardize, unpatchify, unstandardize
 
 SMALLEST_CELL = 2  # pixels; an orientation needs two
 
@@ -77,19 +82,6 @@ def _gradients(images: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     return (gx.square() + gy.square()).sqrt(), bin_
 
 
-@torch.no_grad()
-def pixel_pyramid(
-    images: Float[Tensor, "b c height width"], cells: Sequence[int]
-) -> list[Float[Tensor, "b d rows columns"]]:
-    """Patches of several sizes, each to mean 0 and variance 1: d = channels * cell * cell. float32, as above."""
-    height, width = images.shape[-2:]
-    found = []
-    for cell in cells:
-        patches = standardize(patchify(images.float(), (cell, cell)))
-        found.append(patches.transpose(1, 2).unflatten(2, (height // cell, width // cell)))
-    return found
-
-
 def strokes(
     histograms: Float[Tensor, "b d rows columns"], bins: int, channels: int, side: int = 9
 ) -> Float[Tensor, "b 1 height width"]:
@@ -145,3 +137,118 @@ def sliding_window(
     """Each pixel by the mean and deviation of the window around it (CIM's targets)."""
     mean, variance = window_moments(images, side)
     return (images.float() - mean) * (variance + epsilon).rsqrt()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A description of square cells, one vector each: float32 whatever images are, and without a gradient.
+
+    Attributes:
+        name: in TARGETS, and in the names of losses.
+        smallest: pixels of a side of the smallest cell that it can describe.
+        along: cells along a patch where a method asks for one scale.
+    """
+
+    name: ClassVar[str]
+    smallest: ClassVar[int] = 1
+    along: ClassVar[int] = 1
+
+    def width(self, cell: int, channels: int) -> int:
+        """Numbers that describe a cell of so many pixels of a side."""
+        raise NotImplementedError
+
+    def __call__(
+        self, images: Float[Tensor, "b c height width"], cells: Sequence[int]
+    ) -> list[Float[Tensor, "b d rows columns"]]:
+        """A map for each side of a cell in pixels, ascending."""
+        raise NotImplementedError
+
+    def trivial(self, values: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
+        """The prediction that is to be beaten: one for all cells."""
+        return values.flatten(0, -2).mean(0).expand_as(values)
+
+    def picture(
+        self, level: Float[Tensor, "b d rows columns"], images: Float[Tensor, "b c height width"], times: int
+    ) -> Float[Tensor, "b c tall wide"]:
+        """A picture of a map of these standardised images, `times` as large as they are."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Pixels(Target):
+    """The pixels of a cell, channel by channel, to mean 0 and variance 1 where `norm_pix_loss` (MAE, arXiv 2111.06377)."""
+
+    name = "pixels"
+    norm_pix_loss: bool = True
+
+    def width(self, cell: int, channels: int) -> int:
+        return channels * cell * cell
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Float[Tensor, "b c height width"], cells: Sequence[int]
+    ) -> list[Float[Tensor, "b d rows columns"]]:
+        height, width = images.shape[-2:]
+        found = []
+        for cell in cells:
+            patches = patchify(images.float(), (cell, cell))
+            patches = standardize(patches) if self.norm_pix_loss else patches
+            found.append(patches.transpose(1, 2).unflatten(2, (height // cell, width // cell)))
+        return found
+
+    def trivial(self, values: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
+        """The mean of each cell."""
+        return values.mean(-1, keepdim=True).expand_as(values)
+
+    def picture(
+        self, level: Float[Tensor, "b d rows columns"], images: Float[Tensor, "b c height width"], times: int
+    ) -> Float[Tensor, "b c tall wide"]:
+        """Standardised cells leave mean and contrast open: pictures take them from the original."""
+        rows, columns = level.shape[-2:]
+        size = (images.shape[-2] // rows, images.shape[-1] // columns)
+        patches = level.flatten(2).transpose(1, 2)
+        if self.norm_pix_loss:
+            patches = unstandardize(patches, patchify(images, size))
+        return enlarge(unpatchify(patches, size, (rows, columns)), times)
+
+
+@dataclass(frozen=True)
+class HOG(Target):
+    """Oriented gradients: `hog_pyramid` with so many bins."""
+
+    name = "hog"
+    smallest = SMALLEST_CELL
+    along = 2
+    bins: int = 9
+
+    def width(self, cell: int, channels: int) -> int:
+        return channels * self.bins
+
+    def __call__(
+        self, images: Float[Tensor, "b c height width"], cells: Sequence[int]
+    ) -> list[Float[Tensor, "b d rows columns"]]:
+        return hog_pyramid(images, cells, self.bins)
+
+    def picture(
+        self, level: Float[Tensor, "b d rows columns"], images: Float[Tensor, "b c height width"], times: int
+    ) -> Float[Tensor, "b c tall wide"]:
+        """A stroke along the edges of each cell."""
+        side = images.shape[-2] // level.shape[-2] * times
+        return hog_picture(level, self.bins, images.shape[1], side)
+
+
+TARGETS: dict[str, type[Target]] = {kind.name: kind for kind in (Pixels, HOG)}
+
+
+def target_for(target: str | Target, **settings: Any) -> Target:
+    """A target by its name, with those of a method's settings that it knows; a target as it is.
+
+    Raises:
+        ValueError: there is no such target.
+    """
+    if isinstance(target, Target):
+        return target
+    if target not in TARGETS:
+        raise ValueError(f"target is '{target}'; it must be one of {', '.join(TARGETS)}")
+    known = {field.name for field in fields(TARGETS[target])}
+    return TARGETS[target](**{name: value for name, value in settings.items() if name in known})

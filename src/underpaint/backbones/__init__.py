@@ -11,7 +11,7 @@ from underpaint.backbones.build import (
     scaling_for,
     standardize_for,
 )
-from underpaint.backbones.protocols import Backbone, Encoded, Features, PatchBackbone, TokenBackbone
+from underpaint.backbones.protocols import Backbone, Encoded, Features, PatchBackbone, StagedBackbone, TokenBackbone
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
 
@@ -20,6 +20,7 @@ __all__ = [
     "Encoded",
     "Features",
     "PatchBackbone",
+    "StagedBackbone",
     "Swin",
     "TokenBackbone",
     "ViT",

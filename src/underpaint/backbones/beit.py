@@ -26,6 +26,7 @@ class Beit(PatchBackbone):
         self.depth = len(model.blocks)
         self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
         self.image_size: tuple[int, int] = self.model.patch_embed.img_size
+        self.stride = self.patch_size[0]
         self.channels: int = self.model.patch_embed.proj.in_channels
 
     def embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from underpaint.masking import Mask, Masking
 
 
 class Features(NamedTuple):
@@ -29,6 +32,12 @@ class Backbone(nn.Module):
     model: Any  # timm's own module, so that weights load back by name
     dim: int
     channels: int
+    stride: int  # pixels of a side of a position of the final feature map
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """What the features come out of, where it has a name of its own."""
+        return getattr(self.model, "norm", None)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the final feature map for an image of this size in pixels."""
@@ -102,4 +111,71 @@ class TokenBackbone(PatchBackbone):
 
     def positions(self) -> Float[Tensor, "n d"]:
         """The position embedding of each patch."""
+        raise NotImplementedError
+
+    def fix_positions(self) -> None:
+        """Position embeddings are trained no more."""
+        raise NotImplementedError
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first of the special tokens is a class token."""
+        raise NotImplementedError
+
+
+class Layer(NamedTuple):
+    """An intermediate layer: rows and columns of its tokens, pixels of a side of each, their width."""
+
+    grid: tuple[int, int]
+    stride: int
+    dim: int
+
+
+class Walk(nn.Module):
+    """A way through an encoder that stops at some of its layers, on visible patches alone.
+
+    Holds what depends on masks and not on weights. The last layer is the encoder's output, after its final norm.
+    """
+
+    layers: list[Layer]
+
+    def sample(
+        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
+    ) -> Any:
+        """Masks for a batch, on the CPU; each image has its own where `alone`."""
+        raise NotImplementedError
+
+    def mask(self, noise: Any, number: int) -> Mask:
+        """What is visible and what hidden among the tokens of layer `number`."""
+        raise NotImplementedError
+
+
+class StagedBackbone(Backbone):
+    """An encoder that runs on embeddings of which some were replaced, and that can be left at intermediate layers:
+    SimMIM, LocalMIM."""
+
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    depth: int
+    embed_dim: int  # width of the embedded patches
+    hierarchical: bool  # whether its layers have grids of several sizes
+
+    def embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:
+        raise NotImplementedError
+
+    def encode(self, tokens: Float[Tensor, "b n d"]) -> Encoded:
+        raise NotImplementedError
+
+    def walk(self, masking: Masking, taps: Sequence[int], images_per_mask: int, seed: int) -> Walk:
+        """A walk that stops behind the blocks `taps`, or of a hierarchical encoder behind each of its stages.
+
+        `images_per_mask` consecutive images share a mask where that is faster; `seed` is that of masks drawn before.
+        """
+        raise NotImplementedError
+
+    def advance(
+        self, walk: Any, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The state at layer `number` from that at the layer before (None before the first), and the tokens there, of
+        the last layer normed."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ once, with everything worked out; a step only looks it up. Coordinates are the t
 windows, the order of merged neighbours timm's.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from underpaint.backbones.maps import MapBackbone
-from underpaint.backbones.protocols import Encoded
-from underpaint.masking import Mask, hidden_count, random_mask
+from underpaint.backbones.protocols import Encoded, Layer, StagedBackbone, Walk
+from underpaint.masking import Mask, Masking
 from underpaint.patches import patchify, take
 
 POOL = 256  # masks
@@ -138,18 +139,18 @@ def _pack(
     return group_of[of], first[of] + rank, of
 
 
-class MaskPool(nn.Module):
+class MaskPool(Walk):
     """Masks of units, and for each what every stage needs to run on its visible tokens (buffers).
 
-    A unit is one place of the last stage: hidden or visible as a whole at every stage.
+    A unit is one position of the last stage: hidden or visible as a whole at every stage. The layers of this walk are the
+    stages, each behind the merging of patches that follows it.
     """
 
-    def __init__(self, encoder: "Swin", hidden: int, masks: int = POOL, seed: int = 0):
+    def __init__(self, encoder: "Swin", drawn: Mask, images_per_mask: int):
         super().__init__()
-        rows, columns = encoder.grid(*encoder.image_size)
-        self.units = (rows, columns)
-        drawn = random_mask(masks, rows * columns, hidden, torch.Generator().manual_seed(seed))
-        self.count, self.stages = masks, len(encoder.stages)
+        columns = encoder.grid(*encoder.image_size)[1]
+        self.count, self.stages, self.images_per_mask = len(drawn.hidden), len(encoder.stages), images_per_mask
+        self.layers = []
         self.windows = nn.ModuleList()
         for number, stage in enumerate(encoder.stages):
             factor = 2 ** (self.stages - 1 - number)
@@ -164,9 +165,24 @@ class MaskPool(nn.Module):
             if number + 1 < self.stages:
                 children = np.stack([_children(numbers, columns * factor) for numbers in tokens])
                 self.register_buffer(f"children{number}", torch.from_numpy(children), persistent=False)
+            behind = min(number + 1, self.stages - 1)
+            stride = encoder.patch_size[0] * 2**behind
+            grid = (encoder.image_size[0] // stride, encoder.image_size[1] // stride)
+            self.layers.append(Layer(grid, stride, encoder.info[behind]["num_chs"]))
 
-    def mask(self, noise: PooledMask, stage: int) -> Mask:
-        """Visible and hidden places of each image on the grid of a stage, in ascending order."""
+    def sample(
+        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
+    ) -> PooledMask:
+        share = 1 if alone else self.images_per_mask
+        groups = batch // share if batch % share == 0 else 1
+        choice = torch.randint(self.count, (groups,), generator=generator)
+        return PooledMask(choice.repeat_interleave(batch // groups), groups)
+
+    def mask(self, noise: PooledMask, number: int) -> Mask:
+        return self.at_stage(noise, min(number + 1, self.stages - 1))
+
+    def at_stage(self, noise: PooledMask, stage: int) -> Mask:
+        """Visible and hidden positions of each image on the grid of a stage, in ascending order."""
         visible, hidden = getattr(self, f"visible{stage}"), getattr(self, f"hidden{stage}")
         return Mask(visible[noise.choice], hidden[noise.choice])
 
@@ -191,17 +207,18 @@ def _children(tokens: Int[np.ndarray, "n"], columns: int) -> Int[np.ndarray, "m 
     return order.reshape(-1, 4)
 
 
-class Swin(MapBackbone):
+class Swin(MapBackbone, StagedBackbone):
     """An adapter around timm's SwinTransformer, which stays timm's: `model`.
 
     Besides what every map encoder does it can run on embeddings of which some were replaced (`embed`, `encode`), and
-    stage by stage on visible patches alone (`mask_pool`, `embed`, `run_stage`).
+    stage by stage on visible patches alone (`walk`, `advance`).
     """
 
     def __init__(self, model: SwinTransformer, channels: int):
         super().__init__(model, channels)
         self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
         self.image_size: tuple[int, int] = self.model.patch_embed.img_size
+        self.embed_dim, self.hierarchical = self.info[0]["num_chs"], True
         self.depth = sum(len(stage.blocks) for stage in self.stages)
 
     @property
@@ -227,8 +244,10 @@ class Swin(MapBackbone):
 
     # --- visible patches alone ------------------------------------------------------------------------------------
 
-    def mask_pool(self, mask_ratio: float, masks: int = POOL, seed: int = 0) -> MaskPool:
-        """Masks of units with as many hidden as this ratio makes.
+    def walk(
+        self, masking: Masking, taps: Sequence[int] = (), images_per_mask: int = 1, seed: int = 0, masks: int = POOL
+    ) -> MaskPool:
+        """By masks of units, drawn once.
 
         Raises:
             ValueError: the image is no whole number of units.
@@ -237,8 +256,18 @@ class Swin(MapBackbone):
         height, width = self.image_size
         if height % unit or width % unit:
             raise ValueError(f"an image of {height}x{width} px is no whole number of units of {unit} px")
-        rows, columns = self.grid(height, width)
-        return MaskPool(self, hidden_count(rows * columns, mask_ratio), masks, seed)
+        return MaskPool(self, masking(masks, height, width, torch.Generator().manual_seed(seed)), images_per_mask)
+
+    def advance(
+        self, walk: MaskPool, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: PooledMask
+    ) -> tuple[Tensor, Tensor]:
+        if state is None:
+            state = self.embed(images, walk.at_stage(noise, 0).visible)
+        state = self.run_stage(state, walk, noise, number)
+        if number + 1 == len(walk.layers):
+            return state, self.model.norm(state)
+        state = self.merge(state, walk, noise, number + 1)
+        return state, state
 
     def merge(
         self, tokens: Float[Tensor, "b n d"], pool: MaskPool, noise: PooledMask, stage: int

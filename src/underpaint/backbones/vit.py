@@ -9,12 +9,29 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from underpaint.backbones.protocols import Encoded, TokenBackbone
+from underpaint.backbones.protocols import Encoded, Layer, StagedBackbone, TokenBackbone, Walk
 from underpaint.blocks import sincos_positions
+from underpaint.masking import Mask, Masking
 from underpaint.patches import patchify, take
 
 
-class ViT(TokenBackbone):
+class Blocks(Walk):
+    """A walk through blocks, which all have the grid of patches."""
+
+    def __init__(self, masking: Masking, taps: Sequence[int], layer: Layer):
+        super().__init__()
+        self.masking, self.taps, self.layers = masking, list(taps), [layer] * len(taps)
+
+    def sample(
+        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
+    ) -> Mask:
+        return self.masking(batch, height, width, generator)
+
+    def mask(self, noise: Mask, number: int) -> Mask:
+        return noise
+
+
+class ViT(TokenBackbone, StagedBackbone):
     """An adapter around timm's VisionTransformer (any name and size), which stays timm's: `model`.
 
     Learned positions start from the fixed sin-cos ones of `blocks.sincos_positions` and are trained on.
@@ -30,6 +47,7 @@ class ViT(TokenBackbone):
         self.channels = model.in_chans
         self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
         self.image_size: tuple[int, int] = self.model.patch_embed.img_size
+        self.stride, self.embed_dim, self.hierarchical = self.patch_size[0], self.dim, False
         self.initialise_positions()
 
     @torch.no_grad()
@@ -64,7 +82,18 @@ class ViT(TokenBackbone):
                 tapped.append(self.patches(tokens))
         return self.finish(tokens)._replace(taps=tapped)
 
-    # the same in pieces, for methods that stop in between
+    def walk(self, masking: Masking, taps: Sequence[int], images_per_mask: int, seed: int) -> Blocks:
+        return Blocks(masking, taps, Layer(self.grid(*self.image_size), self.stride, self.dim))
+
+    def advance(
+        self, walk: Blocks, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Mask
+    ) -> tuple[Tensor, Tensor]:
+        if state is None:
+            state = self.begin(self.embed(images, noise.visible), noise.visible)
+        for block in self.model.blocks[walk.taps[number - 1] + 1 if number else 0 : walk.taps[number] + 1]:
+            state = block(state)
+        last = number + 1 == len(walk.taps)
+        return state, self.finish(state).tokens if last else self.patches(state)
 
     def begin(
         self,
@@ -85,12 +114,6 @@ class ViT(TokenBackbone):
             tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         return model.norm_pre(model.pos_drop(tokens))
 
-    def run(self, tokens: Float[Tensor, "b t d"], first: int, stop: int) -> Float[Tensor, "b t d"]:
-        """Through the blocks from `first` up to, not including, `stop`."""
-        for block in self.model.blocks[first:stop]:
-            tokens = block(tokens)
-        return tokens
-
     def patches(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b k d"]:
         """Without class and register tokens."""
         return tokens[:, self.model.num_prefix_tokens :]
@@ -102,3 +125,10 @@ class ViT(TokenBackbone):
 
     def positions(self) -> Float[Tensor, "n d"]:
         return self.model.pos_embed[0, -self.model.patch_embed.num_patches :]
+
+    def fix_positions(self) -> None:
+        self.model.pos_embed.requires_grad_(False)
+
+    @property
+    def class_token(self) -> bool:
+        return self.model.cls_token is not None

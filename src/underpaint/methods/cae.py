@@ -13,7 +13,8 @@ in the encoder's own space by a regressor, and only then turned into visual word
 There is one encoder and no moving average: the target is what the encoder itself makes of the hidden patches.
 """
 
-from typing import Literal
+from dataclasses import field
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,12 +25,12 @@ from torch.nn import functional as F
 
 from underpaint.backbones import TokenBackbone
 from underpaint.blocks import heads_for, sincos_positions, xavier
-from underpaint.corruptions import mask_cells
-from underpaint.masking import Mask, hidden_count
-from underpaint.methods.beit import word_mask
+from underpaint.masking import Mask
+from underpaint.methods.masked import MaskedMethod
 from underpaint.methods.method import Objective
 from underpaint.methods.words import WordMethod, word_terms
-from underpaint.patches import Standardize, patchify, put, standardize, take, unpatchify, unstandardize
+from underpaint.patches import Standardize, patchify, put, take, unpatchify, unstandardize
+from underpaint.targets import Pixels
 from underpaint.tokenizers import Tokenizer
 
 
@@ -83,7 +84,8 @@ class CAE(WordMethod):
     Args:
         encoder: a plain ViT; the paper's have `init_values=0.1` (LayerScale).
         mask_ratio: share of the patches that is hidden (0.5 in the paper: 98 of 196).
-        mask: block (BEiT's), or random.
+        mask: a name of `masking.MASKS` (BEiT's blocks), or such a function.
+        mask_patch_size: pixels of a side of what is hidden as one; a patch where None.
         target: words, or pixels: each hidden patch standardised, the control.
         tokenizer: a file of `underpaint tokenizer`; k-means over the training images' patches where None.
         codebook_size: words of that k-means: 1024 for images up to 64 px, 2048 above, where None.
@@ -98,62 +100,51 @@ class CAE(WordMethod):
     """
 
     encoder: TokenBackbone
-    positions: Tensor
+    mask_ratio: float = 0.5
+    target: Literal["words", "pixels"] = "words"
+    regressor_depth: int | None = None
+    decoder_depth: int | None = None
+    alignment: float = 2.0
+    decoder: bool = True
+    gamma: float = 0.1
+    positions: Tensor = field(init=False)  # a buffer
 
-    def __init__(
-        self,
-        encoder: TokenBackbone,
-        mask_ratio: float = 0.5,
-        mask: Literal["block", "random"] = "block",
-        target: Literal["words", "pixels"] = "words",
-        tokenizer: str | None = None,
-        codebook_size: int | None = None,
-        regressor_depth: int | None = None,
-        decoder_depth: int | None = None,
-        alignment: float = 2.0,
-        decoder: bool = True,
-        gamma: float = 0.1,
-    ):
-        super().__init__(encoder, tokenizer, codebook_size)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        encoder, gamma = self.encoder, self.gamma
         if not isinstance(encoder, TokenBackbone):
             raise TypeError(
                 f"CAE needs an encoder that runs on part of its patches (a plain ViT), not {type(encoder).__name__}"
             )
-        self.mask_ratio, self.mask_kind = mask_ratio, mask
-        self.alignment, self.target = alignment, target
-        self.task = "words" if target == "words" else "mask"
         grid, dim = encoder.grid(*encoder.image_size), encoder.dim
-        hidden_count(grid[0] * grid[1], mask_ratio)
         heads = heads_for(dim)
-        for name, depth in (("regressor_depth", regressor_depth), ("decoder_depth", decoder_depth)):
+        for name, depth in (("regressor_depth", self.regressor_depth), ("decoder_depth", self.decoder_depth)):
             if depth is not None and depth < 1:
                 raise ValueError(
                     f"{name} is {depth}; at least 1 block is needed (decoder: false leaves the decoder out)"
                 )
         if gamma <= 0:
             raise ValueError(f"gamma is {gamma}; LayerScale starts above 0, 1 starts as if there were none")
+        self.wanted = Pixels()
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         third = max(2, encoder.depth // 3)
-        self.regressor = nn.ModuleList(Regress(dim, heads, gamma) for _ in range(regressor_depth or third))
+        self.regressor = nn.ModuleList(Regress(dim, heads, gamma) for _ in range(self.regressor_depth or third))
         self.norm = LayerNorm(dim)
-        depth = (decoder_depth or third) if decoder else 0
-        self.decoder = nn.ModuleList(
+        depth = (self.decoder_depth or third) if self.decoder else 0
+        self.blocks = nn.ModuleList(
             Block(dim, heads, qkv_bias=True, init_values=gamma, norm_layer=LayerNorm) for _ in range(depth)
         )
-        pixels = self.patch_size[0] * self.patch_size[1] * encoder.channels
-        outputs = self.tokenizer.codebook_size if target == "words" else pixels
+        pixels = self.wanted.width(self.patch_size[0], encoder.channels)
+        outputs = self.tokenizer.codebook_size if self.target == "words" else pixels
         self.head = nn.Sequential(LayerNorm(dim), nn.Linear(dim, outputs))
-        for part in (self.regressor, self.decoder, self.head):
+        for part in (self.regressor, self.blocks, self.head):
             part.apply(xavier)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def prepare(self, standardize: Standardize) -> Tokenizer | None:
         words = super().prepare(standardize)
         return words if self.target == "words" else None
-
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
-        return word_mask(self.mask_kind, batch, self.encoder.grid(height, width), self.mask_ratio, generator)
 
     # --- the parts, in order ---------------------------------------------------------------------------------------
 
@@ -173,13 +164,13 @@ class CAE(WordMethod):
     def decode(self, latent: Float[Tensor, "b k d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k o"]:
         """Words or pixels from representations, which see each other and nothing else."""
         tokens = latent
-        if len(self.decoder):
+        if len(self.blocks):
             tokens = latent + take(self.positions.expand(len(latent), -1, -1), index)
-        for block in self.decoder:
+        for block in self.blocks:
             tokens = block(tokens)
         return self.head(tokens).float()
 
-    def logits(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h o"]:
+    def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h o"]:
         tokens = self.encoder.embed(images, mask.visible)
         return self.decode(self.regress(self.encoder.encode(tokens, mask.visible).tokens, mask), mask.hidden)
 
@@ -194,16 +185,20 @@ class CAE(WordMethod):
 
     # --- the loss --------------------------------------------------------------------------------------------------
 
-    def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
-        if mask is None:
-            mask = self.mask_for(images)
+    def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Tensor:
+        if self.target == "words":
+            return super().targets(images, mask)
+        return take(self.wanted(images, self.patch_size[:1])[0].flatten(2).transpose(1, 2), mask.hidden)
+
+    def forward(self, images: Float[Tensor, "b c height width"], noise: Mask | None = None) -> Objective:
+        mask = self.sample_for(images) if noise is None else noise
         tokens = self.encoder.embed(images)  # one embedding feeds both passes
         latent = self.regress(self.encode(tokens, mask.visible), mask)
         decoded = self.decode(latent, mask.hidden)
+        wanted = self.targets(images, mask)
         if self.target == "words":
-            loss, terms = word_terms(decoded, self.hidden_words(images, mask), self.tokenizer.shares)
+            loss, terms = word_terms(decoded, wanted, self.tokenizer.shares)
         else:
-            wanted = self.pixels(images, mask)
             loss = (decoded - wanted).square().mean()
             terms = {"pixels": loss.detach(), "baseline": wanted.square().mean().detach()}
         if self.alignment:
@@ -218,37 +213,30 @@ class CAE(WordMethod):
             }
         return Objective(loss, terms)
 
-    def pixels(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h p"]:
-        return standardize(take(patchify(images, self.patch_size), mask.hidden))
-
-    # --- pictures and scores ---------------------------------------------------------------------------------------
+    # --- pictures and errors ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
+    def restore(
+        self, images: Float[Tensor, "b c height width"], noise: Mask | None = None, task: str | None = None
+    ) -> dict[str, Tensor]:
         """Also what the decoder makes of the encoder's own view of all patches: a picture only where regressed and
         encoded representations live in one space."""
-        if mask is None:
-            mask = Mask(*self.fixed_noise(images, 1)[0])
+        mask = self.fixed_noise(images, 1)[0] if noise is None else noise
         everything = torch.arange(self.positions.shape[0], device=images.device).expand(len(images), -1)
         own = self.decode(self.encoder(images).patches, everything)
         if self.target == "words":
             frames = super().restore(images, mask)
             return {**frames, "from its own\nrepresentation": self.spoken(images, own.argmax(-1))}
-        patches = patchify(images, self.patch_size)
         grid = self.encoder.grid(*images.shape[-2:])
-        found = unstandardize(self.logits(images, mask), take(patches, mask.hidden))
-        whole = unpatchify(put(patches, mask.hidden, found), self.patch_size, grid)
+        patches = patchify(images, self.patch_size)
+        found = unstandardize(self.predict(images, mask), take(patches, mask.hidden))
         return {
             "original": images,
-            "hidden": mask_cells(images, mask, self.patch_size),
-            "restored": whole,
+            "hidden": self.hidden(images, mask),
+            "restored": unpatchify(put(patches, mask.hidden, found), self.patch_size, grid),
             "from its own\nrepresentation": unpatchify(unstandardize(own, patches), self.patch_size, grid),
         }
 
-    def errors(
-        self, images: Float[Tensor, "b c height width"], mask: Mask
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-        if self.target == "words":
-            return super().errors(images, mask)
-        wanted = self.pixels(images, mask)
-        return (self.logits(images, mask) - wanted).square().mean((1, 2)), wanted.square().mean((1, 2))
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        words = self.target == "words"
+        return super().errors(images, noise) if words else MaskedMethod.errors(self, images, noise)

@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from underpaint.backbones import Backbone, PatchBackbone
 from underpaint.backbones import encoder as make_encoder
 from underpaint.blocks import heads_for
-from underpaint.masking import Mask, hidden_count, random_mask
+from underpaint.masking import Mask
 from underpaint.methods.beit import BEiT
-from underpaint.methods.method import Method, Objective
+from underpaint.methods.masked import MaskedMethod
+from underpaint.methods.method import Objective
 from underpaint.methods.words import cross_entropies, frequency_losses
 from underpaint.patches import Standardize, patchify, put, take, unpatchify
 from underpaint.targets import sliding_window, window_moments
@@ -66,13 +67,15 @@ class Corrupted(NamedTuple):
         return self.words != self.golden
 
 
-class CIM(Method):
+class CIM(MaskedMethod):
     """Restore, or find, what a small generator made up.
 
     Args:
         encoder: the enhancer: any encoder whose last stride is a whole number of words.
         objective: pixels (ResPix), or detect (RevDet).
         mask_ratio: share of the words that is hidden (110 of 196 in secondary sources).
+        mask: a name of `masking.MASKS`, or such a function.
+        mask_patch_size: pixels of a side of what is hidden as one; a word where None.
         stride: pixels of a word; the patch of a ViT, or 8 up to 64 px and 16 above, where None.
         tokenizer: a file of `underpaint tokenizer --kind fsq`; one is trained on the training images where None.
         codebook_size: words of that tokenizer; 1024 where None.
@@ -90,84 +93,74 @@ class CIM(Method):
     """
 
     encoder: Backbone
+    mask_ratio: float = 0.56
+    objective: Literal["pixels", "detect"] = "pixels"
+    stride: int | None = None
+    tokenizer: str | None = None
+    codebook_size: int | None = None
+    generator_depth: int | None = None
+    generator_dim: int | None = None
+    temperature: float = 1.0
+    sampler: Literal["multinomial", "argmax", "uniform", "unigram", "none"] = "multinomial"
+    paste: bool = False
+    window: int | None = None
+    epsilon: float = 1e-4
+    image_size: tuple[int, int] | None = None
 
-    def __init__(
-        self,
-        encoder: Backbone,
-        objective: Literal["pixels", "detect"] = "pixels",
-        mask_ratio: float = 0.56,
-        stride: int | None = None,
-        tokenizer: str | None = None,
-        codebook_size: int | None = None,
-        generator_depth: int | None = None,
-        generator_dim: int | None = None,
-        temperature: float = 1.0,
-        sampler: Literal["multinomial", "argmax", "uniform", "unigram", "none"] = "multinomial",
-        paste: bool = False,
-        window: int | None = None,
-        epsilon: float = 1e-4,
-        image_size: tuple[int, int] | None = None,
-    ):
-        super().__init__()
-        self.encoder = encoder
-        height, width = getattr(encoder, "image_size", None) or image_size or (224, 224)
-        small = max(height, width) <= SMALL
+    def __post_init__(self) -> None:
+        encoder = self.encoder
+        height, width = size = getattr(encoder, "image_size", None) or self.image_size or (224, 224)
+        small = max(size) <= SMALL
         plain = encoder if isinstance(encoder, PatchBackbone) else None
-        place = plain.patch_size[0] if plain is not None else getattr(encoder, "stride", 32)
-        self.place: int = place
-        self.stride = stride or (place if plain is not None else min(place, 8 if small else 16))
-        if place % self.stride or height % place or width % place:
+        self.place = place = plain.patch_size[0] if plain is not None else getattr(encoder, "stride", 32)
+        self.word = self.stride or (place if plain is not None else min(place, 8 if small else 16))
+        if place % self.word or height % place or width % place:
             raise ValueError(
-                f"words of {self.stride} px: a place of this encoder is {place} px, which must be a whole number of words "
+                f"words of {self.word} px: a place of this encoder is {place} px, which must be a whole number of words "
                 f"and divide images of {height}x{width}"
             )
-        self.objective, self.mask_ratio, self.temperature = objective, mask_ratio, temperature
-        self.sampler, self.paste = sampler, paste
-        self.window, self.epsilon = window or (4 if small else 8), epsilon
-        self.image_size = (height, width)
-        self.words_grid = (height // self.stride, width // self.stride)
-        if temperature <= 0:
+        if self.temperature <= 0:
             raise ValueError(
-                f"temperature is {temperature:g}; it must be above 0 (sampler: argmax takes the likeliest word)"
+                f"temperature is {self.temperature:g}; it must be above 0 (sampler: argmax takes the likeliest word)"
             )
-        if not 1 < self.window <= min(height, width):
-            raise ValueError(f"window is {self.window} px; it must be 2 or more and fit an image of {height}x{width}")
-        count = self.words_grid[0] * self.words_grid[1]
-        hidden_count(count, mask_ratio)  # says early that a ratio or a grid is impossible
-        if tokenizer is None:
-            words: Tokenizer = ConvTokenizer(
-                "fsq", codebook_size or 1024, self.stride, encoder.channels, width_for((height, width))
-            )
-        else:
-            words = load_tokenizer(tokenizer)
-            if (words.stride, words.channels) != (self.stride, encoder.channels):
-                raise ValueError(
-                    f"the tokenizer makes a word of {words.stride} px of {words.channels} channels; "
-                    f"{self.stride} px of {encoder.channels} are needed"
-                )
-            if codebook_size not in (None, words.codebook_size):
-                raise ValueError(f"codebook_size is {codebook_size}, but the tokenizer has {words.codebook_size} words")
-        dim = generator_dim or (plain.dim if plain is not None else 192 if small else 384)
-        depth = generator_depth or (max(1, plain.depth // 4) if plain is not None else 3)
+        self.side = self.window or (4 if small else 8)
+        if not 1 < self.side <= min(size):
+            raise ValueError(f"window is {self.side} px; it must be 2 or more and fit an image of {height}x{width}")
+        self.hide((self.word, self.word), size)
+        words = self._tokenizer(size)
+        dim = self.generator_dim or (plain.dim if plain is not None else 192 if small else 384)
+        depth = self.generator_depth or (max(1, plain.depth // 4) if plain is not None else 3)
         tokens: Any = make_encoder(
             "vit_tiny_patch16_224",
-            image_size=(height, width),
-            patch_size=self.stride,
+            image_size=size,
+            patch_size=self.word,
             channels=encoder.channels,
             embed_dim=dim,
             depth=depth,
             num_heads=heads_for(dim),
         )
-        self.generator = BEiT(tokens, mask_ratio, "random", codebook_size=2)
+        self.generator = BEiT(tokens, self.mask_ratio, "random", codebook_size=2)
         self.generator.speak(words.requires_grad_(False).eval())
-        times = (place // self.stride) ** 2  # words of a place
-        self.head = nn.Linear(encoder.dim, encoder.channels * place * place if objective == "pixels" else times)
+        outputs = encoder.channels * place * place if self.objective == "pixels" else (place // self.word) ** 2
+        self.head = nn.Linear(encoder.dim, outputs)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.generator.tokenizer
+    def _tokenizer(self, size: tuple[int, int]) -> Tokenizer:
+        channels = self.encoder.channels
+        if self.tokenizer is None:
+            return ConvTokenizer("fsq", self.codebook_size or 1024, self.word, channels, width_for(size))
+        words = load_tokenizer(self.tokenizer)
+        if (words.stride, words.channels) != (self.word, channels):
+            raise ValueError(
+                f"the tokenizer makes a word of {words.stride} px of {words.channels} channels; "
+                f"{self.word} px of {channels} are needed"
+            )
+        if self.codebook_size not in (None, words.codebook_size):
+            raise ValueError(
+                f"codebook_size is {self.codebook_size}, but the tokenizer has {words.codebook_size} words"
+            )
+        return words
 
     @property
     def standardize(self) -> Standardize:
@@ -179,8 +172,7 @@ class CIM(Method):
         return [[p for p in self.generator.parameters() if p.requires_grad], mine]
 
     def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
-        count = (height // self.stride) * (width // self.stride)
-        mask = random_mask(batch, count, hidden_count(count, self.mask_ratio), generator)
+        mask = super().sample(batch, height, width, generator)
         return Corruption(mask, torch.rand(mask.hidden.shape, generator=generator))
 
     def prepare(self, standardize: Standardize) -> Tokenizer | None:
@@ -201,7 +193,7 @@ class CIM(Method):
         if self.sampler == "uniform":
             return (uniform * codebook_size).long().clamp_max(codebook_size - 1)
         if self.sampler == "unigram":
-            shares = self.tokenizer.shares.expand_as(logits)
+            shares = self.generator.tokenizer.shares.expand_as(logits)
         else:
             shares = (logits / self.temperature).softmax(-1)
         reached = shares.cumsum(-1)
@@ -211,16 +203,15 @@ class CIM(Method):
     def corrupt(self, images: Float[Tensor, "b c height width"], noise: Corruption) -> Corrupted:
         """What the generator makes of part of the images."""
         golden = self.generator.words(images)
-        logits = self.generator.logits(images, noise.mask)
+        logits = self.generator.predict(images, noise.mask)
         hidden = golden.gather(1, noise.mask.hidden)
         words = golden.scatter(1, noise.mask.hidden, self.sample_tokens(logits, hidden, noise.uniform))
         decoded = self.generator.spoken(images, words)
         if self.paste:
-            size = (self.stride, self.stride)
+            size = self.masking.unit
             pieces = take(patchify(decoded, size), noise.mask.hidden)
             whole = put(patchify(images, size), noise.mask.hidden, pieces)
-            grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
-            decoded = unpatchify(whole, size, grid)
+            decoded = unpatchify(whole, size, self.masking.grid(*images.shape[-2:]))
         return Corrupted(decoded.detach(), golden, words, logits)
 
     # --- enhancing -------------------------------------------------------------------------------------------------
@@ -229,12 +220,12 @@ class CIM(Method):
         """Normalised pixels [b, c, height, width], or a logit a word [b, 1, rows, columns]: replaced or not."""
         found = self.head(self.encoder(corrupted).patches).float()
         grid = self.encoder.grid(*corrupted.shape[-2:])
-        side = self.place if self.objective == "pixels" else self.place // self.stride
+        side = self.place if self.objective == "pixels" else self.place // self.word
         return unpatchify(found, (side, side), grid)
 
     def targets(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height width"]:
         """Each pixel by the mean and deviation of the window around it, from pixels in [0, 1]."""
-        return sliding_window(self.standardize.inverse(images), self.window, self.epsilon)
+        return sliding_window(self.standardize.inverse(images), self.side, self.epsilon)
 
     def losses(
         self, images: Float[Tensor, "b c height width"], corrupted: Corrupted
@@ -256,14 +247,14 @@ class CIM(Method):
 
     def forward(self, images: Float[Tensor, "b c height width"], noise: Corruption | None = None) -> Objective:
         if noise is None:
-            noise = self.sample(len(images), images.shape[2], images.shape[3]).to(images.device)
+            noise = self.sample_for(images)
         corrupted = self.corrupt(images, noise)
         hidden = corrupted.golden.gather(1, noise.mask.hidden)
         generator = cross_entropies(corrupted.logits, hidden).mean()
         left, trivial, answer = self.losses(images, corrupted)
         replaced = corrupted.replaced.float()
         hits = 1 - replaced.gather(1, noise.mask.hidden).mean()
-        baseline = frequency_losses(hidden, self.tokenizer.shares).mean() + trivial.mean()
+        baseline = frequency_losses(hidden, self.generator.tokenizer.shares).mean() + trivial.mean()
         terms = {
             "generator": generator.detach(),
             "hits": hits,  # draws that are the golden word
@@ -271,7 +262,9 @@ class CIM(Method):
             "baseline": baseline.detach(),
         }
         if self.objective == "pixels":
-            where = F.interpolate(replaced.view(-1, 1, *self.words_grid), scale_factor=float(self.stride))
+            where = F.interpolate(
+                replaced.view(-1, 1, *self.masking.grid(*images.shape[-2:])), scale_factor=float(self.word)
+            )
             where = where.expand(-1, images.shape[1], -1, -1).flatten(1)
             for name, weights in (("replaced", where), ("untouched", 1 - where)):
                 terms[name] = ((left.detach() * weights).sum() / weights.sum().clamp_min(1)).detach()
@@ -286,7 +279,9 @@ class CIM(Method):
     # --- pictures and scores ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], noise: Corruption | None = None) -> dict[str, Tensor]:
+    def restore(
+        self, images: Float[Tensor, "b c height width"], noise: Corruption | None = None, task: str | None = None
+    ) -> dict[str, Tensor]:
         """Original, what the codec alone makes of it, corrupted; then restored, or where a replacement is seen, with
         the truth beside it."""
         same: Corruption = self.fixed_noise(images, 1)[0] if noise is None else noise
@@ -300,21 +295,18 @@ class CIM(Method):
         if self.objective == "pixels":
             # normalised pixels leave mean and contrast of their window open; those of the corrupted image are all that
             # the enhancer has seen
-            mean, variance = window_moments(self.standardize.inverse(corrupted.images), self.window)
+            mean, variance = window_moments(self.standardize.inverse(corrupted.images), self.side)
             restored = answer * (variance + self.epsilon).sqrt() + mean
             frames["restored"] = self.standardize(restored.clamp(0, 1))
             return frames
         size = (images.shape[-2], images.shape[-1])
-        truth = corrupted.replaced.float().view(-1, 1, *self.words_grid)
+        truth = corrupted.replaced.float().view(-1, 1, *self.masking.grid(*images.shape[-2:]))
         for name, values in (("said to be\nreplaced", answer.sigmoid()), ("replaced", truth)):
             frames[name] = self.standardize(F.interpolate(values, size, mode="nearest").expand_as(images).contiguous())
         return frames
 
-    @torch.no_grad()
-    def held_out(
-        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        noise = self.sample(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Corruption) -> dict[str, tuple[Tensor, Tensor]]:
+        """The enhancer's loss, by which images are scored, and the generator's."""
         corrupted = self.corrupt(images, noise)
         hidden = corrupted.golden.gather(1, noise.mask.hidden)
         left, trivial, _ = self.losses(images, corrupted)
@@ -322,15 +314,9 @@ class CIM(Method):
             self.objective: (left.mean(1), trivial.mean(1)),
             "generator": (
                 cross_entropies(corrupted.logits, hidden).mean(1),
-                frequency_losses(hidden, self.tokenizer.shares).mean(1),
+                frequency_losses(hidden, self.generator.tokenizer.shares).mean(1),
             ),
         }
-
-    @torch.no_grad()
-    def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
-        """The enhancer's loss, mean over four fixed corruptions."""
-        found = [self.losses(images, self.corrupt(images, noise))[0].mean(1) for noise in self.fixed_noise(images, 4)]
-        return torch.stack(found).mean(0)
 
 
 def auroc(scores: Float[Tensor, "n"], truth: Float[Tensor, "n"]) -> Float[Tensor, ""]:

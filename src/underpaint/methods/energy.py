@@ -228,7 +228,8 @@ class Energy(Method):
         task = torch.tensor([TASKS.index(name) for name in self.tasks])[drawn]
         mask = order = factor = kept = noise = None
         if "mask" in self.tasks:
-            mask = random_mask(batch, cells, hidden_count(cells, self.mask_ratio), generator)
+            grid = (height // self.cell[0], width // self.cell[1])
+            mask = random_mask(batch, grid, hidden_count(cells, self.mask_ratio), generator)
         if "shuffle" in self.tasks:
             order = torch.rand(batch, pieces, generator=generator).argsort(1)
         if "downsample" in self.tasks:

@@ -15,20 +15,20 @@ patches alone, by packed windows (`backbones/swin.py`).
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from underpaint.backbones import Backbone, ViT
-from underpaint.backbones.swin import PooledMask, Swin
+from underpaint.backbones import StagedBackbone
 from underpaint.blocks import MaskedDecoder
 from underpaint.corruptions import mask_cells
-from underpaint.masking import Mask, hidden_count, random_mask
-from underpaint.methods.method import Method, Objective
-from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize
-from underpaint.targets import SMALLEST_CELL, enlarge, enlargement, hog_picture, hog_pyramid, pixel_pyramid
+from underpaint.masking import Mask
+from underpaint.methods.masked import MaskedMethod
+from underpaint.methods.method import Objective
+from underpaint.patches import put, take
+from underpaint.targets import Pixels, Target, enlarge, enlargement, target_for
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Deconvolve(nn.Module):
         return self.linear(tokens).unflatten(-1, (4, -1))
 
 
-class LocalMIM(Method):
+class LocalMIM(MaskedMethod):
     """Restore hidden patches at several scales from several depths.
 
     >>> import torch, underpaint
@@ -118,13 +118,15 @@ class LocalMIM(Method):
 
     Args:
         encoder: a plain ViT or a Swin.
-        mask_ratio: share of the patches that is hidden (of a Swin: of units, a place of its last stage each).
+        mask_ratio: share of the patches that is hidden (of a Swin: of units, a position of its last stage each).
+        mask: a name of `masking.MASKS`, or such a function.
+        mask_patch_size: pixels of a side of what is hidden as one; a patch, of a Swin a unit, where None.
         taps: blocks of a ViT with a loss, 0-based or from the end below 0, the last block among them; blocks 1, 3, L-3
             and L-1 where None (the outputs of evenly spread blocks below depth 8). A Swin's follow its stages.
         scales: pixels of a cell for each tap of a ViT: a quarter, a half, one and two patches where None, or for fewer
             than four taps the largest of them up to one patch. A scale that does not fit the image, or makes HOG cells
             below 2 px, is dropped with its tap and a message.
-        target: hog (9 bins a channel) or pixels (each cell standardised).
+        target: a name of `targets.TARGETS`, or a `Target`: hog (9 bins a channel) or pixels (each cell standardised).
         bins: of HOG (18 in the paper for ViT-L and Swin).
         decoder_dim: width of the decoders; a third of the encoder's (256 at ViT-B, as in the paper), or for a Swin an
             eighth of the last stage's and half of that at the first tap (64 and 128 at Swin-B), where None.
@@ -140,74 +142,58 @@ class LocalMIM(Method):
         ValueError: no scale fits; taps that do not end at the last block; as many scales as taps are needed.
     """
 
-    encoder: Any
+    encoder: StagedBackbone
+    taps: Sequence[int] | None = None
+    scales: Sequence[int] | None = None
+    target: str | Target = "hog"
+    bins: int = 9
+    decoder_dim: int | None = None
+    decoder_depth: int = 1
+    stop_gradient: bool = False
+    pixel_head: bool = False
+    images_per_mask: int = 64
+    pool_seed: int | None = None
 
-    def __init__(
-        self,
-        encoder: Backbone,
-        mask_ratio: float = 0.75,
-        taps: Sequence[int] | None = None,
-        scales: Sequence[int] | None = None,
-        target: Literal["hog", "pixels"] = "hog",
-        bins: int = 9,
-        decoder_dim: int | None = None,
-        decoder_depth: int = 1,
-        stop_gradient: bool = False,
-        pixel_head: bool = False,
-        images_per_mask: int = 64,
-        pool_seed: int | None = None,
-    ):
-        super().__init__()
-        if not isinstance(encoder, (ViT, Swin)):
+    def __post_init__(self) -> None:
+        encoder = self.encoder
+        if not isinstance(encoder, StagedBackbone):
             raise TypeError(f"LocalMIM needs a plain ViT or a Swin, not {type(encoder).__name__}")
-        self.encoder, self.mask_ratio = encoder, mask_ratio
-        self.bins, self.target_kind, self.stop_gradient = bins, target, stop_gradient
-        self.images_per_mask = images_per_mask
-        self.patch_size: tuple[int, int] = encoder.patch_size
-        patch, channels = self.patch_size[0], encoder.channels
-        if isinstance(encoder, ViT):
-            self.pool = None
-            grid = encoder.grid(*encoder.image_size)
-            hidden_count(grid[0] * grid[1], mask_ratio)  # says early that a ratio or a grid is impossible
-            self.taps, self.scales = self._fitting(taps, scales)
-            dims, grids = [encoder.dim] * len(self.taps), [grid] * len(self.taps)
-            width = decoder_dim or max(64, round(encoder.dim / 3 / 32) * 32)
-            widths = [width] * len(self.taps)
-            factors = [patch // scale for scale in self.scales]
-        else:
+        self.wanted = target_for(self.target, bins=self.bins)
+        self.hide((encoder.stride, encoder.stride), encoder.image_size)
+        taps, scales = self._fitting(encoder)
+        self.walk = encoder.walk(self.masking, taps, self.images_per_mask, self.pool_seed or 0)
+        layers = self.walk.layers
+        self.cells = scales or [layer.stride for layer in layers]
+        factors = [layer.stride // cell for layer, cell in zip(layers, self.cells, strict=True)]
+        width = self.decoder_dim or max(64, round(encoder.dim / (8 if encoder.hierarchical else 3) / 32) * 32)
+        widths = [width] * len(layers)
+        if encoder.hierarchical:
+            widths[0] = max(32, width // 2)
+        # the norm of the last tap is the encoder's own final norm
+        self.norms = nn.ModuleList(nn.LayerNorm(layer.dim, eps=1e-6) for layer in layers[:-1])
+        self.decoders = nn.ModuleList(
+            Tap(layer.dim, layer.grid, dim, self.decoder_depth, factor, self.wanted.width(cell, encoder.channels))
+            for layer, dim, factor, cell in zip(layers, widths, factors, self.cells, strict=True)
+        )
+        self.num_losses = len(layers) if self.stop_gradient else 1
+        self.painter = max((number for number, factor in enumerate(factors) if factor == 1), default=None)
+        self.to_pixels = None
+        if self.pixel_head:
+            if self.painter is None:
+                raise ValueError(f"pixel_head needs a tap whose cells are patches; scales are {self.cells} px")
+            self.to_pixels = nn.Linear(widths[self.painter], Pixels().width(self.cells[self.painter], encoder.channels))
+
+    def _fitting(self, encoder: StagedBackbone) -> tuple[list[int], list[int]]:
+        """The taps of a ViT, and for each the pixels of its cells; none of a Swin, whose stages say both."""
+        taps, scales = self.taps, self.scales
+        if encoder.hierarchical:
             if taps is not None or scales is not None:
                 raise ValueError("taps and scales of a Swin follow its stages; leave them away")
-            self.pool = encoder.mask_pool(mask_ratio, seed=pool_seed or 0)
-            last = len(encoder.stages) - 1
-            self.taps = list(range(last + 1))
-            strides = [patch * 2 ** min(stage + 1, last) for stage in self.taps]
-            self.scales = strides
-            grids = [(encoder.image_size[0] // stride, encoder.image_size[1] // stride) for stride in strides]
-            dims = [encoder.info[min(stage + 1, last)]["num_chs"] for stage in self.taps]
-            width = decoder_dim or max(64, round(encoder.dim / 8 / 32) * 32)
-            widths = [max(32, width // 2), *[width] * last]
-            factors = [1] * len(self.taps)
-        outputs = [channels * (bins if target == "hog" else scale * scale) for scale in self.scales]
-        # the norm of the last tap is the encoder's own final norm
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims[:-1])
-        self.decoders = nn.ModuleList(
-            Tap(*settings)
-            for settings in zip(dims, grids, widths, [decoder_depth] * len(dims), factors, outputs, strict=True)
-        )
-        self.num_losses = len(self.taps) if stop_gradient else 1
-        self.painter = max(number for number, factor in enumerate(factors) if factor == 1) if 1 in factors else None
-        if pixel_head and self.painter is None:
-            raise ValueError(f"pixel_head needs a tap whose cells are patches; scales are {self.scales} px")
-        self.to_pixels = None
-        if pixel_head and self.painter is not None:
-            self.to_pixels = nn.Linear(widths[self.painter], channels * self.scales[self.painter] ** 2)
-
-    def _fitting(self, taps: Sequence[int] | None, scales: Sequence[int] | None) -> tuple[list[int], list[int]]:
-        """The taps of a ViT, and for each the pixels of its cells."""
-        patch, depth = self.patch_size[0], self.encoder.depth
-        height, width = self.encoder.image_size
-        if self.patch_size[0] != self.patch_size[1]:
-            raise ValueError(f"LocalMIM needs square patches, not {self.patch_size}")
+            return [], []
+        patch, depth = encoder.stride, encoder.depth
+        height, width = encoder.image_size
+        if encoder.patch_size != (patch, patch):
+            raise ValueError(f"LocalMIM needs square patches, not {encoder.patch_size}")
         possible = [patch / 4, patch / 2, patch, 2 * patch]
         if scales is not None:
             wanted = list(scales)
@@ -217,19 +203,24 @@ class LocalMIM(Method):
             wanted = possible[max(0, 3 - len(taps)) : 3]
         blocks = [1, 3, depth - 3, depth - 1] if depth >= 8 else [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]
         kept = []
-        for place, scale in enumerate(wanted):
-            smallest = SMALLEST_CELL if self.target_kind == "hog" else 1
-            if scale not in possible or scale != int(scale) or scale < smallest or height % scale or width % scale:
+        for number, scale in enumerate(wanted):
+            if (
+                scale not in possible
+                or scale != int(scale)
+                or scale < self.wanted.smallest
+                or height % scale
+                or width % scale
+            ):
                 if scales is not None:
                     raise ValueError(
                         f"scale {scale} px: a quarter, a half, one or two patches of {patch} px are possible, "
-                        f"of at least {smallest} px and a whole number of them along {height}x{width}"
+                        f"of at least {self.wanted.smallest} px and a whole number of them along {height}x{width}"
                     )
                 log.warning("LocalMIM: cells of %g px do not fit here; that scale and its tap are left out", scale)
             else:
-                kept.append((place, int(scale)))
+                kept.append((number, int(scale)))
         if taps is None:
-            taps = [max(0, blocks[place if len(wanted) == 4 else -len(wanted) + place]) for place, _ in kept]
+            taps = [max(0, blocks[number if len(wanted) == 4 else -len(wanted) + number]) for number, _ in kept]
             taps = sorted({*taps[:-1], depth - 1})  # whatever was dropped, the last block has a loss
             for _, scale in kept[: -len(taps)]:
                 log.warning("LocalMIM: %d blocks are too few for all scales; cells of %d px are left out", depth, scale)
@@ -237,7 +228,7 @@ class LocalMIM(Method):
         else:
             taps = [tap + depth if tap < 0 else tap for tap in taps]
             if scales is None and len(taps) == len(wanted):
-                taps = [taps[place] for place, _ in kept]
+                taps = [taps[number] for number, _ in kept]
         found = [scale for _, scale in kept]
         if not found or len(found) != len(taps):
             raise ValueError(f"taps {list(taps)} and scales {found} px: as many of one as of the other are needed")
@@ -250,26 +241,14 @@ class LocalMIM(Method):
 
     # --- masks and targets -----------------------------------------------------------------------------------------
 
-    def sample(
-        self, batch: int, height: int, width: int, generator: torch.Generator | None = None
-    ) -> Mask | PooledMask:
-        if self.pool is None:
-            rows, columns = self.encoder.grid(height, width)
-            return random_mask(batch, rows * columns, hidden_count(rows * columns, self.mask_ratio), generator)
-        groups = batch // self.images_per_mask if batch % self.images_per_mask == 0 else 1
-        choice = torch.randint(self.pool.count, (groups,), generator=generator)
-        return PooledMask(choice.repeat_interleave(batch // groups), groups)
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
+        return self.walk.sample(batch, height, width, generator)
 
-    def mask(self, noise: Any, number: int) -> Mask:
-        """Which places of tap `number`'s grid are hidden."""
-        if self.pool is None:
-            return noise
-        return self.pool.mask(noise, min(number + 1, len(self.taps) - 1))
-
-    def targets(self, images: Float[Tensor, "b c height width"]) -> list[Float[Tensor, "b d rows columns"]]:
-        cells = sorted(set(self.scales))
-        levels = hog_pyramid(images, cells, self.bins) if self.target_kind == "hog" else pixel_pyramid(images, cells)
-        return [levels[cells.index(scale)] for scale in self.scales]
+    def levels(self, images: Float[Tensor, "b c height width"]) -> list[Float[Tensor, "b d rows columns"]]:
+        """The target of each tap."""
+        cells = sorted(set(self.cells))
+        levels = self.wanted(images, cells)
+        return [levels[cells.index(cell)] for cell in self.cells]
 
     # --- the encoder, tap by tap -----------------------------------------------------------------------------------
 
@@ -277,22 +256,8 @@ class LocalMIM(Method):
         self, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Any
     ) -> tuple[Tensor, Tensor]:
         """The encoder's state at tap `number` from that at the tap before, and the normed tokens there."""
-        encoder, last = self.encoder, number == len(self.taps) - 1
-        if self.pool is None:
-            if state is None:
-                state = encoder.begin(encoder.embed(images, noise.visible), noise.visible)
-            first = self.taps[number - 1] + 1 if number else 0
-            state = encoder.run(state, first, self.taps[number] + 1)
-            if last:
-                return state, encoder.finish(state).tokens
-            return state, self.norms[number](encoder.patches(state))
-        if state is None:
-            state = encoder.embed(images, self.pool.mask(noise, 0).visible)
-        state = encoder.run_stage(state, self.pool, noise, number)
-        if last:
-            return state, encoder.model.norm(state)
-        state = encoder.merge(state, self.pool, noise, number + 1)
-        return state, self.norms[number](state)
+        state, tokens = self.encoder.advance(self.walk, number, state, images, noise)
+        return state, self.norms[number](tokens) if number < len(self.norms) else tokens
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
@@ -304,12 +269,12 @@ class LocalMIM(Method):
         carry: Any = None,
     ) -> Objective:
         if noise is None:
-            noise = self.sample(len(images), images.shape[2], images.shape[3]).to(images.device)
-        state, targets, terms = carry or (None, self.targets(images), {"baseline": images.new_zeros(())})
+            noise = self.sample_for(images)
+        state, levels, terms = carry or (None, self.levels(images), {"baseline": images.new_zeros(())})
         loss: Any = 0
-        for number in range(len(self.taps)) if part is None else (part,):
+        for number in range(len(self.cells)) if part is None else (part,):
             state, tokens = self.advance(number, state, images, noise)
-            here, trivial = (each.mean() for each in self.errors(number, tokens, targets[number], noise))
+            here, trivial = (each.mean() for each in self.errors_at(number, tokens, levels[number], noise))
             terms = terms | {self._name(number): here.detach(), "baseline": terms["baseline"] + trivial}
             loss = loss + here
             if number == self.painter and self.to_pixels is not None:
@@ -318,22 +283,19 @@ class LocalMIM(Method):
                 loss = loss + here
             if self.stop_gradient:
                 state = state.detach()
-        last = part is None or part + 1 == len(self.taps)  # terms of a step are those of its last part
-        return Objective(loss, terms if last else {}, (state, targets, terms))
-
-    def _cell(self, number: int) -> tuple[int, int]:
-        return self.scales[number], self.scales[number]
+        last = part is None or part + 1 == len(self.cells)  # terms of a step are those of its last part
+        return Objective(loss, terms if last else {}, (state, levels, terms))
 
     def _name(self, number: int) -> str:
-        name = f"{self.target_kind}_{self.scales[number]}px"
-        return f"{name}_{number}" if self.scales.count(self.scales[number]) > 1 else name
+        name = f"{self.wanted.name}_{self.cells[number]}px"
+        return f"{name}_{number}" if self.cells.count(self.cells[number]) > 1 else name
 
-    def errors(
+    def errors_at(
         self, number: int, tokens: Float[Tensor, "b v d"], target: Float[Tensor, "b f rows columns"], noise: Any
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """An image's mean squared error over hidden cells at one tap, and that of the best constant prediction."""
         tap: Any = self.decoders[number]
-        mask = self.mask(noise, number)
+        mask = self.walk.mask(noise, number)
         wanted = tap.target(target, mask)
         squares = (tap(tokens, mask).float() - wanted).square().mean(-1)
         weights = tap.weights(mask)
@@ -359,8 +321,8 @@ class LocalMIM(Method):
 
     def painting(self, tokens: Tensor, images: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
         number = self.painter or 0
-        mask = self.mask(noise, number)
-        wanted = standardize(take(patchify(images, self._cell(number)), mask.hidden))
+        mask = self.walk.mask(noise, number)
+        wanted = take(Pixels()(images, [self.cells[number]])[0].flatten(2).transpose(1, 2), mask.hidden)
         return (self.paint(tokens, mask) - wanted).square().mean((1, 2)), wanted.square().mean((1, 2))
 
     # --- pictures and scores ----------------------------------------------------------------------------------------
@@ -368,61 +330,58 @@ class LocalMIM(Method):
     def every_tap(self, images: Float[Tensor, "b c height width"], noise: Any) -> list[Float[Tensor, "b v d"]]:
         """The normed tokens at each tap."""
         state, found = None, []
-        for number in range(len(self.taps)):
+        for number in range(len(self.cells)):
             state, tokens = self.advance(number, state, images, noise)
             found.append(tokens)
         return found
+
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each scale, against the best constant prediction for these images together."""
+        taps = zip(self.every_tap(images, noise), self.levels(images), strict=True)
+        return {
+            self._name(number): self.errors_at(number, tokens, level, noise)
+            for number, (tokens, level) in enumerate(taps)
+        }
 
     @torch.no_grad()
     def held_out(
         self, images: Float[Tensor, "b c height width"], generator: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each scale, against the best constant prediction for these images together."""
-        noise = self.sample(len(images), images.shape[2], images.shape[3], generator)
-        if self.pool is not None:  # images share a mask for speed alone
-            choice = torch.randint(self.pool.count, (len(images),), generator=generator)
-            noise = PooledMask(choice, len(images))
-        noise = noise.to(images.device)
-        targets = self.targets(images)
-        return {
-            self._name(number): self.errors(number, tokens, targets[number], noise)
-            for number, tokens in enumerate(self.every_tap(images, noise))
-        }
+        """Each image under a mask of its own: they share some for speed alone."""
+        noise = self.walk.sample(len(images), images.shape[2], images.shape[3], generator, alone=True)
+        return self.errors(images, noise.to(images.device))
 
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
         """The sum of the squared errors of all taps on hidden cells, mean over four fixed masks."""
-        targets = self.targets(images)
-        total = images.new_zeros(len(images))
-        for noise in self.fixed_noise(images, 4):
-            for number, tokens in enumerate(self.every_tap(images, noise)):
-                total = total + self.errors(number, tokens, targets[number], noise)[0] / 4
-        return total
+        found = [self.errors(images, noise).values() for noise in self.fixed_noise(images, 4)]
+        return torch.stack([torch.stack([left for left, _ in taps]).sum(0) for taps in found]).mean(0)
 
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> dict[str, Tensor]:
+    def restore(
+        self, images: Float[Tensor, "b c height width"], noise: Any = None, task: str | None = None
+    ) -> dict[str, Tensor]:
         """Original, visible patches, and the target with the prediction in its hidden cells, at the finest scale and
         at the patch's: for HOG a stroke along the edges of each cell. All frames are enlarged alike, so that strokes
         can be seen."""
         if noise is None:
             noise = self.fixed_noise(images, 1)[0]
-        times = enlargement(images)
-        unit = self.encoder.stride if self.pool is not None else self.patch_size[0]
-        hidden = mask_cells(images, self.mask(noise, len(self.taps) - 1), (unit, unit))
+        times, unit = enlargement(images), self.encoder.stride
+        hidden = mask_cells(images, self.walk.mask(noise, len(self.cells) - 1), (unit, unit))
         frames = {"original": enlarge(images, times), "hidden": enlarge(hidden, times)}
-        targets, tokens = self.targets(images), self.every_tap(images, noise)
-        shown = {number for number, scale in enumerate(self.scales) if scale <= unit}
+        levels, tokens = self.levels(images), self.every_tap(images, noise)
+        shown = {number for number, cell in enumerate(self.cells) if cell <= unit}
         for number in sorted({min(shown, default=0), max(shown, default=0)}):
-            scale, level = self.scales[number], targets[number]
-            filled = self._filled(number, tokens[number], level, self.mask(noise, number))
-            for name, values in (("target", level), ("restored", filled)):
-                frames[f"{name}\n{self.target_kind} {scale} px"] = self._picture(values, images, scale, times)
+            filled = self._filled(number, tokens[number], levels[number], self.walk.mask(noise, number))
+            for name, values in (("target", levels[number]), ("restored", filled)):
+                caption = f"{name}\n{self.wanted.name} {self.cells[number]} px"
+                frames[caption] = self.wanted.picture(values, images, times)
         if self.to_pixels is not None and self.painter is not None:
-            patches, mask = patchify(images, self._cell(self.painter)), self.mask(noise, self.painter)
-            painted = unstandardize(self.paint(tokens[self.painter], mask), take(patches, mask.hidden))
-            grid = (images.shape[-2] // self.scales[self.painter], images.shape[-1] // self.scales[self.painter])
-            whole = unpatchify(put(patches, mask.hidden, painted), self._cell(self.painter), grid)
-            frames["restored\npixels"] = enlarge(whole, times)
+            pixels, mask = Pixels(), self.walk.mask(noise, self.painter)
+            [level] = pixels(images, [self.cells[self.painter]])
+            painted = put(level.flatten(2).transpose(1, 2), mask.hidden, self.paint(tokens[self.painter], mask))
+            whole = painted.transpose(1, 2).unflatten(2, level.shape[-2:])
+            frames["restored\npixels"] = pixels.picture(whole, images, times)
         return frames
 
     def _filled(self, number: int, tokens: Tensor, level: Tensor, mask: Mask) -> Tensor:
@@ -440,11 +399,3 @@ class LocalMIM(Method):
             where = tap.target(numbers.expand(len(level), -1, -1, -1), mask).flatten(1)
             made = put(every, where, predicted.flatten(1, 2))
         return made.transpose(1, 2).unflatten(2, level.shape[-2:])
-
-    def _picture(self, level: Tensor, images: Tensor, scale: int, times: int) -> Tensor:
-        if self.target_kind == "hog":
-            return hog_picture(level, self.bins, images.shape[1], scale * times)
-        patches, size = patchify(images, (scale, scale)), (scale, scale)
-        shown = unstandardize(level.flatten(2).transpose(1, 2), patches)
-        shown = unpatchify(shown, size, (level.shape[-2], level.shape[-1]))
-        return enlarge(shown, times)

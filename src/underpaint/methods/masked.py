@@ -1,35 +1,61 @@
-"""What methods share whose only draw is which patches are hidden."""
+"""What methods share that hide part of an image by a `Mask`."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from underpaint.masking import Mask
+from underpaint.backbones import Backbone
+from underpaint.corruptions import mask_cells
+from underpaint.masking import Mask, Masking, Strategy, masking
 from underpaint.methods.method import Method
 
 
 class MaskedMethod(Method):
-    """A method that hides patches by a `Mask` and is judged by what it makes of the hidden ones: `errors`."""
+    """A method that hides a share of the patches, and is judged by what it makes of them.
 
-    task: str = "mask"  # the name of those errors: squared errors of the target, or words: cross-entropies
+    Args:
+        encoder: any that the method can use.
+        mask_ratio: share of what can be hidden that is.
+        mask: a name of `masking.MASKS`, or such a function.
+        mask_patch_size: pixels of a side of what is hidden as one; the method's own unit where None.
+    """
 
-    def errors(
-        self, images: Float[Tensor, "b c height width"], mask: Mask
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-        """What is wrong with each image's hidden patches: as predicted, and by the trivial prediction."""
+    encoder: Backbone
+    mask_ratio: float = 0.75
+    mask: str | Strategy = "random"
+    mask_patch_size: int | None = None
+
+    masking = Masking()
+
+    def hide(self, unit: tuple[int, int], size: tuple[int, int], mask_patch_size: int | None = None) -> None:
+        """Masks from here on number units of (height, width) pixels; says early what is impossible for images of this
+        size. `mask_patch_size` is the default."""
+        self.masking = masking(self.mask_ratio, self.mask, self.mask_patch_size or mask_patch_size, unit)
+        self.masking(1, *size, torch.Generator())
+
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
+        return self.masking(batch, height, width, generator)
+
+    def hidden(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b c height width"]:
+        """The images with what is hidden at the data's mean."""
+        return mask_cells(images, mask, self.masking.unit)
+
+    def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
+        """What the method says of the hidden patches."""
         raise NotImplementedError
 
-    def mask_for(self, images: Float[Tensor, "b c height width"], generator: torch.Generator | None = None) -> Mask:
-        """A mask for each image, on their device."""
-        return self.sample(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+    def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Tensor:
+        """What it should say."""
+        raise NotImplementedError
 
-    @torch.no_grad()
-    def held_out(
-        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        return {self.task: self.errors(images, self.mask_for(images, generator))}
+    def trivial(self, target: Float[Tensor, "b h d"]) -> Float[Tensor, "b h d"]:
+        """What is to be beaten: the mean of the data."""
+        return torch.zeros_like(target)
 
-    @torch.no_grad()
-    def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
-        """The error on hidden patches, mean over four fixed masks."""
-        return torch.stack([self.errors(images, mask)[0] for mask in self.fixed_noise(images, 4)]).mean(0)
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Squared, against the trivial prediction."""
+        target = self.targets(images, noise)
+        left = (self.predict(images, noise) - target).square().mean((1, 2))
+        return {"mask": (left, (target - self.trivial(target)).square().mean((1, 2)))}

@@ -1,12 +1,13 @@
 """The contract between a method and everything around it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, dataclass_transform
 
 import torch
 from jaxtyping import Float
 from timm.optim import param_groups_weight_decay
-from torch import Tensor
+from torch import Tensor, nn
 
 from underpaint.backbones import Backbone
 from underpaint.patches import Standardize
@@ -14,11 +15,15 @@ from underpaint.tokenizers import Tokenizer
 from underpaint.trainable import Objective, Trainable
 
 
+@dataclass_transform(eq_default=False, field_specifiers=(field,))
 class Method(Trainable):
     """A pretraining method around an encoder: `method(images)` is an `Objective`.
 
+    A subclass without an `__init__` of its own is a dataclass: its annotated fields, after those of the classes that it
+    extends, are the arguments of its constructor and with that the settings of a recipe; `__post_init__` makes the weights.
+
     Images are standardised, float32 [b, c, height, width]. What is random in a step is drawn by `sample`, outside
-    compiled regions; a method called without noise makes its own. Draws are a `Mask`, or a tuple of a method's own that
+    compiled regions; a method called without noise makes its own. Noise is a `Mask`, or a tuple of a method's own that
     has the same three verbs: `to(device)`, `rows(slice)`, and `repeat(batch)` of the noise of one image.
 
     A loss that is a sum of independent parts has `num_losses` above 1. `forward(images, noise, part, carry)` is then
@@ -27,10 +32,27 @@ class Method(Trainable):
     """
 
     encoder: Backbone
+    tasks: tuple[str, ...] = ("mask",)  # what is restored, by the names of `errors`
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" not in cls.__dict__:
+            dataclass(eq=False, repr=False)(cls)
+            for name in {setting.name for setting in fields(cls)} & set(cls.__dict__):
+                delattr(cls, name)  # a default there would hide a module that takes the setting's place
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_modules" not in self.__dict__:  # a dataclass sets its fields before anything else
+            nn.Module.__init__(self)
+        super().__setattr__(name, value)
 
     def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
         """The random part of a step for `batch` images of this size in pixels, on the CPU."""
         raise NotImplementedError
+
+    def sample_for(self, images: Float[Tensor, "b c height width"], generator: torch.Generator | None = None) -> Any:
+        """The same for these images, on their device."""
+        return self.sample(len(images), images.shape[2], images.shape[3], generator).to(images.device)
 
     def forward(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> Objective:
         raise NotImplementedError
@@ -67,7 +89,7 @@ class Method(Trainable):
             yield self(images, noise)
             return
         if noise is None:
-            noise = self.sample(len(images), images.shape[2], images.shape[3]).to(images.device)
+            noise = self.sample_for(images)
         carry = None
         for part in range(self.num_losses):
             objective = self(images, noise, part, carry)
@@ -88,19 +110,30 @@ class Method(Trainable):
         """
         return {}
 
-    def restore(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> dict[str, Tensor]:
-        """Pictures by caption, standardised like the images, from the original to the restoration."""
+    def restore(
+        self, images: Float[Tensor, "b c height width"], noise: Any = None, task: str | None = None
+    ) -> dict[str, Tensor]:
+        """Pictures by caption, standardised like the images, from the original to the restoration, of one of the `tasks`
+        or of each in turn."""
         raise NotImplementedError
 
-    def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
-        """How unusual each image is: higher means less like the training data."""
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """By task: what is wrong with each image where it was corrupted, restored and trivially restored ([b] each)."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def held_out(
         self, images: Float[Tensor, "b c height width"], generator: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """By task: each image's squared error on what was corrupted, restored and trivially restored ([b] each)."""
-        raise NotImplementedError
+        """The errors of images that were not trained on."""
+        return self.errors(images, self.sample_for(images, generator))
+
+    @torch.no_grad()
+    def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
+        """How unusual each image is, higher for less like the training data: the errors of the first task, mean over the
+        noise of four steps."""
+        found = [self.errors(images, noise) for noise in self.fixed_noise(images, 4)]
+        return torch.stack([next(iter(tasks.values()))[0] for tasks in found]).mean(0)
 
     def fixed_noise(self, images: Tensor, count: int) -> list[Any]:
         """The noise of `count` steps, the same at every call, for scores and pictures that can be compared."""

@@ -1,20 +1,17 @@
 """SimMIM: Xie et al., "SimMIM: a Simple Framework for Masked Image Modeling", CVPR 2022, arXiv 2111.09886.
 
 A control. Hidden patches stay in the encoder's input as one learned token; a linear map of the encoder's output gives
-the pixels of the hidden cells; the loss is their absolute error. Every encoder whose patch embeddings can be replaced
+the pixels of the hidden patches; the loss is their absolute error. Every encoder whose patch embeddings can be replaced
 will do: a plain ViT or a Swin.
 """
-
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from underpaint.backbones import Backbone, ViT
-from underpaint.backbones.swin import Swin
-from underpaint.corruptions import mask_cells
-from underpaint.masking import Mask, hidden_count, random_mask, refine
+from underpaint.backbones import StagedBackbone
+from underpaint.blocks import replaced
+from underpaint.masking import Mask, refine
 from underpaint.methods.masked import MaskedMethod
 from underpaint.methods.method import Objective
 from underpaint.patches import patchify, put, take, unpatchify
@@ -31,75 +28,51 @@ class SimMIM(MaskedMethod):
 
     Args:
         encoder: a plain ViT or a Swin.
-        mask_ratio: share of the cells that is hidden (0.6 in the paper).
-        cell: pixels of a side of a hidden cell (32 in the paper): a place of a Swin's last stage, or two patches of a
-            ViT where that divides the image, else one, where None.
+        mask_ratio: share of what can be hidden that is (0.6 in the paper).
+        mask: a name of `masking.MASKS`, or such a function.
+        mask_patch_size: pixels of a side of what is hidden as one (32 in the paper): a position of a Swin's last stage, or
+            two patches of a ViT where that divides the image, else one, where None.
 
     Raises:
         TypeError: an encoder of another kind.
-        ValueError: a cell that is no whole number of the encoder's last places, or does not divide the image.
+        ValueError: a mask patch that is no whole number of the encoder's last positions, or does not divide the image.
     """
 
-    encoder: Any
+    encoder: StagedBackbone
+    mask_ratio: float = 0.6
 
-    def __init__(self, encoder: Backbone, mask_ratio: float = 0.6, cell: int | None = None):
-        super().__init__()
-        if not isinstance(encoder, (ViT, Swin)):
+    def __post_init__(self) -> None:
+        encoder = self.encoder
+        if not isinstance(encoder, StagedBackbone):
             raise TypeError(f"SimMIM needs a plain ViT or a Swin, not {type(encoder).__name__}")
-        self.encoder, self.mask_ratio = encoder, mask_ratio
-        height, width = encoder.image_size
-        place = encoder.patch_size[0] if isinstance(encoder, ViT) else encoder.stride
-        if cell is None:
-            cell = (
-                2 * place if isinstance(encoder, ViT) and not (height % (2 * place) or width % (2 * place)) else place
-            )
-        if cell % place or height % cell or width % cell:
-            raise ValueError(f"cell is {cell} px; it must be a multiple of {place} px that divides {height}x{width}")
-        self.cell, self.place = cell, place
-        self.cells = (height // cell, width // cell)
-        self.hidden_cells = hidden_count(self.cells[0] * self.cells[1], mask_ratio)
-        dim = encoder.dim if isinstance(encoder, ViT) else encoder.info[0]["num_chs"]
-        self.mask_token = nn.Parameter(torch.zeros(dim))
+        unit, (height, width) = encoder.stride, encoder.image_size
+        twice = not encoder.hierarchical and not (height % (2 * unit) or width % (2 * unit))
+        self.hide((unit, unit), encoder.image_size, 2 * unit if twice else unit)
+        self.mask_token = nn.Parameter(torch.zeros(encoder.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.head = nn.Linear(encoder.dim, encoder.channels * place * place)
-
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
-        return random_mask(batch, self.cells[0] * self.cells[1], self.hidden_cells, generator)
+        self.head = nn.Linear(encoder.dim, encoder.channels * unit * unit)
 
     def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
-        """The pixels of the hidden places of the encoder's last grid."""
-        tokens = self.encoder.embed(images)
-        patches = refine(mask, self.cells, self.cell // self.encoder.patch_size[0]).hidden
-        hidden = torch.zeros_like(tokens[..., 0]).scatter(1, patches, 1.0).unsqueeze(-1)
-        tokens = tokens * (1 - hidden) + self.mask_token.to(tokens.dtype) * hidden
-        last = self.encoder.encode(tokens).tokens
-        return self.head(take(last, refine(mask, self.cells, self.cell // self.place).hidden)).float()
+        """The pixels of the hidden positions of the encoder's last grid."""
+        grid, (unit, _) = self.masking.grid(*images.shape[-2:]), self.masking.unit
+        patches = refine(mask, grid, unit // self.encoder.patch_size[0]).hidden
+        tokens = replaced(self.encoder.embed(images), patches, self.mask_token)
+        return self.head(take(self.encoder.encode(tokens).tokens, mask.hidden)).float()
 
     def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
-        places = refine(mask, self.cells, self.cell // self.place).hidden
-        return take(patchify(images, (self.place, self.place)), places)
+        return take(patchify(images, self.masking.unit), mask.hidden)
 
-    def forward(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> Objective:
-        if mask is None:
-            mask = self.mask_for(images)
+    def forward(self, images: Float[Tensor, "b c height width"], noise: Mask | None = None) -> Objective:
+        mask = self.sample_for(images) if noise is None else noise
         target = self.targets(images, mask)
         loss = (self.predict(images, mask) - target).abs().mean()
         return Objective(loss, {"baseline": target.abs().mean().detach()})  # of the mean of the data: 0
 
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
-        if mask is None:
-            mask = Mask(*self.fixed_noise(images, 1)[0])
-        size = (self.place, self.place)
-        grid = (images.shape[-2] // self.place, images.shape[-1] // self.place)
-        places = refine(mask, self.cells, self.cell // self.place).hidden
-        restored = put(patchify(images, size), places, self.predict(images, mask))
-        hidden = mask_cells(images, mask, (self.cell, self.cell))
-        return {"original": images, "hidden": hidden, "restored": unpatchify(restored, size, grid)}
-
-    def errors(
-        self, images: Float[Tensor, "b c height width"], mask: Mask
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-        """Squared, as for the other methods, against the mean of the data."""
-        target = self.targets(images, mask)
-        return (self.predict(images, mask) - target).square().mean((1, 2)), target.square().mean((1, 2))
+    def restore(
+        self, images: Float[Tensor, "b c height width"], noise: Mask | None = None, task: str | None = None
+    ) -> dict[str, Tensor]:
+        mask = self.fixed_noise(images, 1)[0] if noise is None else noise
+        filled = put(patchify(images, self.masking.unit), mask.hidden, self.predict(images, mask))
+        restored = unpatchify(filled, self.masking.unit, self.masking.grid(*images.shape[-2:]))
+        return {"original": images, "hidden": self.hidden(images, mask), "restored": restored}

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from underpaint.backbones import PatchBackbone
-from underpaint.corruptions import mask_cells
-from underpaint.masking import Mask
+from underpaint.masking import Mask, Strategy
 from underpaint.methods.masked import MaskedMethod
 from underpaint.patches import Standardize
 from underpaint.tokenizers import KMeansPatches, Tokenizer, codebook_size_for, load_tokenizer
@@ -20,24 +19,31 @@ class WordMethod(MaskedMethod):
 
     Without a tokenizer's file it has k-means over patches, which is still to be fitted to the training images;
     `standardize` leads back from the images of the method to those of the tokenizer, in [0, 1].
+
+    Args:
+        tokenizer: a file of `underpaint tokenizer`; k-means over the training images' patches where None.
+        codebook_size: words of that k-means: 1024 for images up to 64 px, 2048 above, where None.
     """
 
     encoder: PatchBackbone
-    task = "words"
+    mask: str | Strategy = "block"
+    tokenizer: Any = None  # a file before the weights are made, a `Tokenizer` after
+    codebook_size: int | None = None
 
-    def __init__(self, encoder: PatchBackbone, tokenizer: str | None, codebook_size: int | None):
-        super().__init__()
+    def __post_init__(self) -> None:
+        encoder, codebook_size, file = self.encoder, self.codebook_size, self.tokenizer
         if not isinstance(encoder, PatchBackbone):
             raise TypeError(f"{type(self).__name__} needs a plain vision transformer, not {type(encoder).__name__}")
-        self.encoder, self.patch_size = encoder, encoder.patch_size
+        self.patch_size = encoder.patch_size
         side = self.patch_size[0]
         if self.patch_size != (side, side):
             raise ValueError(f"words need square patches, not {self.patch_size}")
-        if tokenizer is None:
+        self.hide(self.patch_size, encoder.image_size)
+        if file is None:
             words = codebook_size or codebook_size_for(encoder.image_size)
-            self.tokenizer: Tokenizer = KMeansPatches(words, side, encoder.channels)
+            self.tokenizer = KMeansPatches(words, side, encoder.channels)
         else:
-            self.tokenizer = load_tokenizer(tokenizer)
+            self.tokenizer = load_tokenizer(file)
             if (self.tokenizer.stride, self.tokenizer.channels) != (side, encoder.channels):
                 raise ValueError(
                     f"the tokenizer makes a word of {self.tokenizer.stride} px of {self.tokenizer.channels} channels; the "
@@ -66,34 +72,29 @@ class WordMethod(MaskedMethod):
         """Standardised pictures of words, on the grid of `images`."""
         return self.standardize(self.tokenizer.decode(words, self.tokenizer.grid(*images.shape[-2:])))
 
-    def hidden_words(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Int[Tensor, "b h"]:
+    def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Tensor:
         return self.words(images).gather(1, mask.hidden)
 
-    def logits(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h k"]:
-        """Of the words of hidden patches."""
-        raise NotImplementedError
-
     @torch.no_grad()
-    def restore(self, images: Float[Tensor, "b c height width"], mask: Mask | None = None) -> dict[str, Tensor]:
+    def restore(
+        self, images: Float[Tensor, "b c height width"], noise: Mask | None = None, task: str | None = None
+    ) -> dict[str, Tensor]:
         """What the tokenizer makes of all patches, and the same with the hidden ones as predicted."""
-        if mask is None:
-            mask = Mask(*self.fixed_noise(images, 1)[0])
+        mask = self.fixed_noise(images, 1)[0] if noise is None else noise
         words = self.words(images)
-        predicted = words.scatter(1, mask.hidden, self.logits(images, mask).argmax(-1))
+        predicted = words.scatter(1, mask.hidden, self.predict(images, mask).argmax(-1))
         return {
             "original": images,
-            "hidden": mask_cells(images, mask, self.patch_size),
+            "hidden": self.hidden(images, mask),
             "words": self.spoken(images, words),
             "restored": self.spoken(images, predicted),
         }
 
-    def errors(
-        self, images: Float[Tensor, "b c height width"], mask: Mask
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Cross-entropy, against that of always saying words by their frequency."""
-        words = self.hidden_words(images, mask)
-        left = cross_entropies(self.logits(images, mask), words).mean(1)
-        return left, frequency_losses(words, self.tokenizer.shares).mean(1)
+        words = self.targets(images, noise)
+        left = cross_entropies(self.predict(images, noise), words).mean(1)
+        return {"words": (left, frequency_losses(words, self.tokenizer.shares).mean(1))}
 
 
 def _ready(method: Any, _: Any) -> None:
