@@ -485,9 +485,7 @@ def _result(plan: Plan, judge: ProbeSuite, folder: Path, found: Found) -> dict[s
         troubled=troubled,
         left_out=plan.left_out,
         spent={name: [run.lines("metrics.jsonl")[-1]["seconds"] / 60 for run in those] for name, those in runs.items()},
-        tokenizers={
-            n: made for n, those in runs.items() if (made := tokenizers_of({"tokenizers": _tokenizers(those)}))
-        },
+        tokenizers={n: made for n, those in runs.items() if (made := tokenizers_of(_tokenizers(those)))},
     )
     result["rows"] = [_row(arm, arms, start, runs.get(arm.name), words.get(arm.name)) for arm in arms]
     result["left_out"] = plan.left_out

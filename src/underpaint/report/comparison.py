@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from underpaint.errors import InputError
 from underpaint.report.figures.plots import Line, line_plot
-from underpaint.report.page import PICTURE_BYTES, Picture, dots, drawn, environment_facts, facts, picture
+from underpaint.report.page import PICTURE_BYTES, Picture, dots, drawn, picture
 from underpaint.report.reading import at, mapping, number, numbers, read_json, sequence, text, texts
-from underpaint.report.results import COLUMNS, Tokenizer, of_comparison, restoration_of, tokenizers_of
-from underpaint.report.tables import Table, sizes_text, table
+from underpaint.report.results import COLUMNS, Result, Tokenizer, of_comparison, restoration_of, rows_of, tokenizers_of
+from underpaint.report.tables import Table, table
 from underpaint.report.words import NONE, UNEQUAL, count_text, cut, span_text, time_text
 
 
@@ -25,19 +25,17 @@ class ComparisonPage:
     facts: Mapping[str, str]
     verdict: Sequence[str]
     taken: Sequence[str]  # the methods that are advised
+    result: Result
     table: Table
-    sizes: str
-    seeds: int
     start: str
-    notes: Sequence[str]
     dots: Sequence[Markup]
-    restored: Table
+    restored: Result
     curves: Sequence[Markup]
     picture: Picture | None
     broken: bool  # whether there is a picture that cannot be read
     normalised: Sequence[str]  # methods that predict patches without their mean and contrast
     settings: Mapping[str, str]
-    environment: Mapping[str, str]
+    environment: Mapping[str, object]
 
 
 def comparison_page(folder: Path) -> ComparisonPage:
@@ -46,34 +44,31 @@ def comparison_page(folder: Path) -> ComparisonPage:
     Raises InputError where the folder holds no finished comparison.
     """
     found = read_json(folder / "compare.json")
-    rows = {text(row, "name"): row for row in sequence(found, "rows") if isinstance(row, dict)}
+    rows = rows_of(found)
     if not rows:
         raise InputError(f"{folder}: holds no finished comparison (compare.json); `underpaint compare` makes one")
     result = of_comparison(found)
+    made = table(result, COLUMNS)
+    tokenizers = {name: tokenizer_text(tokenizers_of(row.get("tokenizers"))) for name, row in rows.items()}
     verdict = texts(found, "verdict") or ["No method was judged."]
+    recipes = {name: mapping(row, "recipe") for name, row in rows.items() if mapping(row, "recipe")}
     drawing = folder / "pictures" / "restorations.png"
     shown = picture(drawing, PICTURE_BYTES)
-    recipes = {name: mapping(row, "recipe") for name, row in rows.items() if mapping(row, "recipe")}
-    made = table(result, COLUMNS)
     return ComparisonPage(
         facts=comparison_facts(found, [number(row, "minutes") for row in rows.values()]),
         verdict=verdict,
         taken=[name for name in rows if name in advised(verdict[0])],
-        table=made.with_column(
-            "Tokenizer", [tokenizer_text(tokenizers_of(rows.get(line.name))) for line in made.lines]
-        ),
-        sizes=sizes_text(result),
-        seeds=len(sequence(found, "seeds")),
+        result=result,
+        table=made.with_column("Tokenizer", [tokenizers.get(line.name, NONE) for line in made.lines]),
         start=text(found, "start") or "untrained encoder",
-        notes=result.notes,
         dots=dots(result, "linear", "Linear probe, ± one standard error", "accuracy (%)"),
-        restored=table(restoration_of(found)),
+        restored=restoration_of(found),
         curves=drawn(curves(mapping(found, "curves"))),
         picture=shown,
         broken=shown is None and drawing.is_file(),
         normalised=[name for name, recipe in recipes.items() if at(recipe, "method", "norm_pix_loss")],
-        settings={name: cut(settings_text(recipe)) for name, recipe in recipes.items()},
-        environment=environment_facts(mapping(found, "environment")),
+        settings={name: settings_text(recipe) for name, recipe in recipes.items()},
+        environment=mapping(found, "environment"),
     )
 
 
@@ -86,21 +81,17 @@ def advised(sentence: str) -> list[str]:
 def comparison_facts(found: object, minutes: Sequence[float]) -> dict[str, str]:
     """What was compared on what; `minutes` are those that each row had, nan where it had none."""
     encoder = mapping(found, "encoder")
-    changed = [
-        f"{key.replace('_', ' ')} {value}" for key, value in encoder.items() if key != "name" and value is not None
-    ]
-    size = " x ".join(texts(found, "image_size"))
-    return facts(
-        {
-            "data": Path(text(found, "data")).name,
-            "images": count_text(number(found, "images")),
-            "encoder": text(encoder, "name") + (f" ({', '.join(changed)})" if changed else ""),
-            "image size": f"{size} px" if size else "",
-            "training": training_text(number(found, "minutes"), minutes),
-            "seeds": str(len(sequence(found, "seeds"))),
-            "started from": text(found, "init") or "random weights",
-        }
-    )
+    name = text(encoder.pop("name", None))
+    changed = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in encoder.items() if value is not None)
+    return {
+        "data": Path(text(found, "data")).name,
+        "images": count_text(number(found, "images")),
+        "encoder": f"{name} ({changed})" if changed else name,
+        "image size": " x ".join(texts(found, "image_size")) + " px",
+        "training": training_text(number(found, "minutes"), minutes),
+        "seeds": str(len(sequence(found, "seeds"))),
+        "started from": text(found, "init") or "random weights",
+    }
 
 
 def training_text(planned: float, minutes: Sequence[float]) -> str:
@@ -160,4 +151,4 @@ def probe_curves(found: Mapping[str, object], key: str, probe: str, scale: float
 
 def settings_text(recipe: Mapping[str, object]) -> str:
     """What a method was trained with."""
-    return yaml.safe_dump({key: recipe.get(key) for key in ("method", "optimiser", "measured")}, sort_keys=False)
+    return cut(yaml.safe_dump({key: recipe.get(key) for key in ("method", "optimiser", "measured")}, sort_keys=False))

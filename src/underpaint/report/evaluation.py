@@ -8,14 +8,14 @@ import yaml
 from markupsafe import Markup
 
 from underpaint.errors import InputError
-from underpaint.report.page import PICTURE_BYTES, Picture, Seen, dots, environment_facts, facts, picture, seen
+from underpaint.report.page import PICTURE_BYTES, Picture, Seen, dots, picture, seen
 from underpaint.report.reading import at, mapping, number, numbers, read_json, text, texts
 from underpaint.report.results import Result, of_evaluation
-from underpaint.report.tables import Line, Table, metric, shown, sizes_text, table
+from underpaint.report.tables import Line, Table, metric, shown
 from underpaint.report.words import capital, cut, percent_text
 
 TASK_BYTES = PICTURE_BYTES * 2 // 3  # of the pictures of all tasks; the rest is for what the features see
-PICTURES = 16  # of all tasks together
+PICTURES = 12  # of a task
 CLASSES = 200  # that a table names
 TITLES = {
     "knn": "Nearest neighbours",
@@ -32,12 +32,10 @@ TITLES = {
 class TaskPart:
     """What the page shows of one task."""
 
-    name: str
     title: str
-    sizes: str
+    result: Result
     percent: bool  # whether all its numbers are shares
     against: str  # the other images, of outliers
-    table: Table
     dots: Sequence[Markup]
     classes: Table
     pictures: Sequence[Picture]
@@ -53,7 +51,7 @@ class EvaluationPage:
     notes: Sequence[str]
     tasks: Sequence[TaskPart]
     seen: Seen
-    environment: Mapping[str, str]
+    environment: Mapping[str, object]
 
 
 def evaluation_page(folder: Path) -> EvaluationPage:
@@ -65,42 +63,37 @@ def evaluation_page(folder: Path) -> EvaluationPage:
     results = of_evaluation(found)
     if not results:
         raise InputError(f"{folder}: holds no evaluation (results.json); `underpaint evaluate` makes one")
-    files = {result.name: sorted((folder / result.name).rglob("*.png")) for result in results}
-    limit = TASK_BYTES // max(1, min(PICTURES, sum(map(len, files.values()))))
+    limit = TASK_BYTES // (PICTURES * len(results))
+    known = {name: text(found, name) for name in ("encoder", "data", "groups", "seed")}
     share = number(found, "label_fraction")
     return EvaluationPage(
-        name=Path(text(found, "encoder")).name or folder.resolve().name,
-        facts=facts(
-            {
-                "encoder": text(found, "encoder") + (", untrained" if at(found, "untrained") is True else ""),
-                "data": text(found, "data"),
-                "image size": " x ".join(texts(found, "image_size")) + " px",
-                "labels": f"{percent_text(share)} % of each class" if share < 1 else "",
-                "groups": text(found, "groups"),
-                "seed": text(found, "seed"),
-            }
-        ),
+        name=Path(known["encoder"]).name or folder.resolve().name,
+        facts=known
+        | {
+            "image size": " x ".join(texts(found, "image_size")) + " px",
+            "untrained": "yes" if at(found, "untrained") else "",
+        }
+        | {"labels": f"{percent_text(share)} % of each class" if share < 1 else ""},
         notes=texts(found, "notes"),
-        tasks=[task(result, at(found, "tasks", result.name), folder, files[result.name], limit) for result in results],
+        tasks=[task(result, at(found, "tasks", result.name), folder / result.name, limit) for result in results],
         seen=seen(folder / "pictures", PICTURE_BYTES - TASK_BYTES),
-        environment=environment_facts(mapping(found, "environment")),
+        environment=mapping(found, "environment"),
     )
 
 
-def task(result: Result, found: object, folder: Path, files: Sequence[Path], limit: int) -> TaskPart:
+def task(result: Result, found: object, folder: Path, limit: int) -> TaskPart:
     """One task; `found` is what results.json holds of it, for what is no number of a row."""
-    pictures = [picture(file, limit, picture_name(file.relative_to(folder / result.name))) for file in files[:PICTURES]]
-    kept = {key: mapping(found, key) for key in ("settings", "recipe", "sizes", "trained") if mapping(found, key)}
+    files = sorted(folder.rglob("*.png"))[:PICTURES]
+    pictures = [picture(file, limit, picture_name(file.relative_to(folder))) for file in files]
     chosen = {name: mapping(row, "chosen") for name, row in mapping(found, "rows").items() if mapping(row, "chosen")}
-    kept |= {"chosen": chosen} if chosen else {}
+    kept = {key: mapping(found, key) for key in ("settings", "recipe", "sizes", "trained")} | {"chosen": chosen}
+    kept = {key: value for key, value in kept.items() if value}
     metrics = shown(result) or ["accuracy"]
     return TaskPart(
-        name=result.name,
         title=TITLES.get(result.name, result.name),
-        sizes=sizes_text(result),
+        result=result,
         percent=all(metric(name).share for name in metrics),
         against=text(found, "against"),
-        table=table(result),
         dots=dots(result, metrics[0], "Each row, ± one standard error", metric(metrics[0]).head),
         classes=classes(found),
         pictures=[one for one in pictures if one],

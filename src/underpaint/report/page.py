@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,11 +15,11 @@ from PIL import Image
 
 from underpaint.files import replacing
 from underpaint.report.figures.plots import Dot, dot_plot
-from underpaint.report.reading import mapping, number, read_json
-from underpaint.report.results import Result, Value
-from underpaint.report.tables import metric
+from underpaint.report.reading import at, number, read_json
+from underpaint.report.results import Result, Value, values
+from underpaint.report.tables import metric, sizes_text, table
 from underpaint.report.verdict import MEASURABLE
-from underpaint.report.words import count_text, cut, percent_text, plain_text, points_text
+from underpaint.report.words import count_text, percent_text, plain_text, points_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 PICTURE_BYTES = 2_400_000  # all pictures together; base64 makes 3.2 MB of them, so that the page stays under 5 MB
@@ -39,7 +39,13 @@ def environment() -> Environment:
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     made.globals |= {"style": Markup(style), "script": Markup(script), "digest": digest}
-    made.filters |= {"sentence": sentence, "count": count_text}
+    made.filters |= {
+        "sentence": sentence,
+        "count": count_text,
+        "plain": plain_text,
+        "table": table,
+        "sizes": sizes_text,
+    }
     return made
 
 
@@ -61,16 +67,6 @@ def write_page(path: Path, template: str, page: object) -> Path:
 def drawn(plots: Sequence[str]) -> list[Markup]:
     """Plots, which are SVG and no text."""
     return [Markup(plot) for plot in plots]
-
-
-def facts(known: Mapping[str, str]) -> dict[str, str]:
-    """Those facts that are known."""
-    return {name: fact for name, fact in known.items() if fact}
-
-
-def environment_facts(found: Mapping[str, object]) -> dict[str, str]:
-    """Versions, device and command line, as text."""
-    return {name: cut(plain_text(value), 2000) for name, value in list(found.items())[:200]}
 
 
 def dots(result: Result, name: str, title: str, x_label: str) -> list[Markup]:
@@ -147,22 +143,18 @@ def seen(folder: Path, limit: int) -> Seen:
 
 def neighbour_sentences(known: object) -> list[str]:
     """How often neighbours share a label, and what may be said of the change; nothing without labels."""
-    shares = mapping(known, "same_label")
-
-    def share(name: str) -> Value:
-        return Value(number(shares, name), number(shares, f"{name}_error"))
-
-    if not share("pretrained").known:
+    shares = values(at(known, "same_label"))
+    if "pretrained" not in shares:
         return []
     count = number(known, "neighbours")
     several = f"{'five' if count == 5 else f'{count:.0f}'} " if count > 1 else ""
-    first = f"Of the {several}nearest neighbours, {percent_text(*share('pretrained'))} % share the query's label"
+    first = f"Of the {several}nearest neighbours, {percent_text(*shares['pretrained'])} % share the query's label"
     for name, when in (("untrained", "before training"), ("chance", "by chance")):
-        first += f"; {percent_text(*share(name))} % {when}" if share(name).known else ""
+        first += f"; {percent_text(*shares[name])} % {when}" if name in shares else ""
     queries = count_text(number(known, "queries"))
     said = [f"{first} ({queries} queries)." if queries else f"{first}."]
-    change = share("difference")
-    if change.known and change.error >= 0:
+    change = shares.get("difference", Value())
+    if change.error >= 0:
         moved = f"{points_text(*change)} points"
         measured = abs(change.sigmas) >= MEASURABLE
         said.append(

@@ -9,12 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from underpaint.report.reading import at, mapping, number, sequence, text, texts
+from underpaint.report.reading import Lines, at, mapping, number, probe_lines, sequence, text, texts
 
 Kind = Literal["own", "start", "floor"]
 PROBES = {"linear": "linear probe", "attentive": "attentive probe", "knn": "kNN accuracy"}  # of a run, in a sentence
 FEW = ("few_linear", "few_attentive")  # the further probes of a comparison
-MEASURED = ("rank", "loss_over_baseline", "images_per_second", "memory_gib", "minutes")  # of its rows, without an error
+MEASURED = (
+    "rank",
+    "loss_over_baseline",
+    "images_per_second",
+    "memory_gib",
+    "minutes",
+)  # of its methods, without errors
 COLUMNS = (*PROBES, *FEW, "gain", *MEASURED)  # of its table
 
 
@@ -32,6 +38,10 @@ class Value(NamedTuple):
     def sigmas(self) -> float:
         """The value in its own standard errors; 0 where those are unknown: nothing is claimed."""
         return self.value / self.error if self.error > 0 else 0.0
+
+    def minus(self, other: "Value") -> "Value":
+        """The difference as if the two had other test images each: never a smaller error than that of pairs."""
+        return Value(self.value - other.value, math.hypot(self.error, other.error))
 
 
 @dataclass(frozen=True)
@@ -87,103 +97,100 @@ class Result:
         return next((gain.values.get(metric, Value()) for gain in self.gains if gain.of == of), Value())
 
 
-def _counts(found: object) -> dict[str, float]:
-    counts = {name: number(found, name) for name in ("train", "test", "classes")}
-    return {name: count for name, count in counts.items() if math.isfinite(count)}
+def values(found: object) -> dict[str, Value]:
+    """Numbers by name, in all the ways that files keep them.
+
+    `{name: 0.5, name_error: 0.1}`; or `{name: {key: 0.5, "standard_error": 0.1}}` with the key accuracy, difference or
+    error. What is no number is left out.
+    """
+    known = {}
+    for name, inner in mapping(found).items():
+        key = next((key for key in ("accuracy", "difference", "error") if key in mapping(inner)), "")
+        one = Value(number(inner, key), number(inner, "standard_error"))
+        if not key:
+            one = Value(number(inner), number(found, f"{name}_error"))
+        if one.known and not name.endswith("_error"):
+            known[name] = one
+    return known
 
 
-def _pair(found: object, value: str, error: str) -> Value:
-    return Value(number(found, value), number(found, error))
-
-
-def _accuracy(found: object) -> Value:
-    """An accuracy, whether it was stored with its standard error or alone."""
-    alone = number(found)
-    return Value(alone) if math.isfinite(alone) else _pair(found, "accuracy", "standard_error")
-
-
-def _accuracies(found: object) -> dict[str, Value]:
-    return {name: _accuracy(inner) for name, inner in mapping(found).items()}
-
-
-def _differences(found: object) -> dict[str, Value]:
-    return {name: _pair(inner, "difference", "standard_error") for name, inner in mapping(found).items()}
-
-
-def of_run(probes: object) -> Result:
-    """The final probes of a run, as probes.json holds them; `rank` and `dim` beside the accuracies."""
-    rank = {key: Value(number(probes, "rank", key)) for key in ("encoder", "untrained", "dim")}
-    rows = [
-        Row("pretrained", "own", {**_accuracies(at(probes, "encoder")), "rank": rank["encoder"], "dim": rank["dim"]}),
-        Row("untrained", "start", {**_accuracies(at(probes, "untrained")), "rank": rank["untrained"]}),
-        Row("raw pixels", "floor", _accuracies(at(probes, "raw_pixels"))),
-        Row("HOG", "floor", _accuracies(at(probes, "hog"))),
+def _result(name: str, found: object, rows: Sequence[Row], gains: Sequence[Gain]) -> Result:
+    """With what a file says beside its rows; majority and chance, which are alike for every probe, are rows too."""
+    beside = values(found)
+    probes = [probe for probe in (*PROBES, *FEW) if any(row[probe].known for row in rows)]
+    for_all = [
+        Row(name, "floor", dict.fromkeys(probes, beside[name])) for name in ("majority", "chance") if name in beside
     ]
-    measured = [probe for probe in PROBES if any(row[probe].known for row in rows)]
-    of_all = {"majority": _accuracy(at(probes, "majority")), "chance": Value(number(probes, "chance"))}
-    rows += [Row(name, "floor", dict.fromkeys(measured, value)) for name, value in of_all.items()]
-    gain = Gain("gain over untrained", "pretrained", _differences(at(probes, "gain")))
-    return Result("Features", rows, [gain], texts(probes, "notes"), _counts(probes))
+    counts = {name: beside[name].value for name in ("train", "test", "classes") if name in beside}
+    return Result(name, [*rows, *for_all], gains, texts(found, "notes"), counts)
+
+
+def of_run(probes: object, lines: Lines = ()) -> Result:
+    """A run as probes.json holds it, with `rank` and `dim` beside the accuracies of the encoder.
+
+    Where gains or ranks are not there, they are those of the probes on the way (`lines` of metrics.jsonl).
+    """
+    during = probe_lines(lines)
+    early = values(at(during[0], "probe")) if during and number(during[0], "step") == 0 else {}
+    late = values(at(during[-1], "probe")) if during and number(during[-1], "step") > 0 else {}
+    rank = values(at(probes, "rank"))
+    after, before, gains = (values(at(probes, key)) for key in ("encoder", "untrained", "gain"))
+    for probe in PROBES:
+        for one, other in ((after, before), (late, early)):
+            if probe not in gains and probe in one and probe in other:
+                gains[probe] = one[probe].minus(other[probe])
+    ranks = rank.get("encoder", late.get("rank", Value())), rank.get("untrained", early.get("rank", Value()))
+    rows = [
+        Row("pretrained", "own", {**after, "rank": ranks[0], "dim": rank.get("dim", Value())}),
+        Row("untrained", "start", {**before, "rank": ranks[1]}),
+        Row("raw pixels", "floor", values(at(probes, "raw_pixels"))),
+        Row("HOG", "floor", values(at(probes, "hog"))),
+    ]
+    return _result("Features", probes, rows, [Gain("gain over untrained", "pretrained", gains)])
 
 
 def of_evaluation(results: object) -> list[Result]:
     """Every task of an evaluation, as results.json holds them."""
-    return [_of_task(name, found) for name, found in mapping(results, "tasks").items()]
+    made = []
+    for task, found in mapping(results, "tasks").items():
+        gains = [Gain(name, "encoder", values(one)) for name, one in mapping(found, "gains").items()]
+        rows = [Row(name, _kind(name), values(one)) for name, one in mapping(found, "rows").items()]
+        made.append(_result(task, found, rows, gains))
+    return made
 
 
-def _of_task(task: str, found: object) -> Result:
-    rows = []
-    for name, values in mapping(found, "rows").items():
-        own = name.startswith(("encoder", "the method"))
-        kind: Kind = "own" if own else "start" if name.startswith("untrained") else "floor"
-        rows.append(Row(name, kind, _named(values)))
-    gains = [Gain(name, "encoder", _named(values)) for name, values in mapping(found, "gains").items()]
-    return Result(task, rows, gains, (), _counts(found))
-
-
-def _named(found: object) -> dict[str, Value]:
-    """The numbers of a mapping, each with that of the same name and "_error"."""
-    names = [name for name in mapping(found) if not name.endswith("_error") and math.isfinite(number(found, name))]
-    return {name: _pair(found, name, f"{name}_error") for name in names}
-
-
-KINDS: Mapping[str, Kind] = {"method": "own", "start": "start", "floor": "floor"}
+def _kind(name: str) -> Kind:
+    """Of a row of an evaluation, or the kind that a comparison says."""
+    if name.startswith(("encoder", "the method")):
+        return "own"
+    return "start" if name.startswith(("untrained", "start")) else "floor"
 
 
 def of_comparison(result: object) -> Result:
-    """The rows of a comparison, as compare.json holds them, and chance."""
-    rows, gains = [], []
-    for found in _rows(result):
-        name = text(found, "name")
-        values = _accuracies(at(found, "probes")) | {key: Value(number(found, key)) for key in MEASURED}
-        rows.append(Row(name, KINDS.get(text(found, "kind"), "floor"), values))
-        gains.append(Gain("gain", name, _differences(at(found, "gain"))))
-    chance = Value(number(result, "chance"))
-    if chance.known:
-        probes = [probe for probe in (*PROBES, *FEW) if any(probe in row.values for row in rows)]
-        rows.append(Row("chance", "floor", dict.fromkeys(probes, chance)))
-    return Result("", rows, gains, texts(result, "notes"), _counts(result))
+    """The rows of a comparison, as compare.json holds them."""
+    found = rows_of(result)
+    kinds = {name: text(one, "kind") for name, one in found.items()}
+    rows = [
+        Row(name, "own" if kinds[name] == "method" else _kind(kinds[name]), values(one) | values(at(one, "probes")))
+        for name, one in found.items()
+    ]
+    gains = [Gain("gain", name, values(at(one, "gain"))) for name, one in found.items()]
+    return _result("", result, rows, gains)
 
 
 def restoration_of(result: object) -> Result:
     """How well each method of a comparison restores images that it was not trained on, by task."""
-    rows = []
-    for found in _rows(result):
-        errors = mapping(found, "restoration")
-        values = {task: _pair(one, "error", "standard_error") for task, one in errors.items() if mapping(one)}
-        if values:
-            rows.append(Row(text(found, "name"), "own", values))
-    return Result("Method", rows)
+    found = {name: values(at(one, "restoration")) for name, one in rows_of(result).items()}
+    return Result("Method", [Row(name, "own", errors) for name, errors in found.items() if errors])
 
 
-def _rows(result: object) -> list[dict[str, object]]:
-    return [mapping(row) for row in sequence(result, "rows") if isinstance(row, dict)]
+def rows_of(result: object) -> dict[str, dict[str, object]]:
+    """What compare.json holds of each row, by name."""
+    return {text(row, "name"): mapping(row) for row in sequence(result, "rows") if isinstance(row, dict)}
 
 
-def tokenizers_of(row: object) -> list[Tokenizer] | None:
+def tokenizers_of(found: object) -> list[Tokenizer] | None:
     """Of a method of a comparison that predicts words, by seed; None where it is not told whether there are some."""
-    found = at(row, "tokenizers")
-    if not isinstance(found, list):
-        return None
-    times = [(bool(at(one, "made")), number(one, "seconds")) for one in found]
-    return [Tokenizer(made, seconds if math.isfinite(seconds) else None) for made, seconds in times]
+    times = [(bool(at(one, "made")), number(one, "seconds")) for one in sequence(found)]
+    made = [Tokenizer(made, seconds if math.isfinite(seconds) else None) for made, seconds in times]
+    return made if isinstance(found, list) else None

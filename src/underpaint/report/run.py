@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from underpaint.report.figures.plots import Line, line_plot
-from underpaint.report.page import PICTURE_BYTES, Picture, Seen, drawn, environment_facts, facts, picture, seen
+from underpaint.report.page import PICTURE_BYTES, Picture, Seen, drawn, picture, seen
 from underpaint.report.reading import (
     Lines,
     column,
@@ -24,26 +24,13 @@ from underpaint.report.reading import (
     text,
     text_of,
 )
-from underpaint.report.results import PROBES, Result, Value, of_run
-from underpaint.report.tables import Table, sizes_text, table
-from underpaint.report.verdict import MEASURABLE, Verdict, change_sentence, changes, judge, ranks
+from underpaint.report.results import PROBES, Result, of_run
+from underpaint.report.verdict import MEASURABLE, Verdict, change_sentence, changes, judge
 from underpaint.report.words import capital, count_text, cut, points_text, time_text
 
 PICTURES = 12  # positions of the slider: more are not looked at
 RESTORATION_BYTES = PICTURE_BYTES // 2  # the rest is for what the features see
-SKIPPED = 50  # files named on the page; the rest are in skipped.jsonl
 TERMS = 6  # of the loss that are drawn
-
-
-@dataclass(frozen=True)
-class Training:
-    """The curves of training, and which of them there are."""
-
-    steps: int
-    loss: bool
-    baseline: bool
-    large: Sequence[Markup]
-    small: Sequence[Markup]
 
 
 @dataclass(frozen=True)
@@ -53,19 +40,17 @@ class RunPage:
     name: str
     facts: Mapping[str, str]
     verdict: Verdict
-    training: Training
+    steps: int  # lines that were logged
+    curves: tuple[Sequence[Markup], Sequence[Markup]]  # of training, large and small
     sentences: Sequence[str]  # what the features are worth
-    table: Table
-    sizes: str
-    notes: Sequence[str]
+    result: Result
     probes: Sequence[Markup]  # over training
     frames: Sequence[Picture]  # restorations over training
     broken: int  # pictures that could not be read
     seen: Seen
-    skipped: Sequence[tuple[str, str]]  # path and reason of the first
-    skipped_count: int
+    skipped: Sequence[tuple[str, str]]  # path and reason of each file
     recipe: str
-    environment: Mapping[str, str]
+    environment: Mapping[str, object]
 
 
 def run_page(run: Path) -> RunPage:
@@ -77,42 +62,35 @@ def run_page(run: Path) -> RunPage:
     lines = read_lines(run / "metrics.jsonl")
     written = text_of(run / "recipe.yaml")
     recipe = read_yaml(written)
-    result = of_run(read_json(run / "probes.json"))
+    result = of_run(read_json(run / "probes.json"), lines)
     frames, broken = restorations(run / "pictures")
-    skipped = read_lines(run / "skipped.jsonl")
     last = lines[-1] if lines else {}
+    steps = [line for line in lines if math.isfinite(number(line, "step"))]
+    known = {name: text(recipe, section, key) for name, (section, key) in FACTS.items()}
+    known |= {"steps": count_text(number(last, "step")), "images seen": count_text(number(last, "images"))}
     return RunPage(
         name=run.resolve().name,
-        facts=facts(
-            {
-                "method": text(recipe, "method", "name"),
-                "encoder": text(recipe, "encoder", "name"),
-                "data": text(recipe, "data", "path"),
-                "steps": count_text(number(last, "step")),
-                "images seen": count_text(number(last, "images")),
-                "time": time_text(number(last, "seconds")),
-            }
-        ),
+        facts=known | {"time": time_text(number(last, "seconds"))},
         verdict=judge(lines, result, recipe),
-        training=training(lines),
-        sentences=worth_sentences(lines, result),
-        table=table(result, tuple(PROBES)),
-        sizes=sizes_text(result),
-        notes=result.notes,
-        probes=probe_plots(lines),
+        steps=len(steps),
+        curves=training_plots(steps),
+        sentences=worth_sentences(result),
+        result=result,
+        probes=probe_plots(probe_lines(steps)),
         frames=frames,
         broken=broken,
         seen=seen(run / "pictures", PICTURE_BYTES - RESTORATION_BYTES),
-        skipped=[(text(one, "path")[:400] or "?", text(one, "reason")[:400]) for one in skipped[:SKIPPED]],
-        skipped_count=len(skipped),
+        skipped=[(text(one, "path") or "?", text(one, "reason")) for one in read_lines(run / "skipped.jsonl")],
         recipe=cut(written),
-        environment=environment_facts(read_json(run / "environment.json")),
+        environment=read_json(run / "environment.json"),
     )
 
 
-def training(lines: Lines) -> Training:
-    """The curves of training."""
-    lines = [line for line in lines if math.isfinite(number(line, "step"))]
+FACTS = {"method": ("method", "name"), "encoder": ("encoder", "name"), "data": ("data", "path")}  # of the recipe
+
+
+def training_plots(lines: Lines) -> tuple[list[Markup], list[Markup]]:
+    """The curves of training: the loss and its terms, and small ones of what tells how it went."""
     steps = column(lines, "step").tolist()
 
     def curve(name: str, *keys: str, scale: float = 1.0) -> Line | None:
@@ -120,15 +98,15 @@ def training(lines: Lines) -> Training:
         return Line(name, steps, values.tolist()) if np.isfinite(values).any() else None
 
     large, small = [], []
-    loss, baseline = curve("loss", "loss"), curve("trivial baseline", "terms", "baseline")
-    if loss is not None:
-        title = "Loss against its trivial baseline" if baseline else "Loss"
-        large.append(line_plot([loss], x_label="step", y_label="loss", title=title, baseline=baseline))
+    if loss := curve("loss", "loss"):
+        against = curve("trivial baseline", "terms", "baseline")
+        title = "Loss against its trivial baseline" if against else "Loss"
+        large.append(line_plot([loss], x_label="step", y_label="loss", title=title, baseline=against))
     names = dict.fromkeys(name for line in lines for name in mapping(line, "terms") if name != "baseline")
-    terms = [term for name in names if (term := curve(name, "terms", name))]
+    terms = [term for name in names if (term := curve(name, "terms", name))][:TERMS]
     if len(terms) > 1:
         title = "What the loss is made of"
-        large.append(line_plot(terms[:TERMS], x_label="step", y_label="term of the loss", title=title))
+        large.append(line_plot(terms, x_label="step", y_label="term of the loss", title=title))
     for title, unit, key, scale in (
         ("Learning rate", "learning rate", "lr", 1.0),
         ("Gradient norm", "norm, all weights", "gradient_norm", 1.0),
@@ -137,35 +115,30 @@ def training(lines: Lines) -> Training:
     ):
         if line := curve(title, key, scale=scale):
             small.append(line_plot([line], x_label="step", y_label=unit, title=title, small=True, from_zero=True))
-    return Training(len(steps), loss is not None, baseline is not None, drawn(large), drawn(small))
+    return drawn(large), drawn(small)
 
 
-def worth_sentences(lines: Lines, result: Result) -> list[str]:
+def worth_sentences(result: Result) -> list[str]:
     """One sentence a probe, then one against features nobody trained, then one on rank."""
-    said = [change_sentence(name, change) for name, change in changes(lines, result).items()]
-    own = result.row("pretrained")["linear"]
+    said = [change_sentence(name, change) for name, change in changes(result).items()]
+    own, before = result.row("pretrained"), result.row("untrained")
     for name in ("HOG", "raw pixels"):
-        other = result.row(name)["linear"]
-        gap = Value(own.value - other.value, math.hypot(own.error, other.error))
-        if not gap.known or not math.isfinite(gap.error):
-            continue
+        gap = own["linear"].minus(result.row(name)["linear"])
         points = f"{points_text(*gap)} points"
         if abs(gap.value) < MEASURABLE * gap.error or gap.value == 0:
             said.append(f"Under the linear probe the encoder is not measurably different from {name} ({points}).")
-        else:
+        elif math.isfinite(gap.error):
             side = "better" if gap.value > 0 else "worse"
             said.append(f"Under the linear probe the encoder is {points[1:]} {side} than {name}.")
-    rank = ranks(lines, result)
-    if math.isfinite(rank.encoder):
-        of = f" of {rank.dimensions:.0f}" if math.isfinite(rank.dimensions) else ""
-        before = f"; before training {rank.untrained:.1f}" if math.isfinite(rank.untrained) else ""
-        said.append(f"The features span {rank.encoder:.1f}{of} dimensions (effective rank){before}.")
+    if own["rank"].known:
+        of = f" of {own['dim'].value:.0f}" if own["dim"].known else ""
+        since = f"; before training {before['rank'].value:.1f}" if before["rank"].known else ""
+        said.append(f"The features span {own['rank'].value:.1f}{of} dimensions (effective rank){since}.")
     return said
 
 
 def probe_plots(lines: Lines) -> list[Markup]:
-    """Each probe over training, against the untrained encoder."""
-    lines = [line for line in probe_lines(lines) if math.isfinite(number(line, "step"))]
+    """Each probe over training, against the untrained encoder; of the lines at which a probe ran."""
     steps = column(lines, "step").tolist()
     made = []
     for key, name in (*PROBES.items(), ("rank", "effective rank")):

@@ -12,17 +12,15 @@ import numpy as np
 
 from underpaint.report.reading import (
     Lines,
+    at,
     column,
     finite,
-    mapping,
     mean,
     number,
-    probe_lines,
     read_json,
     read_lines,
     read_yaml,
     require_run,
-    text,
     text_of,
 )
 from underpaint.report.results import PROBES, Result, Value, of_run
@@ -54,56 +52,70 @@ class Verdict(NamedTuple):
 def verdict(run: Path) -> Verdict:
     """Whether a run is learning, stalled, collapsed or starved of data, by which signal, and what to change."""
     require_run(run)
-    recipe = read_yaml(text_of(run / "recipe.yaml"))
-    return judge(read_lines(run / "metrics.jsonl"), of_run(read_json(run / "probes.json")), recipe)
+    lines = read_lines(run / "metrics.jsonl")
+    return judge(lines, of_run(read_json(run / "probes.json"), lines), read_yaml(text_of(run / "recipe.yaml")))
 
 
 def judge(lines: Lines, result: Result, recipe: object) -> Verdict:
     """The rules, the gravest first; each names the signal it went by."""
     trained = [line for line in lines if number(line, "step") > 0 or math.isfinite(number(line, "loss"))]
     loss, rate, waited = column(trained, "loss"), column(trained, "lr"), finite(column(trained, "data_wait"))
-    quarter = max(1, len(loss) // 4)
+    late = loss[-max(1, len(loss) // 4) :]
+    set_to = at(recipe, "optimiser", "lr")
+    was = f" (`--set optimiser.lr=...`, it was {set_to})" if set_to is not None else ""
     if len(loss) == 0:
         return Verdict("stalled", "No training step was logged, so there is nothing to judge.", START_AGAIN)
-    if not math.isfinite(loss[-1]) or np.isfinite(loss[-quarter:]).mean() <= 0.5:
-        lost, late = (np.count_nonzero(~np.isfinite(part)) for part in (loss, loss[-quarter:]))
-        lost = f"{lost} of {len(loss)} log lines, {late} of them in the last quarter"
-        return Verdict("stalled", f"The loss was not finite in {lost}.", not_finite_advice(recipe))
+    if not math.isfinite(loss[-1]) or np.isfinite(late).mean() <= 0.5:
+        lost, lost_late = (np.count_nonzero(~np.isfinite(part)) for part in (loss, late))
+        said = f"The loss was not finite in {lost} of {len(loss)} log lines, {lost_late} of them in the last quarter."
+        return Verdict("stalled", said, f"Lower the learning rate{was}, {NOT_FINITE}")
 
-    baseline = trivial_loss(trained)
-    last, falling = mean(loss[-quarter:]), is_falling(loss)
+    (baseline, against), last, falling = trivial_loss(trained), mean(late), is_falling(loss)
     below = math.isfinite(baseline) and last < baseline - (1 - NOT_BELOW) * abs(baseline)
-    story = loss_sentence(last, baseline, falling, len(loss), has_baseline(trained))
-    gains = changes(lines, result)
-    found = collapse(trained, ranks(lines, result), gains, below or falling)
-    if found:
-        return Verdict("collapsed", found, collapse_advice(recipe))
+    story = loss_sentence(last, baseline, against, falling, len(loss))
+    gains = changes(result)
+    if found := collapse(trained, result, below or falling):
+        return Verdict("collapsed", found, f"Lower the learning rate{was} {COLLAPSED}")
     worth = next((change_sentence(name, gain, ONE_RUN) for name, gain in gains.items()), "")
     if len(waited) and (wait := float(np.median(waited))) > WAITING:
         said = f"Training waited for data {wait:.0%} of the time (median). {story} {worth}"
         return Verdict("starved", said.strip(), FEED)
     if not below and not falling:
-        return Verdict("stalled", f"{story} {worth}".strip(), stall_advice(rate, recipe))
+        advice = f"Try a learning rate three times higher or lower{was}, or more `--epochs` or `--steps`."
+        if is_zero(rate):
+            advice = f"The learning rate was zero throughout; set it above zero{was}."
+        return Verdict("stalled", f"{story} {worth}".strip(), advice)
     worth = worth or "No probe ran, so what the features are worth is not known."
     return Verdict("learning", f"{story} {worth}", learning_advice(falling, gains))
 
 
-def collapse(trained: Lines, rank: "Ranks", gains: dict[str, Value], moved: bool) -> str:
+START_AGAIN = "Run the same command again; it goes on from the last checkpoint, or from the start where there is none."
+NOT_FINITE = "and use `--precision bf16` or `32` if it was `16`; the last good checkpoint is kept."
+COLLAPSED = "or warm it up longer, and start anew: a collapsed encoder does not recover."
+FEED = (
+    "Give the loader more processes (`--workers`), and keep the images cached: resized once, "
+    "on a local disk or in memory."
+)
+
+
+def collapse(trained: Lines, result: Result, moved: bool) -> str:
     """By which signal the features of all images became the same; nothing where they did not.
 
     `moved` is whether the loss fell, or lies below its baseline: a rank that fell without that has other reasons.
     """
     loss, gradient, rate = (column(trained, name) for name in ("loss", "gradient_norm", "lr"))
     quarter = max(1, len(loss) // 4)
-    sigmas = [gain.sigmas for gain in gains.values()]
+    own = result.row("pretrained")
+    rank, untrained, dimensions = own["rank"].value, result.row("untrained")["rank"].value, own["dim"].value
+    sigmas = [gain.sigmas for gain in changes(result).values()]
     rose = any(one >= MEASURABLE for one in sigmas) and not any(one <= -MEASURABLE for one in sigmas)
-    few = max(FEW, FEW_SHARE * rank.dimensions) if math.isfinite(rank.dimensions) else FEW
-    fell_to_few = rank.encoder < few and not rank.encoder >= SAME_RANK * rank.untrained
-    lost_most = rank.encoder < RANK_KEPT * rank.untrained and moved
+    few = max(FEW, FEW_SHARE * dimensions) if math.isfinite(dimensions) else FEW
+    fell_to_few = rank < few and not rank >= SAME_RANK * untrained
+    lost_most = rank < RANK_KEPT * untrained and moved
     if (fell_to_few or lost_most) and not rose:  # a probe that rose where none fell has seen that features differ
-        since = f", from {rank.untrained:.1f} before training" if math.isfinite(rank.untrained) else ""
+        since = f", from {untrained:.1f} before training" if math.isfinite(untrained) else ""
         told = "the encoder hardly tells images apart" if fell_to_few else "far less of an image shows in them"
-        return f"The features span {rank.encoder:.1f} dimensions{since}: {told}."
+        return f"The features span {rank:.1f} dimensions{since}: {told}."
     end, last = gradient[-quarter:], mean(loss[-quarter:])
     dead = not is_zero(rate) and np.isfinite(end).all() and (end <= NO_GRADIENT).all()
     if dead and np.ptp(finite(loss[-quarter:])) <= CONSTANT * abs(last):
@@ -111,41 +123,10 @@ def collapse(trained: Lines, rank: "Ranks", gains: dict[str, Value], moved: bool
     return ""
 
 
-START_AGAIN = "Run the same command again; it goes on from the last checkpoint, or from the start where there is none."
-FEED = (
-    "Give the loader more processes (`--workers`), and keep the images cached: resized once, "
-    "on a local disk or in memory."
-)
-
-
-def stall_advice(rate: np.ndarray, recipe: object) -> str:
-    """What to do about a loss that does not move; a learning rate of zero is named."""
-    if is_zero(rate):
-        return f"The learning rate was zero throughout; set it above zero{rate_setting(recipe)}."
-    rates = f"Try a learning rate three times higher or lower{rate_setting(recipe)}"
-    return f"{rates}, or more `--epochs` or `--steps`."
-
-
-def not_finite_advice(recipe: object) -> str:
-    """What to do about a loss that left the numbers."""
-    return (
-        f"Lower the learning rate{rate_setting(recipe)}, and use `--precision bf16` or `32` if it was `16`; "
-        "the last good checkpoint is kept."
-    )
-
-
-def collapse_advice(recipe: object) -> str:
-    """What to do about features that are all the same."""
-    return (
-        f"Lower the learning rate{rate_setting(recipe)} or warm it up longer, and start anew: "
-        "a collapsed encoder does not recover."
-    )
-
-
-def rate_setting(recipe: object) -> str:
-    """How to set the learning rate of this run, in parentheses; nothing where the recipe does not tell."""
-    known = "lr" in mapping(recipe, "optimiser")
-    return f" (`--set optimiser.lr=...`, it was {text(recipe, 'optimiser', 'lr')})" if known else ""
+def changes(result: Result) -> dict[str, Value]:
+    """What each probe gained over the untrained encoder, by its name in a sentence."""
+    found = {name: result.gain("pretrained", key) for key, name in PROBES.items()}
+    return {name: gain for name, gain in found.items() if gain.known}
 
 
 def learning_advice(falling: bool, gains: dict[str, Value]) -> str:
@@ -160,20 +141,17 @@ def learning_advice(falling: bool, gains: dict[str, Value]) -> str:
     return " ".join(part for part in (longer, advice) if part)
 
 
-def loss_sentence(last: float, baseline: float, falling: bool, lines: int, logged: bool) -> str:
+def loss_sentence(last: float, baseline: float, against: str, falling: bool, lines: int) -> str:
     """Where the loss ended, against what, and where it was going."""
-    against = "its trivial baseline" if logged else "where it began"
-    if not math.isfinite(baseline):
-        where = f"The loss ended at {short(last)}"
-    elif baseline > 0:
-        share = abs(1 - last / baseline)
-        side = "below" if last < baseline else "above"
-        at = f"{share:.1%} {side}" if share >= 0.0005 else "no different from"
-        where = f"The loss ended at {short(last)}, {at} {against} ({short(baseline)})"
-    else:
-        where = f"The loss ended at {short(last)}, against {short(baseline)} for {against}"
+    share = abs(1 - last / baseline) if baseline > 0 else math.nan
+    where = ""
+    if baseline <= 0:
+        where = f", against {short(baseline)} for {against}"
+    elif math.isfinite(share):
+        at_last = f"{share:.1%} {'below' if last < baseline else 'above'}" if share >= 0.0005 else "no different from"
+        where = f", {at_last} {against} ({short(baseline)})"
     few = f" Only {lines} log lines: too early to be sure." if lines < FEW_LINES else ""
-    return f"{where}, and was {'still' if falling else 'not'} falling.{few}"
+    return f"The loss ended at {short(last)}{where}, and was {'still' if falling else 'not'} falling.{few}"
 
 
 def change_sentence(name: str, change: Value, caveat: str = "") -> str:
@@ -183,7 +161,7 @@ def change_sentence(name: str, change: Value, caveat: str = "") -> str:
     """
     points = f"{points_text(*change)} points"
     said = f" ({caveat})" if caveat else ""
-    if math.isnan(change.error):
+    if not change.error > 0:
         return f"The {name} moved by {points} from the untrained encoder, of unknown standard error, so nothing can be said."
     if abs(change.sigmas) < MEASURABLE:
         return f"Pretraining did not measurably help the {name} ({points} against the untrained encoder)."
@@ -193,15 +171,14 @@ def change_sentence(name: str, change: Value, caveat: str = "") -> str:
 
 def is_zero(values: np.ndarray) -> bool:
     """Whether there are finite values and all of them are zero."""
-    finite = values[np.isfinite(values)]
-    return len(finite) > 0 and not finite.any()
+    known = finite(values)
+    return len(known) > 0 and not known.any()
 
 
 def is_falling(loss: np.ndarray) -> bool:
     """Whether the last quarter of a run lies below the quarter before it, by more than the noise of both."""
     quarter = max(1, len(loss) // 4)
-    late, before = loss[-quarter:], loss[-2 * quarter : -quarter]
-    late, before = late[np.isfinite(late)], before[np.isfinite(before)]
+    late, before = finite(loss[-quarter:]), finite(loss[-2 * quarter : -quarter])
     if len(late) == 0 or len(before) == 0:
         return False
     fall = float(before.mean() - late.mean())
@@ -209,55 +186,10 @@ def is_falling(loss: np.ndarray) -> bool:
     return fall > FALL * abs(float(before.mean())) and fall > MEASURABLE * noise
 
 
-def trivial_loss(trained: Lines) -> float:
-    """The baseline's mean over the last quarter; the loss of the first lines where no baseline was logged."""
-    if has_baseline(trained):
-        logged = column(trained, "terms", "baseline")
-        return mean(logged[-max(1, len(logged) // 4) :]) if np.isfinite(logged[-1]) else mean(logged)
-    return mean(column(trained, "loss")[: max(1, len(trained) // 20)])
-
-
-def has_baseline(trained: Lines) -> bool:
-    """Whether any line tells the loss of a trivial prediction."""
-    return bool(np.isfinite(column(trained, "terms", "baseline")).any())
-
-
-def changes(lines: Lines, result: Result) -> dict[str, Value]:
-    """Each probe against the untrained encoder, by its name in a sentence: at the end, else over the run."""
-    found = {}
-    during = probe_lines(lines)
-    for key, name in PROBES.items():
-        change = result.gain("pretrained", key)
-        if not change.known:
-            after, before = result.row("pretrained")[key], result.row("untrained")[key]
-            if not math.isfinite(after.value - before.value) and len(during) > 1 and number(during[0], "step") == 0:
-                after, before = (
-                    Value(number(line, "probe", key), number(line, "probe", f"{key}_error"))
-                    for line in (during[-1], during[0])
-                )
-            # as if the two had other test images each: never smaller than the error of the paired difference
-            change = Value(after.value - before.value, math.hypot(after.error, before.error))
-        if change.known:
-            found[name] = change if change.error > 0 else Value(change.value)
-    return found
-
-
-class Ranks(NamedTuple):
-    """Effective ranks, and the dimensions of the features; nan where not known."""
-
-    encoder: float
-    untrained: float
-    dimensions: float
-
-
-def ranks(lines: Lines, result: Result) -> Ranks:
-    """Those at the end of the run, else those on the way."""
-    during = [line for line in probe_lines(lines) if math.isfinite(number(line, "probe", "rank"))]
-    first = number(during[0], "probe", "rank") if during and number(during[0], "step") == 0 else math.nan
-    last = number(during[-1], "probe", "rank") if during and number(during[-1], "step") > 0 else math.nan
-    after, before = result.row("pretrained"), result.row("untrained")["rank"]
-    return Ranks(
-        after["rank"].value if after["rank"].known else last,
-        before.value if before.known else first,
-        after["dim"].value,
-    )
+def trivial_loss(trained: Lines) -> tuple[float, str]:
+    """The baseline's mean over the last quarter, or the loss of the first lines where none was logged; and what it is."""
+    logged = column(trained, "terms", "baseline")
+    if not len(finite(logged)):
+        return mean(column(trained, "loss")[: max(1, len(trained) // 20)]), "where it began"
+    late = logged[-max(1, len(logged) // 4) :] if np.isfinite(logged[-1]) else logged
+    return mean(late), "its trivial baseline"

@@ -10,8 +10,8 @@ UNEQUAL = 1.05  # of minutes: where one method's are more than this times anothe
 
 
 def plain_text(value: object) -> str:
-    """A value as one would write it: text as it is, the rest as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    """A value as one would write it, cut where it is very long: text as it is, the rest as JSON."""
+    return cut(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False), 2000)
 
 
 def cut(text: str, length: int = TEXT_CHARACTERS) -> str:
