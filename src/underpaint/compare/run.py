@@ -44,7 +44,7 @@ from underpaint.recipes.request import FLAGS, read_recipe, recipe_named
 from underpaint.report import verdict as verdict_of_run
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
-from underpaint.report.results import COLUMNS, of_comparison, tokenizers_of
+from underpaint.report.results import BRIEF, of_comparison, tokenizers_of
 from underpaint.report.tables import markdown, table, terminal
 from underpaint.signals import Interrupted, watched_signals
 from underpaint.tokenizers import tokenizer_scaling
@@ -154,9 +154,9 @@ def compare(
     result = _result(plan, judge, folder, found)
     write_json(folder / "compare.json", result, indent=1)
     page = write_report(folder)
-    found_rows = of_comparison(result)
-    write_text(folder / "table.md", "\n".join(markdown(table(found_rows, COLUMNS))) + "\n")
-    for line in [*terminal(table(found_rows, COLUMNS)), *found_rows.notes, *result["verdict"]]:
+    rows = table(of_comparison(result), BRIEF)
+    write_text(folder / "table.md", "\n".join(markdown(rows)) + "\n")
+    for line in [*terminal(rows), *result.get("notes", []), *result["verdict"]]:
         say(line)
     say(f"done: {folder / 'compare.json'}, {page}")
     return result

@@ -22,6 +22,7 @@ MEASURED = (
     "minutes",
 )  # of its methods, without errors
 COLUMNS = (*PROBES, *FEW, "gain", *MEASURED)  # of its table
+BRIEF = (*PROBES, *FEW, "gain", "rank", "images_per_second", "memory_gib", "minutes")  # on a terminal and in a README
 
 
 class Value(NamedTuple):
@@ -174,7 +175,8 @@ def of_comparison(result: object) -> Result:
         Row(name, "own" if kinds[name] == "method" else _kind(kinds[name]), values(one) | values(at(one, "probes")))
         for name, one in found.items()
     ]
-    gains = [Gain("gain", name, values(at(one, "gain"))) for name, one in found.items()]
+    start = text(result, "start")
+    gains = [Gain(f"{name} over {start}", name, values(at(one, "gain"))) for name, one in found.items()]
     return _result("", result, rows, gains)
 
 

@@ -130,11 +130,16 @@ def markdown(made: Table) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
+HEAD = 12  # characters of a head in a line, or as many as its cells have
+
+
 def terminal(made: Table) -> list[str]:
     """The lines of a table for a terminal."""
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for place, head in enumerate(made.heads):
-        drawn.add_column(Text(head), justify="right" if place else "left")
+        cells = [line.cells[place - 1] if place else line.name for line in made.lines]
+        widest = max(map(len, [*cells, "-" * HEAD]))  # a longer head is broken at its spaces
+        drawn.add_column(Text(head), justify="right" if place else "left", max_width=widest)
     for line in made.lines:
         drawn.add_row(*(Text(cell) for cell in (line.name, *line.cells)))
     written = io.StringIO()
