@@ -1,7 +1,7 @@
 """The verdict on real runs whose truth is known: one that learns, and three that go wrong each in its own way."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def verdict_of(pictures: Path, out: Path, method: str = "mae", **settings: Any) -> Verdict:
+def verdict_of(
+    pictures: Path, out: Path, method: str = "mae", clock: Callable[[], float] = time.perf_counter, **settings: Any
+) -> Verdict:
     run = pretrain(
         pictures,
         out,
@@ -32,6 +34,7 @@ def verdict_of(pictures: Path, out: Path, method: str = "mae", **settings: Any) 
         patch_size=8,
         batch_size=32,
         steps=160,
+        clock=clock,
         settings=SETTINGS | {path.replace("__", "."): value for path, value in settings.items()},
     )
     said = verdict(run.path)
@@ -84,14 +87,21 @@ def test_features_that_collapse(pictures: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_run_starved_of_data(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = underpaint.prepare.train_batches
+    quick, now = underpaint.prepare.train_batches, 0.0
 
     def slow(*given: Any, **named: Any) -> Iterator[Any]:
+        nonlocal now
         for batch in quick(*given, **named):
-            time.sleep(0.1)
+            now += 0.1  # seconds that a batch takes, by the clock below
             yield batch
 
+    def clock() -> float:
+        nonlocal now
+        now += 0.01
+        return now
+
     monkeypatch.setattr(underpaint.prepare, "train_batches", slow)
-    found = verdict_of(pictures, tmp_path / "run", optimiser__lr=2e-2)
+    found = verdict_of(pictures, tmp_path / "run", optimiser__lr=2e-2, clock=clock)
     assert found.word == "starved"
+    assert found.sentence.startswith("Training waited for data 85% of the time (median).")
     assert "`--workers`" in found.advice
