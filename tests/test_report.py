@@ -119,6 +119,7 @@ def made_final(linear: float, untrained: float, error: float = 0.009) -> dict[st
             name: {"accuracy": value, "standard_error": 0.013} for name, value in (("linear", 0.45), ("knn", 0.41))
         },
         "majority": {"accuracy": 0.09, "standard_error": 0.008},
+        "restoration": {"images": 18, "test_part": True, "mask": {"error": 0.812, "standard_error": 0.004}},
         "gain": {
             name: {"difference": linear - untrained, "standard_error": error} for name in ("linear", "attentive", "knn")
         },
@@ -237,6 +238,8 @@ def test_a_learning_run_makes_the_whole_page(tmp_path):
     assert text.count(ONE_RUN) == 1
     for heading in ("Training", "What the features are worth", "Restorations", "Skipped files", "Recipe"):
         assert f"<h2>{heading}</h2>" in text
+    assert '<th scope="col">Hidden cells</th></tr>' in text
+    assert '<th scope="row">mae</th><td>0.812 ± 0.004</td>' in text
     assert len(page.frames) == 5
     assert [frame for frame in page.frames if "shown" in frame] == [page.frames[-1]]
     assert text.count("cut header &amp; more") == 50

@@ -62,7 +62,7 @@ def comparison_page(folder: Path) -> ComparisonPage:
         table=made.with_column("Tokenizer", [tokenizers.get(line.name, NONE) for line in made.lines]),
         start=text(found, "start") or "untrained encoder",
         dots=dots(result, "linear", "Linear probe, ± one standard error", "accuracy (%)"),
-        restored=restoration_of(found),
+        restored=restoration_of({name: row.get("restoration") for name, row in rows.items()}),
         curves=drawn(curves(mapping(found, "curves"))),
         picture=shown,
         broken=shown is None and drawing.is_file(),

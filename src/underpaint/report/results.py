@@ -180,10 +180,11 @@ def of_comparison(result: object) -> Result:
     return _result("", result, rows, gains)
 
 
-def restoration_of(result: object) -> Result:
-    """How well each method of a comparison restores images that it was not trained on, by task."""
-    found = {name: values(at(one, "restoration")) for name, one in rows_of(result).items()}
-    return Result("Method", [Row(name, "own", errors) for name, errors in found.items() if errors])
+def restoration_of(found: Mapping[str, object]) -> Result:
+    """How well methods restore images that they were not trained on, by task; `found` is by method what files hold."""
+    rows = {name: values(errors) for name, errors in found.items()}
+    rows = {name: {task: one for task, one in errors.items() if task != "images"} for name, errors in rows.items()}
+    return Result("Method", [Row(name, "own", errors) for name, errors in rows.items() if errors])
 
 
 def rows_of(result: object) -> dict[str, dict[str, object]]:

@@ -24,7 +24,7 @@ from underpaint.report.reading import (
     text,
     text_of,
 )
-from underpaint.report.results import PROBES, Result, of_run
+from underpaint.report.results import PROBES, Result, of_run, restoration_of
 from underpaint.report.verdict import MEASURABLE, Verdict, change_sentence, changes, judge
 from underpaint.report.words import capital, count_text, cut, points_text, time_text
 
@@ -45,6 +45,7 @@ class RunPage:
     sentences: Sequence[str]  # what the features are worth
     result: Result
     probes: Sequence[Markup]  # over training
+    restored: Result
     frames: Sequence[Picture]  # restorations over training
     broken: int  # pictures that could not be read
     seen: Seen
@@ -62,7 +63,8 @@ def run_page(run: Path) -> RunPage:
     lines = read_lines(run / "metrics.jsonl")
     written = text_of(run / "recipe.yaml")
     recipe = read_yaml(written)
-    result = of_run(read_json(run / "probes.json"), lines)
+    probes = read_json(run / "probes.json")
+    result = of_run(probes, lines)
     frames, broken = restorations(run / "pictures")
     last = lines[-1] if lines else {}
     steps = [line for line in lines if math.isfinite(number(line, "step"))]
@@ -77,6 +79,7 @@ def run_page(run: Path) -> RunPage:
         sentences=worth_sentences(result),
         result=result,
         probes=probe_plots(probe_lines(steps)),
+        restored=restoration_of({text(recipe, "method", "name"): probes.get("restoration")}),
         frames=frames,
         broken=broken,
         seen=seen(run / "pictures", PICTURE_BYTES - RESTORATION_BYTES),
