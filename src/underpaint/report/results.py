@@ -11,18 +11,11 @@ from typing import Literal, NamedTuple
 
 from underpaint.report.reading import Lines, at, mapping, number, probe_lines, sequence, text, texts
 
-Kind = Literal["own", "start", "floor"]
+Kind = Literal["own", "start", "baseline"]
 PROBES = {"linear": "linear probe", "attentive": "attentive probe", "knn": "kNN accuracy"}  # of a run, in a sentence
 FEW = ("few_linear", "few_attentive")  # the further probes of a comparison
-MEASURED = (
-    "rank",
-    "loss_over_baseline",
-    "images_per_second",
-    "memory_gib",
-    "minutes",
-)  # of its methods, without errors
-COLUMNS = (*PROBES, *FEW, "gain", *MEASURED)  # of its table
 BRIEF = (*PROBES, *FEW, "gain", "rank", "images_per_second", "memory_gib", "minutes")  # on a terminal and in a README
+COLUMNS = (*BRIEF, "loss_over_baseline")  # of a comparison, on its page
 
 
 class Value(NamedTuple):
@@ -47,7 +40,8 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Numbers by metric of what is judged ("own"), what it was before training ("start"), or what needs none ("floor")."""
+    """Numbers by metric of what is judged ("own"), what it was before training ("start"), or what needs none
+    ("baseline")."""
 
     name: str
     kind: Kind
@@ -91,7 +85,7 @@ class Result:
 
     def row(self, name: str) -> Row:
         """The row of that name; one without numbers where there is none."""
-        return next((row for row in self.rows if row.name == name), Row(name, "floor", {}))
+        return next((row for row in self.rows if row.name == name), Row(name, "baseline", {}))
 
     def gain(self, of: str, metric: str) -> Value:
         """What a row has gained; unknown where nothing was compared."""
@@ -120,7 +114,7 @@ def _result(name: str, found: object, rows: Sequence[Row], gains: Sequence[Gain]
     beside = values(found)
     probes = [probe for probe in (*PROBES, *FEW) if any(row[probe].known for row in rows)]
     for_all = [
-        Row(name, "floor", dict.fromkeys(probes, beside[name])) for name in ("majority", "chance") if name in beside
+        Row(name, "baseline", dict.fromkeys(probes, beside[name])) for name in ("majority", "chance") if name in beside
     ]
     counts = {name: beside[name].value for name in ("train", "test", "classes") if name in beside}
     return Result(name, [*rows, *for_all], gains, texts(found, "notes"), counts)
@@ -144,8 +138,8 @@ def of_run(probes: object, lines: Lines = ()) -> Result:
     rows = [
         Row("pretrained", "own", {**after, "rank": ranks[0], "dim": rank.get("dim", Value())}),
         Row("untrained", "start", {**before, "rank": ranks[1]}),
-        Row("raw pixels", "floor", values(at(probes, "raw_pixels"))),
-        Row("HOG", "floor", values(at(probes, "hog"))),
+        Row("raw pixels", "baseline", values(at(probes, "raw_pixels"))),
+        Row("HOG", "baseline", values(at(probes, "hog"))),
     ]
     return _result("Features", probes, rows, [Gain("gain over untrained", "pretrained", gains)])
 
@@ -164,7 +158,7 @@ def _kind(name: str) -> Kind:
     """Of a row of an evaluation, or the kind that a comparison says."""
     if name.startswith(("encoder", "the method")):
         return "own"
-    return "start" if name.startswith(("untrained", "start")) else "floor"
+    return "start" if name.startswith(("untrained", "start")) else "baseline"
 
 
 def of_comparison(result: object) -> Result:
@@ -182,9 +176,8 @@ def of_comparison(result: object) -> Result:
 
 def restoration_of(found: Mapping[str, object]) -> Result:
     """How well methods restore images that they were not trained on, by task; `found` is by method what files hold."""
-    rows = {name: values(errors) for name, errors in found.items()}
-    rows = {name: {task: one for task, one in errors.items() if task != "images"} for name, errors in rows.items()}
-    return Result("Method", [Row(name, "own", errors) for name, errors in rows.items() if errors])
+    rows = [Row(name, "own", values({**mapping(errors), "images": None})) for name, errors in found.items()]
+    return Result("Method", [row for row in rows if row.values])
 
 
 def rows_of(result: object) -> dict[str, dict[str, object]]:

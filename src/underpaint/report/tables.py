@@ -76,7 +76,7 @@ def metric(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table as text; `kind` is how it looks: own, start, floor or gain."""
+    """A row of a table as text; `kind` is how it looks: own, start, baseline or gain."""
 
     name: str
     cells: Sequence[str]
@@ -136,10 +136,10 @@ HEAD = 12  # characters of a head in a line, or as many as its cells have
 def terminal(made: Table) -> list[str]:
     """The lines of a table for a terminal."""
     drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for place, head in enumerate(made.heads):
-        cells = [line.cells[place - 1] if place else line.name for line in made.lines]
+    for position, head in enumerate(made.heads):
+        cells = [line.cells[position - 1] if position else line.name for line in made.lines]
         widest = max(map(len, [*cells, "-" * HEAD]))  # a longer head is broken at its spaces
-        drawn.add_column(Text(head), justify="right" if place else "left", max_width=widest)
+        drawn.add_column(Text(head), justify="right" if position else "left", max_width=widest)
     for line in made.lines:
         drawn.add_row(*(Text(cell) for cell in (line.name, *line.cells)))
     written = io.StringIO()

@@ -124,10 +124,10 @@ def dot_plot(dots: Sequence[Dot], *, x_label: str, title: str, baseline: float |
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDE[0], 0.9 + 0.32 * len(dots)), layout="constrained")
         axes = figure.add_subplot()
-        for place, dot in enumerate(dots):
+        for position, dot in enumerate(dots):
             axes.errorbar(
                 dot.value,
-                place,
+                position,
                 xerr=dot.error,
                 fmt="o" if dot.full else "s",
                 color=PALETTE[0] if dot.full else FOREGROUND,
