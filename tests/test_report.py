@@ -741,14 +741,14 @@ def test_a_page_a_terminal_and_markdown_show_the_same_numbers(tmp_path):
     assert markdown(made)[:3] == ["| linear | Accuracy, % |", "| --- | --- |", "| encoder | 46.1 ± 1.2 |"]
     regression = Result(
         "regress",
-        [Row("encoder", "own", {"mean_absolute_error": Value(1.25, 0.125)})],
-        [Gain("encoder over untrained", "encoder", {"mean_absolute_error": Value(-0.5, 0.25)})],
+        [Row("encoder", "own", {"mae": Value(1234.5, 12.5), "years_off": Value(0.00125)})],
+        [Gain("encoder over untrained", "encoder", {"mae": Value(-0.5, 0.25)})],
     )
     assert [(line.name, *line.cells) for line in table(regression).lines] == [
-        ("encoder", "1.250 ± 0.125"),
-        ("encoder over untrained", "−0.500 ± 0.250"),
+        ("encoder", "1234 ± 12", "0.00125"),
+        ("encoder over untrained", "−0.5 ± 0.25", "–"),
     ]
-    assert table(regression).heads[1] == "Mean absolute error"
+    assert table(regression).heads[1:] == ["Mean absolute error", "Years off"]
     said = summary([linear, segment], ["seen [bold]"], terminal)
     assert "16 images to fit, 6 images to test, 2 classes." in said
     assert said[-1] == "seen [bold]"

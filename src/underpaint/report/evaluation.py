@@ -21,6 +21,7 @@ TITLES = {
     "knn": "Nearest neighbours",
     "linear": "Linear probe",
     "attentive": "Attentive probe",
+    "regression": "Regression of a number",
     "finetune": "Fine-tuning",
     "segment": "Segmentation",
     "detect": "Detection",

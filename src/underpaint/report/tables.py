@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from underpaint.report.results import Result, Row, Value
-from underpaint.report.words import NONE, capital, count_text, decimal_text, percent_text, points_text
+from underpaint.report.words import NONE, capital, count_text, decimal_text, figure_text, percent_text, points_text
 
 Written = Callable[[float, float], str]  # of a number and its standard error
 
@@ -27,6 +27,10 @@ class Metric:
     @property
     def share(self) -> bool:
         return self.change is points_text
+
+
+def _figures(head: str) -> Metric:
+    return Metric(head, figure_text, partial(figure_text, sign="+"))
 
 
 def _decimals(head: str, digits: int) -> Metric:
@@ -50,6 +54,8 @@ METRICS = {
     "auroc": Metric("AUROC, %"),
     "aupr": Metric("AUPR, %"),
     "fpr95": Metric("FPR at 95 %, %"),
+    "mae": _figures("Mean absolute error"),
+    "r2": _figures("R²"),
     "rank": _decimals("Rank", 1),
     "loss_over_baseline": _decimals("Loss / baseline", 3),
     "images_per_second": Metric("Images / s", lambda value, _: count_text(value) or NONE),
@@ -70,8 +76,8 @@ METRICS = {
 
 
 def metric(name: str) -> Metric:
-    """How a number of that name is written; one that is not listed has three decimals under its own name."""
-    return METRICS.get(name) or _decimals(capital(name.replace("_", " ")), 3)
+    """How a number of that name is written; one that is not listed is told in figures under its own name."""
+    return METRICS.get(name) or _figures(capital(name.replace("_", " ")))
 
 
 @dataclass(frozen=True)

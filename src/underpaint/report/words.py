@@ -59,6 +59,13 @@ def decimal_text(value: float, error: float = math.nan, digits: int = 3, sign: s
     return with_error(f"{value:{sign}.{digits}f}".replace("-", "−"), error, digits) if math.isfinite(value) else NONE
 
 
+def figure_text(value: float, error: float = math.nan, sign: str = "") -> str:
+    """A number of any size in four figures, its error in two; with its sign where `sign` is "+"."""
+    if not math.isfinite(value):
+        return NONE
+    return f"{value:{sign}.4g}{f' ± {error:.2g}' if math.isfinite(error) else ''}".replace("-", "−")
+
+
 def count_text(value: float | int) -> str:
     """A count with its thousands apart; nothing where it is not known."""
     return f"{value:,.0f}".replace(",", "\u202f") if math.isfinite(value) else ""
