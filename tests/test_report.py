@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
+from underpaint.cli import main
 from underpaint.errors import InputError
 from underpaint.recipes.recipe import checked, plain
 from underpaint.report import Verdict, is_falling, verdict, write_report
@@ -682,9 +683,11 @@ def made_evaluation(folder: Path) -> Path:
     return folder
 
 
-def test_an_evaluation_makes_a_page_of_every_task(tmp_path):
+def test_an_evaluation_makes_a_page_of_every_task(tmp_path, capsys):
     folder = made_evaluation(tmp_path / "worth")
-    text, _ = whole(write_report(folder))
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    text, _ = whole(folder / "report.html")
     for said in (
         "<h1>What is &lt;one&gt; worth?</h1>",
         "<h2>Linear probe</h2>",

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from underpaint.errors import InputError
 from underpaint.report.figures.plots import Line, line_plot
-from underpaint.report.page import PICTURE_BYTES, Picture, dots, drawn, picture
+from underpaint.report.page import PICTURE_BYTES, Picture, dots, picture
 from underpaint.report.reading import at, mapping, number, numbers, read_json, sequence, text, texts
 from underpaint.report.results import COLUMNS, Result, Tokenizer, of_comparison, restoration_of, rows_of, tokenizers_of
 from underpaint.report.tables import Table, table
@@ -63,7 +63,7 @@ def comparison_page(folder: Path) -> ComparisonPage:
         start=text(found, "start") or "untrained encoder",
         dots=dots(result, "linear", "Linear probe, ± one standard error", "accuracy (%)"),
         restored=restoration_of({name: row.get("restoration") for name, row in rows.items()}),
-        curves=drawn(curves(mapping(found, "curves"))),
+        curves=curves(mapping(found, "curves")),
         picture=shown,
         broken=shown is None and drawing.is_file(),
         normalised=[name for name, recipe in recipes.items() if at(recipe, "method", "norm_pix_loss")],
@@ -113,7 +113,7 @@ def tokenizer_text(made: Sequence[Tokenizer] | None) -> str:
     return f"given, made elsewhere in {told}" if told else "given, made elsewhere"
 
 
-def curves(found: Mapping[str, object]) -> list[str]:
+def curves(found: Mapping[str, object]) -> list[Markup]:
     """What the probes said after every turn, against minutes and against images, and each method's own loss."""
     made = []
     for probe, key, title in (

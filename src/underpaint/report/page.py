@@ -64,11 +64,6 @@ def write_page(path: Path, template: str, page: object) -> Path:
     return path
 
 
-def drawn(plots: Sequence[str]) -> list[Markup]:
-    """Plots, which are SVG and no text."""
-    return [Markup(plot) for plot in plots]
-
-
 def dots(result: Result, name: str, title: str, x_label: str) -> list[Markup]:
     """One number of every row but chance, which is a line across, as a plot, shares in percent; none where no row has it."""
     scale = 100.0 if metric(name).share else 1.0
@@ -84,7 +79,7 @@ def dots(result: Result, name: str, title: str, x_label: str) -> list[Markup]:
         if row[name].known and row.name != "chance"
     ]
     line = scale * chance.value if chance.known else None
-    return drawn([dot_plot(made, x_label=x_label, title=title, baseline=line)] if made else [])
+    return [dot_plot(made, x_label=x_label, title=title, baseline=line)] if made else []
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------

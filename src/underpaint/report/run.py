@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from underpaint.report.figures.plots import Line, line_plot
-from underpaint.report.page import PICTURE_BYTES, Picture, Seen, drawn, picture, seen
+from underpaint.report.page import PICTURE_BYTES, Picture, Seen, picture, seen
 from underpaint.report.reading import (
     Lines,
     column,
@@ -118,7 +118,7 @@ def training_plots(lines: Lines) -> tuple[list[Markup], list[Markup]]:
     ):
         if line := curve(title, key, scale=scale):
             small.append(line_plot([line], x_label="step", y_label=unit, title=title, small=True, from_zero=True))
-    return drawn(large), drawn(small)
+    return large, small
 
 
 def worth_sentences(result: Result) -> list[str]:
@@ -162,7 +162,7 @@ def probe_plots(lines: Lines) -> list[Markup]:
                 baseline=untrained,
             )
         )
-    return drawn(made)
+    return made
 
 
 def restorations(folder: Path) -> tuple[list[Picture], int]:

@@ -1,6 +1,6 @@
 """One look for every plot: colours that survive colour blindness, labelled axes, text that follows the page.
 
-A plot is SVG text to put inside a page. Its text and axes are `currentColor`, so that they turn light where
+A plot is SVG to put inside a page, marked as such. Its text and axes are `currentColor`, so that they turn light where
 the page turns dark, and its background is transparent.
 """
 
@@ -10,11 +10,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -72,7 +72,7 @@ def line_plot(
     baseline: Line | None = None,
     small: bool = False,
     from_zero: bool = False,
-) -> str:
+) -> Markup:
     """Lines over a shared axis, as SVG text for inlining.
 
     - `series`: the lines; their names make a legend where there are two, or a baseline.
@@ -119,7 +119,7 @@ class Dot:
     full: bool = True
 
 
-def dot_plot(dots: Sequence[Dot], *, x_label: str, title: str, baseline: float | None = None) -> str:
+def dot_plot(dots: Sequence[Dot], *, x_label: str, title: str, baseline: float | None = None) -> Markup:
     """A value a row with its standard error, the first on top, as SVG text; `baseline` is a dashed line across."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDE[0], 0.9 + 0.32 * len(dots)), layout="constrained")
@@ -197,7 +197,7 @@ def number_text(value: float | int) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def inline(svg: str, title: str) -> str:
+def inline(svg: str, title: str) -> Markup:
     """Matplotlib's SVG file as an element of a page: in the page's colour and font, with names of its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -216,4 +216,4 @@ def inline(svg: str, title: str) -> str:
     svg = svg.replace("url(#", f"url(#p{name}-")
     # the style sheet gives the size, so that a plot shrinks with its column
     svg = re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', r'<svg class="plot" role="img" viewBox="\1">', svg, count=1)
-    return svg.replace(">", f"><title>{escape(title)}</title>", 1).strip()
+    return Markup(svg.replace(">", f"><title>{escape(title)}</title>", 1).strip())
