@@ -47,14 +47,12 @@ def make(way: str, shape: str, device: torch.device) -> tuple[Callable[[], None]
         def losses() -> Any:
             yield head(encoder(images).patches).square().mean()
     else:
-        form: dict[str, Any] = {"context": "visible", "readout": "square", "mask_ratio": 0.75}
-        method = underpaint.Energy(
-            encoder,
-            **(form if way == "given visible" else {}),
-            steps=2 if "N = 2" in way else 1,
-            step_size=0.3,
-            gradient="difference" if "difference" in way else "exact",
-        ).to(device)
+        if way == "given visible":
+            method: Any = underpaint.ConditionalEnergy(encoder, step_size=0.3)
+        else:
+            gradient = "difference" if "difference" in way else "exact"
+            method = underpaint.Energy(encoder, steps=2 if "N = 2" in way else 1, step_size=0.3, gradient=gradient)
+        method.to(device)
         model = method
         noise = method.sample(batch, *images.shape[-2:]).to(device)
         called: Any = torch.compile(method) if "compiled" in way else method

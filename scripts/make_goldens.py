@@ -48,13 +48,6 @@ CONVNEXT = {"name": "convnext_atto", "depths": [1, 1, 2, 1], "dims": [16, 32, 48
 WORDS = {"mask": "random", "codebook_size": 64}
 CAE = {"name": "cae", **WORDS, "regressor_depth": 2, "decoder_depth": 2}
 CIM = {"name": "cim", "stride": 4, "tokenizer": "WORDS", "generator_depth": 2, "generator_dim": 48}
-GIVEN = {
-    "name": "energy",
-    "context": "visible",
-    "mask_ratio": 0.75,
-    "readout": "square",
-    "norm_pix_loss": True,
-}
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method, encoder
     "mae-pixels": ({"name": "mae", "decoder_dim": 48, "decoder_depth": 1}, VIT),
@@ -87,7 +80,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method, encoder
     "energy-gray": ({"name": "energy", "corruption": "gray"}, VIT),
     "energy-mixture": ({"name": "energy", "corruption": "mixture"}, VIT),
     "energy-mask-convnext": ({"name": "energy"}, CONVNEXT),
-    "energy-given-visible": (GIVEN, VIT),
+    "conditional-energy": ({"name": "conditional-energy"}, VIT),
 }
 
 

@@ -33,7 +33,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Any) -> No
         (["pretrain", "nowhere", "--out", "OUT"], "nowhere"),
         (
             ["pretrain", "DATA", "--out", "OUT", "--method", "mea"],
-            "there is no 'mea'; there are: beit, cae, cim, energy, localmim, mae, simmim",
+            "there is no 'mea'; there are: beit, cae, cim, conditional-energy, energy, localmim, mae, simmim",
         ),
         (["pretrain", "DATA", "--out", "OUT", "--encoder", "vit_tinny"], "timm has no model 'vit_tinny'"),
         (["pretrain", "DATA", "--out", "OUT", "--set", "method.hidden=1"], "no setting 'hidden'; there are: name"),

@@ -63,6 +63,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "beit": ("vit", "beit"),
     "cae": ("vit",),
     "cim": EVERY,
+    "conditional-energy": ("vit",),
     "energy": ("vit", "beit", "swin", "resnet-groupnorm", "convnext"),
     "localmim": ("vit", "swin"),
     "mae": ("vit",),
@@ -72,11 +73,11 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "beit": {"": WORDS},
     "cae": {"": WORDS, "pixels": (*WORDS, "method.target=pixels")},
     "cim": {"pixels": CIM, "detect": (*CIM, "method.objective=detect")},
+    "conditional-energy": {"": ()},
     "energy": {
         "mixture": ("method.corruption=mixture",),
         **{task: (f"method.corruption={task}",) for task in ("mask", "shuffle", "downsample", "noise", "gray")},
         "published": ("method.steps=2", "method.step_size=0.1"),
-        "visible": ("method.context=visible", "method.readout=square", "method.norm_pix_loss=true"),
     },
     "localmim": {"": (), "parts": ("method.stop_gradient=true", "method.pixel_head=true")},
     "mae": {"pixels": (), "hog": ("method.target=hog",)},
@@ -89,6 +90,7 @@ METHOD_CUTS = {
     "beit": WORDS,
     "cae": (*WORDS, "method.regressor_depth=1", "method.decoder_depth=1"),
     "cim": CIM,
+    "conditional-energy": (),
     "energy": (),
     "localmim": ("method.decoder_dim=32",),
     "mae": ("method.decoder_dim=32", "method.decoder_depth=1"),
@@ -131,8 +133,8 @@ def recipe_cases() -> Iterator[Case]:
         encoder = made.encoder["name"]
         cuts = next(cuts for start, cuts in ENCODER_CUTS.items() if encoder.startswith(start))
         settings = [*METHOD_CUTS[made.method["name"]], *cuts]
-        if "cell" in made.method:
-            settings.append("method.cell=8")
+        if "mask_patch_size" in made.method:
+            settings.append("method.mask_patch_size=8")
         yield Case(name, ("--recipe", name), tuple(settings), False)
 
 

@@ -20,7 +20,7 @@ def modules_with_examples() -> list[str]:
 
 
 def test_there_are_examples() -> None:
-    assert {"underpaint.backbones.build", "underpaint.methods.mae", "underpaint.methods.energy"} <= set(
+    assert {"underpaint.backbones.build", "underpaint.methods.mae", "underpaint.methods.energy.energy"} <= set(
         modules_with_examples()
     )
 

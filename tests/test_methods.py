@@ -19,7 +19,7 @@ from underpaint.data import Batch
 from underpaint.masking import MASKS, Mask, hidden_map, hide_highest
 from underpaint.methods import METHODS
 from underpaint.methods.masked import MaskedMethod
-from underpaint.patches import Standardize, patchify
+from underpaint.patches import Standardize, patchify, take
 from underpaint.prepare import stepper_for
 from underpaint.recipes.recipe import checked
 from underpaint.train.meter import Meter
@@ -30,7 +30,11 @@ WITHOUT_GRADIENT: dict[str, dict[str, str]] = {}
 # what a method predicts of hidden pixels, from the clean images and the mask
 PREDICTIONS: dict[str, Callable[[Any, Tensor, Any], Tensor]] = {
     "mae": lambda method, images, mask: method.predict(images, mask),
-    "energy": lambda method, images, noise: method.step(method.corrupt(images, noise), noise).images,
+    "energy": lambda method, images, noise: method.step(method.corrupt(images, noise), noise)[0],
+    # without the visible patches, which stay as they are: a change of those must change the hidden ones
+    "conditional-energy": lambda method, images, noise: take(
+        patchify(method.step(method.corrupt(images, noise), noise)[0], (4, 4)), noise.hidden
+    ),
     "localmim": lambda method, images, mask: torch.cat(
         [
             tap(tokens, mask).flatten(1)
@@ -66,6 +70,11 @@ def small(name: str, height: int = 16, width: int = 16, channels: int = 3, **set
         method.generator.tokenizer.ready = True  # untrained: any map from images to words and back
         method.standardize.load_state_dict(Standardize([0.5] * channels, [0.25] * channels).state_dict())
     return method
+
+
+def mask_in(noise: Any) -> Mask:
+    """The mask of a step's noise, whatever else is in it."""
+    return noise if isinstance(noise, Mask) else noise.drawn["mask"] if hasattr(noise, "drawn") else noise.mask
 
 
 def photographs(count: int = 4, channels: int = 3, height: int = 16, width: int = 16) -> Tensor:
@@ -157,7 +166,7 @@ def test_overfits_one_batch(name: str) -> None:
 def test_hidden_pixels_do_not_leak(name: str) -> None:
     method, images = small(name), photographs()
     mask = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
-    hidden = hidden_map(getattr(mask, "mask", mask), (4, 4), (4, 4)).expand_as(images)
+    hidden = hidden_map(mask_in(mask), (4, 4), (4, 4)).expand_as(images)
     predict = PREDICTIONS[name]
     changed = images + 10 * hidden * torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
     assert torch.equal(predict(method, changed, mask), predict(method, images, mask))
@@ -294,7 +303,7 @@ def test_any_mask_of_larger_patches_hides_whole_ones_and_trains(name: str, kind:
     images = photographs(4, 3, 32, 32)
     noise = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
     rows, columns = method.masking.grid(32, 32)
-    hidden = torch.zeros(4, rows * columns).scatter(1, getattr(noise, "mask", noise).hidden, 1.0)
+    hidden = torch.zeros(4, rows * columns).scatter(1, mask_in(noise).hidden, 1.0)
     squares = hidden.view(4, 4, rows // 4, 4, columns // 4)
     assert torch.equal(squares.amax((2, 4)), squares.amin((2, 4)))
     assert 0 < hidden.mean() < 1

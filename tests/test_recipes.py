@@ -21,7 +21,8 @@ EXPECTED = {
     "cae-tiny-32": 6.8196,
     "cim-resnet-32": 0.4861,
     "cim-tiny-32": 0.4412,
-    "energy-tiny-32": 0.3141,
+    "conditional-energy-tiny-32": 0.3141,
+    "energy-tiny-32": 0.2155,
     "localmim-tiny-32": 0.2433,
     "mae-tiny-32": 0.9010,
 }
@@ -91,8 +92,8 @@ def test_a_word_that_a_setting_does_not_know_is_refused() -> None:
 @pytest.mark.quick
 def test_settings_are_the_constructors_arguments() -> None:
     assert method_settings("mae")["mask_ratio"] == 0.75
-    settings = plain(checked({"method": {"name": "energy", "cell": 8}}))
-    assert settings["method"] == {"name": "energy", **method_settings("energy"), "cell": 8, "factors": [2, 4]}
+    settings = plain(checked({"method": {"name": "energy", "mask_patch_size": 8}}))
+    assert settings["method"] == {"name": "energy", **method_settings("energy"), "mask_patch_size": 8}
     assert settings["method"]["step_size"] is None
     override(settings, "method.name", "mae")
     assert settings["method"] == {"name": "mae"}  # the other method's settings do not follow

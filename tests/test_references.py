@@ -81,8 +81,10 @@ def trivial_cim(**settings: Any) -> tuple[Any, Tensor, Any]:
     return method, images, noise
 
 
-def trivial_energy(**settings: Any) -> tuple[Any, Tensor, Any]:
-    method, images = small("energy", zero_head=True, **settings), photographs()
+def trivial_energy(name: str = "energy", **settings: Any) -> tuple[Any, Tensor, Any]:
+    """An energy that is the same everywhere."""
+    method, images = small(name, **settings), photographs()
+    nn.init.zeros_(method.head.weight)
     return method, images, method.sample(4, 16, 16, torch.Generator().manual_seed(0))
 
 
@@ -119,8 +121,8 @@ TRIVIAL: list[tuple[Any, dict[str, Any]]] = [
     (trivial_cim, {"objective": "detect"}),
     (trivial_cim, {"paste": True}),
     (trivial_energy, {"corruption": "mask"}),
-    (trivial_energy, {"corruption": "mask", "loss_on": "hidden", "steps": 2}),
-    (trivial_energy, {"corruption": "mask", "context": "visible", "norm_pix_loss": True}),
+    (trivial_energy, {"corruption": "mask", "steps": 2}),
+    (trivial_energy, {"name": "conditional-energy"}),
     (trivial_energy, {"corruption": "shuffle"}),
     (trivial_energy, {"corruption": "downsample", "gradient": "difference"}),
     (trivial_energy, {"corruption": "noise", "steps": 3}),

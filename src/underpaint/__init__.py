@@ -8,7 +8,7 @@ from underpaint.methods import METHODS
 
 if TYPE_CHECKING:
     from underpaint.backbones import encoder, load_encoder, standardize_for
-    from underpaint.methods import CAE, CIM, MAE, BEiT, Energy, LocalMIM, Method, Objective, SimMIM
+    from underpaint.methods import CAE, CIM, MAE, BEiT, ConditionalEnergy, Energy, LocalMIM, Method, Objective, SimMIM
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "MAE",
     "METHODS",
     "BEiT",
+    "ConditionalEnergy",
     "Energy",
     "InputError",
     "LocalMIM",

@@ -1,13 +1,18 @@
 """Images to corrupted images: plain functions on standardised images, in which 0 is the data's mean.
 
-None of them changes an image's size, none draws anything by itself, and none looks at another image of the batch.
+None of them changes an image's size, none draws anything by itself, and none looks at another image of the batch. A
+`Corruption` is one of them with what is random of it, and which of its errors count.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from underpaint.masking import Mask, hidden_map
+from underpaint.masking import Mask, Masking, hidden_map
 from underpaint.patches import patchify, take, unpatchify
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
@@ -58,3 +63,100 @@ def gray(images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height
     channels = images.shape[1]
     weights = images.new_tensor(LUMA if channels == 3 else [1 / channels] * channels)
     return (images * weights.view(1, -1, 1, 1)).sum(1, keepdim=True).expand(-1, channels, -1, -1)
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """One way to corrupt images."""
+
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
+        """What is random of it, a row an image, on the CPU; None where nothing is.
+
+        Raises:
+            ValueError: it does not fit images of this size in pixels.
+        """
+        return None
+
+    def apply(self, images: Float[Tensor, "b c height width"], noise: Any) -> Float[Tensor, "b c height width"]:
+        raise NotImplementedError
+
+    def error(self, squares: Float[Tensor, "b c height width"], noise: Any) -> Float[Tensor, "b c height width"]:
+        """The squared errors of what was corrupted; 0 elsewhere."""
+        return squares
+
+
+@dataclass(frozen=True)
+class Hide(Corruption):
+    """Some cells at the data's mean."""
+
+    masking: Masking
+
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+        return self.masking(batch, height, width, generator)
+
+    def apply(self, images: Float[Tensor, "b c height width"], noise: Mask) -> Float[Tensor, "b c height width"]:
+        return mask_cells(images, noise, self.masking.unit)
+
+    def error(self, squares: Float[Tensor, "b c height width"], noise: Mask) -> Float[Tensor, "b c height width"]:
+        grid = self.masking.grid(*squares.shape[-2:])
+        return squares * hidden_map(noise, grid, self.masking.unit).expand_as(squares)
+
+
+@dataclass(frozen=True)
+class Shuffle(Corruption):
+    """Patches of (height, width) pixels out of order: position k gets patch order[k]."""
+
+    patch: tuple[int, int]
+
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+        if height % self.patch[0] or width % self.patch[1]:
+            raise ValueError(f"patches of {self.patch} px do not divide an image of {height}x{width}")
+        count = (height // self.patch[0]) * (width // self.patch[1])
+        return torch.rand(batch, count, generator=generator).argsort(1)
+
+    def apply(self, images: Float[Tensor, "b c height width"], noise: Tensor) -> Float[Tensor, "b c height width"]:
+        return shuffle_patches(images, noise, self.patch)
+
+
+@dataclass(frozen=True)
+class Downsample(Corruption):
+    """Resolution lost by one of these factors an image."""
+
+    factors: tuple[int, ...] = (2, 4)
+
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+        for factor in self.factors:
+            if height % factor or width % factor:
+                raise ValueError(f"factor {factor} does not divide an image of {height}x{width}")
+        return torch.randint(len(self.factors), (batch,), generator=generator)
+
+    def apply(self, images: Float[Tensor, "b c height width"], noise: Tensor) -> Float[Tensor, "b c height width"]:
+        made = images
+        for number, factor in enumerate(self.factors):
+            made = torch.where((noise == number).view(-1, 1, 1, 1), downsample(images, factor), made)
+        return made
+
+
+@dataclass(frozen=True)
+class AddNoise(Corruption):
+    """Normal noise that leaves a share of the variance, uniform in (0, 1) an image."""
+
+    channels: int
+
+    def sample(
+        self, batch: int, height: int, width: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        kept = torch.rand(batch, generator=generator)
+        return kept, torch.randn(batch, self.channels, height, width, generator=generator)
+
+    def apply(self, images: Float[Tensor, "b c height width"], noise: Any) -> Float[Tensor, "b c height width"]:
+        kept, normal = noise
+        return add_noise(images, normal, kept)
+
+
+@dataclass(frozen=True)
+class Gray(Corruption):
+    """Lost colour."""
+
+    def apply(self, images: Float[Tensor, "b c height width"], noise: Any) -> Float[Tensor, "b c height width"]:
+        return gray(images)

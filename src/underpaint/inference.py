@@ -20,7 +20,7 @@ from underpaint.data import (
 )
 from underpaint.data.images import Decoding, decode_as
 from underpaint.errors import InputError
-from underpaint.methods import METHODS, Energy, Method
+from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
 from underpaint.recipes import Recipe
 from underpaint.recipes.recipe import method_options
@@ -51,12 +51,8 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
         InputError: an image that cannot be read; a corruption that the method was not trained on.
     """
     method, standardize, recipe = load_method(run)
-    if corruption is not None:
-        known: tuple[str, ...] = getattr(method, "tasks", ("mask",))
-        if corruption not in known:
-            raise InputError(f"--corruption {corruption}: this run was trained on {', '.join(known)}")
-        if isinstance(method, Energy):
-            method.tasks = (corruption,)
+    if corruption is not None and corruption not in method.tasks:
+        raise InputError(f"--corruption {corruption}: this run was trained on {', '.join(method.tasks)}")
     size, channels = recipe.data.image_size, method.encoder.channels
     stored = scaling_for(run)
     rows = []
@@ -72,7 +68,7 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
         whole = torch.from_numpy(array).permute(2, 0, 1)[None]
         boxes = torch.from_numpy(centre_boxes([array.shape[:2]], size))
         rows.append(scaling.unit(crop_resize(whole, boxes, torch.zeros(1, dtype=torch.bool), size)))
-    frames = method.restore(standardize(torch.cat(rows)))
+    frames = method.restore(standardize(torch.cat(rows)), task=corruption)
     sheet({caption: standardize.inverse(frame) for caption, frame in frames.items()}, Path(out))
 
 

@@ -8,11 +8,40 @@ same masks, and a resumed run needs no saved random state.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Noise = TypeVar("Noise")  # of a step: tuples and dicts of tensors, a row an image
+
+
+def each_tensor(noise: Noise, change: Callable[[Tensor], Tensor]) -> Noise:
+    """The same tuples and dicts with every tensor changed."""
+    made: Any = noise
+    if isinstance(noise, Tensor):
+        made = change(noise)
+    elif isinstance(noise, dict):
+        made = {name: each_tensor(value, change) for name, value in noise.items()}
+    elif isinstance(noise, tuple):
+        made = [each_tensor(value, change) for value in noise]
+        made = type(noise)(*made) if hasattr(noise, "_fields") else tuple(made)
+    return made
+
+
+def to_device(noise: Noise, device: torch.device) -> Noise:
+    return each_tensor(noise, lambda value: value.to(device, non_blocking=True))
+
+
+def some_rows(noise: Noise, rows: slice) -> Noise:
+    """The noise of some images of the batch."""
+    return each_tensor(noise, lambda value: value[rows])
+
+
+def repeated(noise: Noise, batch: int) -> Noise:
+    """The noise of one image for each of a batch."""
+    return each_tensor(noise, lambda value: value.expand(batch, *value.shape[1:]))
 
 
 class Mask(NamedTuple):
@@ -21,16 +50,9 @@ class Mask(NamedTuple):
     visible: Int[Tensor, "b v"]
     hidden: Int[Tensor, "b h"]
 
-    def to(self, device: torch.device) -> "Mask":
-        return Mask(self.visible.to(device, non_blocking=True), self.hidden.to(device, non_blocking=True))
-
-    def rows(self, rows: slice) -> "Mask":
-        """The masks of some images of the batch."""
-        return Mask(self.visible[rows], self.hidden[rows])
-
-    def repeat(self, batch: int) -> "Mask":
-        """The mask of one image for each of a batch."""
-        return Mask(self.visible.expand(batch, -1), self.hidden.expand(batch, -1))
+    to = to_device
+    rows = some_rows
+    repeat = repeated
 
 
 def hide_highest(score: Float[Tensor, "b n"], count: int) -> Mask:

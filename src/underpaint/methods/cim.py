@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from underpaint.backbones import Backbone, PatchBackbone
 from underpaint.backbones import encoder as make_encoder
 from underpaint.blocks import heads_for
-from underpaint.masking import Mask
+from underpaint.masking import Mask, repeated, some_rows, to_device
 from underpaint.methods.beit import BEiT
 from underpaint.methods.masked import MaskedMethod
 from underpaint.methods.method import Objective
@@ -43,14 +43,9 @@ class Corruption(NamedTuple):
     mask: Mask
     uniform: Float[Tensor, "b h"]
 
-    def to(self, device: torch.device) -> "Corruption":
-        return Corruption(self.mask.to(device), self.uniform.to(device, non_blocking=True))
-
-    def rows(self, rows: slice) -> "Corruption":
-        return Corruption(self.mask.rows(rows), self.uniform[rows])
-
-    def repeat(self, batch: int) -> "Corruption":
-        return Corruption(self.mask.repeat(batch), self.uniform.expand(batch, -1))
+    to = to_device
+    rows = some_rows
+    repeat = repeated
 
 
 class Corrupted(NamedTuple):

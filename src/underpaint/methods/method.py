@@ -60,10 +60,6 @@ class Method(Trainable):
     def noise_for(self, inputs: Float[Tensor, "b c height width"], count: int, generator: torch.Generator) -> Any:
         return self.sample(count, inputs.shape[2], inputs.shape[3], generator)
 
-    def lr_scales(self) -> dict[str, float]:
-        """Weights in a parameter group of their own, without decay: the factor on their learning rate, by name."""
-        return {}
-
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """timm's: no decay on biases, norms, positions, class and mask tokens."""
         listed = {
@@ -72,16 +68,7 @@ class Method(Trainable):
             for name in getattr(module, "no_weight_decay", set)()
         }
         groups = param_groups_weight_decay(self, weight_decay, no_weight_decay_list=listed)
-        named, scales = dict(self.named_parameters()), self.lr_scales()
-        apart = {id(named[name]) for name in scales if name in named}
-        for group in groups:
-            group |= {"params": [p for p in group["params"] if id(p) not in apart], "lr": lr}
-        groups += [
-            {"params": [named[name]], "weight_decay": 0.0, "lr": lr * scale}
-            for name, scale in scales.items()
-            if name in named
-        ]
-        return groups
+        return [{**group, "lr": lr} for group in groups]
 
     def parts(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> Iterator[Objective]:
         """The parts of the loss one by one; backpropagate each before asking for the next, and memory is that of one."""
@@ -103,7 +90,7 @@ class Method(Trainable):
 
     def calibrate(
         self, images: Float[Tensor, "b c height width"], noise: Any, mean: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> dict[str, float]:
+    ) -> dict[str, float | list[float]]:
         """Settings that are measured on the first batch before step 0: taken over at once, and returned by name.
 
         `mean` averages a number over the processes of a run, so that all take over the same.
