@@ -1,12 +1,16 @@
 """HOG against a slow reference written with loops, and what must hold of it."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from test_methods import photographs, small
+from torch import Tensor
+from torch.nn import functional
 
-from underpaint.targets import Pixels, hog_pyramid, strokes
+from underpaint.targets import Pixels, Target, hog_pyramid, strokes, target_for
 
 
 def slow_hog(image: np.ndarray, cell: int, bins: int) -> np.ndarray:
@@ -102,3 +106,49 @@ def test_strokes_lie_along_the_edge() -> None:
         line = middle.sum(along)
         assert line.argmax() == 4
         assert line.max() > 3 * line.median()
+
+
+class Cosines(Target):
+    """The lowest frequencies of a cell's pixels along each side: a target that no method knows."""
+
+    name = "cosines"
+    smallest = 2
+    kept = 2  # frequencies
+
+    def width(self, cell: int, channels: int) -> int:
+        return channels * self.kept**2
+
+    def __call__(self, images: Tensor, cells: Sequence[int]) -> list[Tensor]:
+        return [self.level(images, cell) for cell in cells]
+
+    def level(self, images: Tensor, cell: int) -> Tensor:
+        middles = (torch.arange(cell) + 0.5) * math.pi / cell
+        waves = torch.cos(torch.arange(self.kept).view(-1, 1) * middles) / cell
+        b, channels, height, width = images.shape
+        pixels = images.view(b, channels, height // cell, cell, width // cell, cell)
+        return torch.einsum("bcrywx,ky,lx->bcklrw", pixels, waves, waves).flatten(1, 3)
+
+    def picture(self, level: Tensor, images: Tensor, times: int) -> Tensor:
+        means = level[:, :: self.kept**2]
+        return functional.interpolate(means, scale_factor=float(times * images.shape[-1] // level.shape[-1]))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["mae", "localmim"])
+def test_a_target_of_ones_own_is_learned_and_drawn(name: str) -> None:
+    method, images = small(name, 32, 32, target=Cosines()), photographs(4, 3, 32, 32)
+    noise = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
+    optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
+    for _ in range(60):
+        optimiser.zero_grad()
+        method(images, noise).loss.backward()
+        optimiser.step()
+    objective = method(images, noise)
+    assert objective.loss < 0.7 * objective.terms["baseline"]
+    assert len({frame.shape for frame in method.restore(images, noise).values()}) == 1
+
+
+@pytest.mark.quick
+def test_a_target_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="target is 'sketch'; it must be one of pixels, hog"):
+        target_for("sketch")

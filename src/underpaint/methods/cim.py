@@ -241,8 +241,7 @@ class CIM(MaskedMethod):
         return F.binary_cross_entropy_with_logits(answer.flatten(1), truth, reduction="none"), trivial, answer
 
     def forward(self, images: Float[Tensor, "b c height width"], noise: Corruption | None = None) -> Objective:
-        if noise is None:
-            noise = self.sample_for(images)
+        noise = self.sample_for(images) if noise is None else noise
         corrupted = self.corrupt(images, noise)
         hidden = corrupted.golden.gather(1, noise.mask.hidden)
         generator = cross_entropies(corrupted.logits, hidden).mean()

@@ -1,7 +1,7 @@
 """The contract between a method and everything around it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, dataclass_transform
 
 import torch
@@ -38,7 +38,7 @@ class Method(Trainable):
         super().__init_subclass__()
         if "__init__" not in cls.__dict__:
             dataclass(eq=False, repr=False)(cls)
-            for name in {setting.name for setting in fields(cls)} & set(cls.__dict__):
+            for name in set(vars(cls)) & set(vars(cls)["__dataclass_fields__"]):
                 delattr(cls, name)  # a default there would hide a module that takes the setting's place
 
     def __setattr__(self, name: str, value: Any) -> None:
