@@ -20,7 +20,7 @@ from underpaint.data import (
 )
 from underpaint.data.images import Decoding, decode_as
 from underpaint.errors import InputError
-from underpaint.methods import METHODS, Method
+from underpaint.methods import METHODS, Method, Restores
 from underpaint.patches import Standardize
 from underpaint.recipes import Recipe
 from underpaint.recipes.recipe import method_options
@@ -51,6 +51,8 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
         InputError: an image that cannot be read; a corruption that the method was not trained on.
     """
     method, standardize, recipe = load_method(run)
+    if not isinstance(method, Restores):
+        raise InputError(f"{run}: {recipe.method['name']} makes no pictures; there is nothing to restore")
     if corruption is not None and corruption not in method.tasks:
         raise InputError(f"--corruption {corruption}: this run was trained on {', '.join(method.tasks)}")
     size, channels = recipe.data.image_size, method.encoder.channels

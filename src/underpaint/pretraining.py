@@ -15,6 +15,7 @@ from underpaint.console import say
 from underpaint.data import Batch
 from underpaint.errors import InputError
 from underpaint.evaluate.visualizations import write_visualizations
+from underpaint.methods import Restores
 from underpaint.prepare import Session, build, decide, open_data, schedule_of, silent, warm_again
 from underpaint.recipes.recipe import Recipe
 from underpaint.recipes.request import FLAGS, resolve
@@ -207,15 +208,16 @@ def recalibrated(session: Session, encoder: Backbone) -> Backbone:
 def _look(session: Session, step: int) -> dict[str, float]:
     """A probe and a picture of where the run stands; training's randomness is not touched."""
     method, standardize = session.method, session.standardize
-    images = standardize(session.suite.shown(session.fabric.device))
-    was = method.training
-    method.eval()
-    frames = method.restore(images)
-    method.train(was)
-    sheet(
-        {caption: standardize.inverse(frame) for caption, frame in frames.items()},
-        session.run.path / "pictures" / f"restore-{step:08d}.png",
-    )
+    if isinstance(method, Restores):
+        images = standardize(session.suite.shown(session.fabric.device))
+        was = method.training
+        method.eval()
+        frames = method.restore(images)
+        method.train(was)
+        sheet(
+            {caption: standardize.inverse(frame) for caption, frame in frames.items()},
+            session.run.path / "pictures" / f"restore-{step:08d}.png",
+        )
     return session.suite.quick(method.encoder, standardize)
 
 

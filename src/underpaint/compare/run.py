@@ -36,7 +36,7 @@ from underpaint.evaluate.probes import SHOTS, ProbeSuite, Worth
 from underpaint.evaluate.visualizations import write_visualizations
 from underpaint.files import replacing, write_json, write_text
 from underpaint.inference import load_method
-from underpaint.methods import METHODS
+from underpaint.methods import METHODS, Restores
 from underpaint.prepare import build, open_data
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import Recipe, checked, differences, override, plain
@@ -600,9 +600,12 @@ def _restorations(judge: ProbeSuite, runs: Mapping[str, Sequence[Run]], path: Pa
     columns: dict[str, torch.Tensor] = {}
     for name, those in runs.items():
         method, standardize, _ = load_method(those[0].path)
+        if not isinstance(method, Restores):
+            continue
         images = judge.shown("cpu")
         columns.setdefault("original", images)
         for caption, frame in method.restore(standardize(images)).items():
             if caption != "original":
                 columns[f"{name}\n{caption}"] = standardize.inverse(frame)
-    sheet(columns, path)
+    if columns:
+        sheet(columns, path)

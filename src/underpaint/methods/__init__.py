@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from underpaint.methods.energy import ConditionalEnergy, Energy
     from underpaint.methods.localmim import LocalMIM
     from underpaint.methods.mae import MAE
-    from underpaint.methods.method import Method, Objective
+    from underpaint.methods.method import Method, Objective, Restores
     from underpaint.methods.simmim import SimMIM
 
 # where the class is, and what it does in a line, with its paper
@@ -57,7 +57,7 @@ METHODS = Classes(dict.fromkeys(LISTED))
 
 def __getattr__(name: str) -> Any:
     """The classes as attributes of this module (PEP 562)."""
-    if name in ("Method", "Objective"):
+    if name in ("Method", "Objective", "Restores"):
         return getattr(importlib.import_module("underpaint.methods.method"), name)
     for method, (place, _) in LISTED.items():
         if place.endswith(f":{name}"):
@@ -77,5 +77,6 @@ __all__ = [
     "LocalMIM",
     "Method",
     "Objective",
+    "Restores",
     "SimMIM",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, dataclass_transform
+from typing import Any, Protocol, dataclass_transform, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,7 @@ class Method(Trainable):
     """
 
     encoder: Backbone
-    tasks: tuple[str, ...] = ("mask",)  # what is restored, by the names of `errors`
+    tasks: tuple[str, ...] = ("mask",)  # the kinds of corruption that it is trained to restore
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -97,13 +97,6 @@ class Method(Trainable):
         """
         return {}
 
-    def restore(
-        self, images: Float[Tensor, "b c height width"], noise: Any = None, task: str | None = None
-    ) -> dict[str, Tensor]:
-        """Pictures by caption, standardised like the images, from the original to the restoration, of one of the `tasks`
-        or of each in turn."""
-        raise NotImplementedError
-
     def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """By task: what is wrong with each image where it was corrupted, restored and trivially restored ([b] each)."""
         raise NotImplementedError
@@ -127,3 +120,15 @@ class Method(Trainable):
         generator = torch.Generator().manual_seed(0)
         batch, _, height, width = images.shape
         return [self.sample(1, height, width, generator).repeat(batch).to(images.device) for _ in range(count)]
+
+
+@runtime_checkable
+class Restores(Protocol):
+    """A method that can show what it restores."""
+
+    def restore(
+        self, images: Float[Tensor, "b c height width"], noise: Any = None, task: str | None = None
+    ) -> dict[str, Tensor]:
+        """Pictures by caption, standardised like the images, from the original to the restoration, of one of its `tasks`
+        or of each in turn."""
+        ...
