@@ -21,7 +21,7 @@ from underpaint.data import load_images, open_source, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluate.pyramid import Pyramid
 from underpaint.inference import load_method
-from underpaint.masking import Mask, block_mask, random_mask
+from underpaint.masking import Mask, block_mask
 from underpaint.methods import CAE, BEiT
 from underpaint.methods.cae import Regress
 from underpaint.methods.words import frequency_losses
@@ -301,16 +301,51 @@ def test_block_masks_hide_exactly_as_many(grid: tuple[int, int], hidden: int) ->
     assert torch.equal(mask.hidden, again.hidden)
 
 
-@pytest.mark.quick
-def test_block_masks_hang_together() -> None:
-    def neighbours(mask: Mask) -> float:
-        flat = torch.zeros(len(mask.hidden), 196).scatter(1, mask.hidden, 1.0).view(-1, 14, 14)
-        return float((flat[:, 1:] * flat[:, :-1]).mean() + (flat[:, :, 1:] * flat[:, :, :-1]).mean())
+def published_blocks(grid: tuple[int, int], hidden: int, smallest: int, rng: np.random.Generator) -> np.ndarray:
+    """One mask by BEiT's algorithm 1 as its authors run it, which may end with fewer than `hidden` patches."""
+    (rows, columns), mask = grid, np.zeros(grid, bool)
+    while (left := hidden - mask.sum()) > 0:
+        for _ in range(10):
+            area = smallest + rng.random() * (left - smallest)
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if tall >= rows or wide >= columns:
+                continue
+            top, first = rng.integers(0, rows - tall + 1), rng.integers(0, columns - wide + 1)
+            block = mask[top : top + tall, first : first + wide]
+            if 0 < block.size - block.sum() <= left:
+                block[:] = True
+                break
+        else:
+            return mask
+    return mask
 
-    generator = torch.Generator().manual_seed(0)
-    assert neighbours(block_mask(300, (14, 14), 75, generator)) > 1.5 * neighbours(
-        random_mask(300, (14, 14), 75, generator)
+
+def shape_of(masks: np.ndarray) -> tuple[float, float, float]:
+    """Sides between hidden and visible, and patches without a hidden neighbour, over the hidden patches; and how unevenly
+    the positions are hidden."""
+    padded = np.pad(masks, ((0, 0), (1, 1), (1, 1))).astype(int)
+    beside = padded[:, 2:, 1:-1] + padded[:, :-2, 1:-1] + padded[:, 1:-1, 2:] + padded[:, 1:-1, :-2]
+    count = masks.sum()
+    return ((4 - beside) * masks).sum() / count, ((beside == 0) & masks).sum() / count, masks.mean(0).std()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("grid", "hidden"), [((14, 14), 75), ((8, 8), 32), ((4, 4), 8)])
+def test_block_masks_are_cut_as_published(grid: tuple[int, int], hidden: int) -> None:
+    """As many sides, single patches and hidden borders as the official generator makes, where it hides all that it should;
+    blocks that are cut at random have a tenth more sides, and ten times as many single patches."""
+    rng, count = np.random.default_rng(0), 2000
+    theirs = np.stack(
+        [published_blocks(grid, hidden, max(2, round(0.08 * grid[0] * grid[1])), rng) for _ in range(count)]
     )
+    mask = block_mask(count, grid, hidden, torch.Generator().manual_seed(0))
+    ours = torch.zeros(count, grid[0] * grid[1]).scatter(1, mask.hidden, 1.0).view(count, *grid).bool().numpy()
+    sides, single, uneven = shape_of(ours)
+    wanted = shape_of(theirs)
+    assert sides == pytest.approx(wanted[0], rel=0.03)
+    assert single == pytest.approx(wanted[1], rel=0.5)
+    assert uneven == pytest.approx(wanted[2], rel=0.1)
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
+TRIES = 10  # of a block, before no other is laid
 Noise = TypeVar("Noise")  # of a step: tuples and dicts of tensors, a row an image
 
 
@@ -70,36 +72,40 @@ def random_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch
 def block_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch.Generator | None = None) -> Mask:
     """Hide `hidden` patches in blocks (BEiT, arXiv 2106.08254, algorithm 1), exactly as many in each image.
 
-    Rectangles of at least 0.08 of the grid (two patches or more), with an aspect log-uniform in [0.3, 1 / 0.3], are laid
-    one after another until enough is covered; what the last one covers too much is taken back at random. All images of
-    a batch are drawn together.
+    A block is a rectangle of an area between 0.08 of the grid (two patches or more) and what is still to be hidden, with an
+    aspect log-uniform in [0.3, 1 / 0.3]. One that does not fit the grid, or would hide nothing new or too much, is drawn
+    again, up to ten times. What such tries leave open is filled in beside the blocks. The images of a batch are drawn
+    together.
     """
     rows, columns = grid
-    n = rows * columns
-    smallest = max(2, round(0.08 * n))
-    covered = torch.zeros(batch, n, dtype=torch.bool)
-    score = torch.zeros(batch, n)
-    y, x = torch.arange(rows).view(1, rows, 1), torch.arange(columns).view(1, 1, columns)
-    turn = 0
-    while not bool((covered.sum(1) >= hidden).all()):
-        turn += 1
-        left = (hidden - covered.sum(1)).clamp_min(1)
-        largest = torch.maximum(left, torch.tensor(smallest)).float()
-        draws = torch.rand(4, batch, generator=generator)
-        area = smallest + draws[0] * (largest - smallest)
-        aspect = torch.exp(math.log(0.3) + draws[1] * (math.log(1 / 0.3) - math.log(0.3)))
-        tall = (area * aspect).sqrt().round().clamp(1, rows - 1 if rows > 1 else 1)
-        wide = (area / aspect).sqrt().round().clamp(1, columns - 1 if columns > 1 else 1)
-        top = (draws[2] * (rows - tall + 1)).floor()
-        first = (draws[3] * (columns - wide + 1)).floor()
-        inside = (y >= top.view(-1, 1, 1)) & (y < (top + tall).view(-1, 1, 1))
-        inside = inside & (x >= first.view(-1, 1, 1)) & (x < (first + wide).view(-1, 1, 1))
-        new = inside.flatten(1) & ~covered & (covered.sum(1, keepdim=True) < hidden)
-        # earlier blocks are kept before later ones; within a block at random
-        jitter = torch.rand(batch, n, generator=generator)
-        score = torch.where(new, 1.0 / turn + 0.1 * jitter / (turn * (turn + 1)), score)
-        covered |= new
-    return hide_highest(score, hidden)
+    smallest, widest = max(2, round(0.08 * rows * columns)), math.log(1 / 0.3)
+    covered = torch.zeros(batch, rows, columns, dtype=torch.bool)
+    y, x = torch.arange(rows), torch.arange(columns)
+    going = torch.arange(batch)  # images that another block is tried for
+    while len(going):
+        sums = functional.pad(covered[going].int().cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
+        left = hidden - sums[:, -1:]
+        drawn = torch.rand(4, len(going), TRIES, generator=generator)
+        area, aspect = smallest + drawn[0] * (left - smallest), torch.exp((2 * drawn[1] - 1) * widest)
+        tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        fits = (tall < rows) & (wide < columns)
+        tall, wide = tall.clamp(max=rows).long(), wide.clamp(max=columns).long()
+        top = (drawn[2] * (rows - tall + 1)).long()
+        first = (drawn[3] * (columns - wide + 1)).long()
+        # how much of a block is hidden already, by the sums above and left of its corners
+        corners = [(down * (columns + 1) + along) for down in (top, top + tall) for along in (first, first + wide)]
+        before = [sums.gather(1, corner) for corner in corners]
+        new = tall * wide - (before[3] - before[1] - before[2] + before[0])
+        good = fits & (new > 0) & (new <= left)
+        found, chosen = good.any(1), good.int().argmax(1, keepdim=True)
+        top, first, tall, wide = (value.gather(1, chosen) for value in (top, first, tall, wide))
+        inside = ((y >= top) & (y < top + tall)).unsqueeze(2) & ((x >= first) & (x < first + wide)).unsqueeze(1)
+        covered[going] |= inside & found.view(-1, 1, 1)
+        going = going[found & (new.gather(1, chosen) < left).squeeze(1)]
+    beside = functional.pad(covered.float(), (1, 1, 1, 1))
+    beside = beside[:, 2:, 1:-1] + beside[:, :-2, 1:-1] + beside[:, 1:-1, 2:] + beside[:, 1:-1, :-2]
+    score = 8 * covered + beside + torch.rand(batch, rows, columns, generator=generator)
+    return hide_highest(score.flatten(1), hidden)
 
 
 Strategy = Callable[[int, tuple[int, int], int, torch.Generator | None], Mask]  # batch, grid, hidden, generator
