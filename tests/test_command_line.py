@@ -310,6 +310,7 @@ def test_from_images_to_a_judged_encoder_by_commands(
 REFUSED = {
     "beit": "BEiT needs a plain vision transformer, not ",
     "cae": "CAE needs ",
+    "conditional-energy": "conditional-energy needs an encoder that runs on part of its patches (a plain ViT), not ",
     "energy": "the energy method needs an encoder without batch norm",
     "localmim": "LocalMIM needs a plain ViT or a Swin, not ",
     "mae": "MAE needs an encoder that runs on part of its patches (a plain ViT), not ",

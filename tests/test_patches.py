@@ -72,7 +72,10 @@ def test_impossible_ratios_are_refused() -> None:
     for patches, ratio in ((16, 0.0), (16, 1.0), (1, 0.5)):
         with pytest.raises(ValueError, match=r"must lie between|needs at least"):
             hidden_count(patches, ratio)
-    assert hidden_count(196, 0.75) == 147
+    # MAE keeps int(196 * 0.25); SimMIM hides ceil(49 * 0.6), and 22 of 36; BEiT 75 of 196; LocalMIM on Swin 37 of 49
+    for patches, ratio, hidden in ((196, 0.75, 147), (49, 0.6, 30), (36, 0.6, 22), (196, 0.38, 75), (49, 0.75, 37)):
+        assert hidden_count(patches, ratio) == hidden
+    assert all(hidden_count(n, 0.6) == n - int(n * 0.4 + 1e-9) for n in range(3, 300))  # no rounding error adds one
     assert hidden_count(4, 0.01) == 1
 
 

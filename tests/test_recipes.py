@@ -17,7 +17,7 @@ from underpaint.recipes.request import read_recipe
 # Mean loss of steps 16 to 20 on made stripes. Tolerance 1 %: kernels of other machines sum in another order, which
 # twenty steps hardly amplify; a changed default or formula moves the loss by far more.
 EXPECTED = {
-    "beit-tiny-32": 5.5157,
+    "beit-tiny-32": 5.5132,
     "cae-tiny-32": 6.8196,
     "cim-resnet-32": 0.4861,
     "cim-tiny-32": 0.4412,

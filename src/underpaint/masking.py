@@ -160,7 +160,7 @@ def masking(ratio: float, mask: str | Strategy, mask_patch_size: int | None, uni
 
 
 def hidden_count(patches: int, ratio: float) -> int:
-    """How many of `patches` a ratio hides: at least one hidden and one visible.
+    """How many of `patches` a ratio hides, rounded up as in MAE and SimMIM: at least one hidden and one visible.
 
     Raises:
         ValueError: the ratio is not between 0 and 1, or there are fewer than two patches.
@@ -169,7 +169,7 @@ def hidden_count(patches: int, ratio: float) -> int:
         raise ValueError(f"mask_ratio is {ratio}; it must lie between 0 and 1")
     if patches < 2:
         raise ValueError(f"the grid has {patches} patch; masking needs at least 2: a smaller patch size")
-    return min(max(round(patches * ratio), 1), patches - 1)
+    return min(max(math.ceil(patches * ratio - 1e-9), 1), patches - 1)
 
 
 def hidden_map(mask: Mask, grid: tuple[int, int], cell: tuple[int, int]) -> Float[Tensor, "b 1 height width"]:

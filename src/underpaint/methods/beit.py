@@ -21,7 +21,7 @@ class BEiT(WordMethod):
 
     Args:
         encoder: a plain ViT, or timm's own BEiT, which has relative position biases.
-        mask_ratio: share of the patches that is hidden; 0.4 hides 78 of 196, 0.383 the paper's 75.
+        mask_ratio: share of the patches that is hidden; 0.38 hides 75 of 196, as the paper does.
         mask: a name of `masking.MASKS`, or such a function.
         mask_patch_size: pixels of a side of what is hidden as one; a patch where None.
         tokenizer: a file of `underpaint tokenizer`; k-means over the training images' patches where None.
@@ -32,7 +32,7 @@ class BEiT(WordMethod):
         ValueError: patches that are not square; a tokenizer that does not fit the encoder.
     """
 
-    mask_ratio: float = 0.4
+    mask_ratio: float = 0.38
 
     def __post_init__(self) -> None:
         super().__post_init__()
