@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from underpaint.compare.statistics import Arm, difference, spread, standing
-from underpaint.data import eval_batches
-from underpaint.evaluate import extract, knn, linear
+from underpaint.evaluate.features import features_of
+from underpaint.evaluate.knn import knn
+from underpaint.evaluate.linear import linear
 from underpaint.evaluate.probes import ProbeSuite
 from underpaint.inference import load_method
 from underpaint.methods.energy import TASKS
@@ -28,8 +29,7 @@ def probed(judge: ProbeSuite, encoder: Any, standardize: Any) -> dict[str, np.nd
     """By probe, the hits on the test images."""
     made = []
     for part in judge.full():
-        batches = eval_batches(part.images, size=judge.size, indices=part.indices)
-        made += [extract(encoder, batches, transform=standardize, with_patches=False).pooled, part.labels]
+        made += [features_of(encoder, standardize, part, judge.size, with_patches=False).pooled, part.labels]
     return {
         "linear": linear(*made, seed=judge.seed).correct,  # pyright: ignore[reportArgumentType]
         "knn": knn(*made, seed=judge.seed).correct,  # pyright: ignore[reportArgumentType]

@@ -141,7 +141,8 @@ def evaluate_task(task: str, folder: Path) -> dict[str, Any]:
     from conftest import write_pictures
     from scenes import write_scenes
 
-    from underpaint.evaluate.command import evaluate
+    from underpaint.evaluate.options import Options
+    from underpaint.evaluate.runner import evaluate
 
     if not (folder / "mae-pixels" / "encoder.json").is_file():
         train_case("mae-pixels", folder)
@@ -154,9 +155,8 @@ def evaluate_task(task: str, folder: Path) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = evaluate(
-            str(folder / "mae-pixels"), data, [task], folder / f"task-{task}", settings=TASKS[task], against=against
-        )
+        options = Options(settings=TASKS[task], against=against)
+        found = evaluate(str(folder / "mae-pixels"), data, [task], folder / f"task-{task}", options)
     finally:
         torch.set_num_threads(threads)
     return flat(found["tasks"][task])

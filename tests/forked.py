@@ -22,7 +22,7 @@ IMPORTED = (
     "matplotlib.pyplot",
     "sklearn.manifold",
     "underpaint.compare.run",
-    "underpaint.evaluate.command",
+    "underpaint.evaluate.runner",
     "underpaint.predict",
     "underpaint.report",
     "underpaint.tokenize",

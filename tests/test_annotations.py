@@ -413,8 +413,8 @@ def test_annotations_of_id_0_or_of_equal_ids_count_in_the_measure(tmp_path: Path
             annotation |= {"id": own, "area": 4, "iscrowd": 0}
         file.write_text(json.dumps(coco))
         found = coco_annotations(root, open_source(root))["train"]
-        perfect = [{**annotation, "score": 0.9} for annotation in coco["annotations"]]
-        assert average_precision(found.coco, perfect, "bbox", 100, [0, 1]).numbers()["box_ap"] == pytest.approx(1)
+        perfect: list[Any] = [{**annotation, "score": 0.9} for annotation in coco["annotations"]]
+        assert average_precision(found.coco, perfect, ["bbox"], 100, [0, 1]).numbers()["box_ap"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from underpaint.compare.run import Found, arms_of, compare, load_worth, save_wor
 from underpaint.compare.statistics import Arm, Difference, Part, difference, standing
 from underpaint.compare.verdict import order, verdict
 from underpaint.errors import InputError
-from underpaint.evaluate import Probe
 from underpaint.evaluate.probes import Worth
+from underpaint.evaluate.results import Probe
 from underpaint.pretraining import pretrain
 from underpaint.report import write_report
 from underpaint.report.comparison import advised, tokenizer_text, training_text

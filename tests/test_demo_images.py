@@ -10,7 +10,8 @@ from PIL import Image
 from underpaint import demo_images
 from underpaint.demo_images import PHOTOGRAPHS, write_demo_images
 from underpaint.errors import InputError
-from underpaint.evaluate import hog, knn, raw_pixels
+from underpaint.evaluate.baselines import hog, raw_pixels
+from underpaint.evaluate.knn import knn
 
 
 @pytest.mark.quick

@@ -21,17 +21,29 @@ from underpaint.data import open_source
 from underpaint.data.annotations import Instances, coco_annotations, masks_of
 from underpaint.errors import InputError
 from underpaint.evaluate.detect import (
-    Detecting,
-    Sizes,
+    AnchorConfig,
+    Boxed,
+    Detect,
+    DetectConfig,
+    Kind,
     anchor_sides,
     average_precision,
     detection_limit,
     detector,
+    letterbox,
     mask_of,
-    placed,
 )
 from underpaint.evaluate.pyramid import Pyramid, sliding
-from underpaint.evaluate.segment import VOID, Confusion, Segmenting, crop_of, segmented, segmenter
+from underpaint.evaluate.segment import (
+    VOID,
+    SegmentConfig,
+    confusion_of,
+    crop_of,
+    measures,
+    segmenter,
+    shares,
+    sliding_window_inference,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -65,6 +77,7 @@ def test_masks_and_boxes_belong_to_their_images(scenes: Path, tmp_path: Path, zi
         objects = boxes[entry.split].objects(index)
         painted = np.zeros_like(masks[index])
         for label, segment in zip(objects.labels, objects.segments, strict=True):
+            assert segment is not None
             painted[mask_of(segment, *painted.shape) > 0] = label // 10
         assert np.array_equal(painted, masks[index])
 
@@ -105,9 +118,9 @@ def test_the_three_forms_of_a_mask_agree() -> None:
 
     mask = np.zeros((20, 30), np.uint8)
     mask[4:11, 6:19] = 1
-    polygon = [[6, 4, 19, 4, 19, 11, 6, 11]]
-    raw = {"size": [20, 30], "counts": counts_of(mask > 0)}
-    packed = coding.encode(np.asfortranarray(mask))
+    polygon: Any = [[6, 4, 19, 4, 19, 11, 6, 11]]
+    raw: Any = {"size": [20, 30], "counts": counts_of(mask > 0)}
+    packed: Any = coding.encode(np.asfortranarray(mask))
     for form in (polygon, raw, packed):
         assert np.array_equal(mask_of(form, 20, 30), mask)
 
@@ -152,8 +165,8 @@ class Pointwise(nn.Module):
 def test_windows_of_a_pointwise_model_are_the_whole() -> None:
     image = torch.rand(3, 37, 50)
     whole = Pointwise()(image[None]).softmax(1)[0]
-    assert torch.allclose(segmented(Pointwise(), image, (16, 24), 2, 1 / 3), whole, atol=1e-6)
-    assert torch.allclose(segmented(Pointwise(), image, (64, 64), 2, 1 / 3), whole, atol=1e-6)
+    assert torch.allclose(sliding_window_inference(Pointwise(), image, (16, 24), 2, 1 / 3), whole, atol=1e-6)
+    assert torch.allclose(sliding_window_inference(Pointwise(), image, (64, 64), 2, 1 / 3), whole, atol=1e-6)
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -162,16 +175,16 @@ def test_windows_of_a_pointwise_model_are_the_whole() -> None:
 @pytest.mark.quick
 def test_iou_is_that_of_a_naive_count() -> None:
     rng = np.random.default_rng(0)
-    confusion = Confusion(5)
+    each = []
     pairs = []
     for _ in range(6):
         truth = rng.integers(0, 4, (13, 9))  # class 4 never occurs
         truth[rng.random(truth.shape) < 0.1] = VOID
         found = np.where(rng.random(truth.shape) < 0.6, truth % 5, rng.integers(0, 5, truth.shape))
-        confusion.add(truth, found, VOID)
+        each.append(confusion_of(truth, found, 5))
         pairs.append((truth, found))
-    measured = confusion.measures().numbers()
-    iou = confusion.shares()[2]
+    measured = measures(np.stack(each)).numbers()
+    iou = shares(np.sum(each, axis=0))[2]
     for label in range(5):
         meet = sum(int(((t == label) & (f == label)).sum()) for t, f in pairs)
         either = sum(int((((t == label) | (f == label)) & (t != VOID)).sum()) for t, f in pairs)
@@ -189,29 +202,31 @@ def test_iou_is_that_of_a_naive_count() -> None:
 def test_images_without_a_known_pixel_or_an_object_change_no_measure() -> None:
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(0, 3, (8, 8)), rng.integers(0, 3, (8, 8))) for _ in range(3)]
-    with_void, without = Confusion(3), Confusion(3)
-    for truth, found in pairs:
-        with_void.add(np.full_like(truth, VOID), found, VOID)
-        for confusion in (with_void, without):
-            confusion.add(truth, found, VOID)
-    assert with_void.measures().numbers() == without.measures().numbers()
+    without = [confusion_of(truth, found, 3) for truth, found in pairs]
+    with_void = [confusion_of(one, found, 3) for truth, found in pairs for one in (np.full_like(truth, VOID), truth)]
+    patients = [str(k // 2) for k in range(6)]
+    wanted = measures(np.stack(without)).numbers()
+    assert measures(np.stack(with_void)).numbers() == measures(np.stack(with_void), patients).numbers() == wanted
     images = [{"id": k, "height": 10, "width": 10, "file_name": str(k)} for k in (1, 2)]
     truth = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0}]
-    coco = {"images": images, "annotations": truth, "categories": [{"id": 1, "name": "a"}]}
-    perfect = [{**truth[0], "score": 0.9}]
-    found = average_precision(coco, perfect, "bbox", 100, [1, 2]).numbers()  # in a quarter of the redraws is no object
+    coco: Any = {"images": images, "annotations": truth, "categories": [{"id": 1, "name": "a"}]}
+    perfect: Any = [{**truth[0], "score": 0.9}]
+    found = average_precision(
+        coco, perfect, ["bbox"], 100, [1, 2]
+    ).numbers()  # in a quarter of the redraws is no object
     assert (found["box_ap"], found["box_ap_error"]) == (pytest.approx(1), 0)
-    assert average_precision(coco, [], "bbox", 100, [1, 2]).numbers()["box_ap"] == 0
-    assert np.isnan(average_precision(coco, [], "bbox", 100, [2]).numbers()["box_ap"])
+    assert average_precision(coco, [], ["bbox"], 100, [1, 2]).numbers()["box_ap"] == 0
+    assert np.isnan(average_precision(coco, [], ["bbox"], 100, [2]).numbers()["box_ap"])
 
 
 @pytest.mark.quick
 def test_a_test_part_without_answers_is_refused(scenes: Path) -> None:
     from underpaint.data.annotations import CocoAnnotations, Masks
+    from underpaint.evaluate.base import Context
     from underpaint.evaluate.bundle import EncoderBundle
-    from underpaint.evaluate.detect import detect
     from underpaint.evaluate.full_res import FullResImages
-    from underpaint.evaluate.segment import MaskedSplit, _present
+    from underpaint.evaluate.options import Options
+    from underpaint.evaluate.segment import MaskedSplit, pixels_of_classes
 
     source = open_source(scenes)
     boxes = coco_annotations(scenes, source)
@@ -219,14 +234,15 @@ def test_a_test_part_without_answers_is_refused(scenes: Path) -> None:
     parts = [(found, sorted(found.images)) for found in (boxes["train"], empty)]
     whole = FullResImages(source, list(range(len(source.entries))), 3)
     nothing = EncoderBundle.__new__(EncoderBundle)  # not looked at before the answers are
+    train_boxes, test_boxes = (Boxed(whole, found, indices) for found, indices in parts)
     with pytest.raises(InputError, match="no image of test has an object"):
-        detect(nothing, whole, parts[0], parts[1], Detecting(), minutes=None, seed=0, folder=scenes)
+        Detect("detect", Context(nothing, source, Options(), scenes), (train_boxes, test_boxes), DetectConfig())
     masks = masks_of(scenes, source)
     train = MaskedSplit(whole, masks, parts[0][1], 3, VOID)
     names = {index: masks.names[index] for index in parts[1][1]}
     white = Masks(names, [], None, lambda name: _white(masks.read(name)))
     with pytest.raises(InputError, match="no pixel of the test masks has a class"):
-        _present(train, MaskedSplit(whole, white, parts[1][1], 3, VOID), ["ground", "disc", "square"])
+        pixels_of_classes(train, MaskedSplit(whole, white, parts[1][1], 3, VOID), ["ground", "disc", "square"])
 
 
 def _white(data: bytes) -> bytes:
@@ -235,7 +251,7 @@ def _white(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _perturbed(coco: dict[str, Any], kind: str, seed: int = 0) -> list[dict[str, Any]]:
+def _perturbed(coco: dict[str, Any], kind: str, seed: int = 0) -> list[Any]:
     """CocoAnnotations near the annotations: moved, some left out, some of another class, some made up."""
     rng = np.random.default_rng(seed)
     categories = [c["id"] for c in coco["categories"]]
@@ -278,7 +294,7 @@ def _raw_pycocotools(coco: dict[str, Any], results: list[dict[str, Any]], kind: 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_ap_is_that_of_pycocotools_on_coco(kind: str, split: str) -> None:
+def test_ap_is_that_of_pycocotools_on_coco(kind: Kind, split: str) -> None:
     """On COCO's own annotations: polygons, compressed run lengths and crowds."""
     pack = SHARED / "coco-mini" / "coco_mini.zip"
     if not pack.is_file():
@@ -289,24 +305,24 @@ def test_ap_is_that_of_pycocotools_on_coco(kind: str, split: str) -> None:
         assert any(one["iscrowd"] for one in coco["annotations"])
     results = _perturbed(coco, kind)
     images = [image["id"] for image in coco["images"]]
-    found = average_precision(coco, results, kind, 100, images)
+    found = average_precision(coco, results, [kind], 100, images)
     assert list(found.values.values()) == pytest.approx(list(_raw_pycocotools(coco, results, kind)), abs=1e-9)
     place = {"bbox": "box", "segm": "mask"}[kind]
     assert 0 < found.numbers()[f"{place}_ap_error"] < 0.1
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_ap_of_made_scenes(scenes: Path, kind: str) -> None:
+def test_ap_of_made_scenes(scenes: Path, kind: Kind) -> None:
     coco = json.loads((scenes / "annotations/train.json").read_text())
     images = [image["id"] for image in coco["images"]]
     results = _perturbed(coco, kind)
-    found = average_precision(coco, results, kind, 100, images)
+    found = average_precision(coco, results, [kind], 100, images)
     assert list(found.values.values()) == pytest.approx(list(_raw_pycocotools(coco, results, kind)), abs=1e-9)
-    perfect = [{**one, "score": 0.9} for one in coco["annotations"]]
+    perfect: list[Any] = [{**one, "score": 0.9} for one in coco["annotations"]]
     if kind == "segm":
         for one in perfect:
             one["segmentation"] = _packed(one["segmentation"])
-    best, none = (average_precision(coco, some, kind, 100, images) for some in (perfect, []))
+    best, none = (average_precision(coco, some, [kind], 100, images) for some in (perfect, []))
     assert list(best.values.values()) == pytest.approx([1, 1, 1])
     assert list(none.values.values()) == [0, 0, 0]
     # in pairs: against itself a difference has no error
@@ -340,7 +356,7 @@ def test_boxes_stay_around_their_objects() -> None:
         )
         image = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
         generator = rng if trial % 2 else None
-        made, target, _ = placed(image, given, (48, 48), True, generator)
+        made, target, _ = letterbox(image, given, (48, 48), True, generator)
         assert made.shape == (3, 48, 48)
         for box, mask in zip(target["boxes"].numpy(), target["masks"].numpy(), strict=True):
             tight = np.array(box_of(mask > 0), float)
@@ -396,7 +412,7 @@ def test_every_encoder_segments_and_detects(name: str) -> None:
     images = torch.randn(2, 3, 64, 64)
     for head in ("linear", "upernet"):
         encoder = ENCODERS[name]()
-        model = segmenter(encoder, head, 3, (64, 64), Segmenting(channels=16)).train()
+        model = segmenter(encoder, head, 3, (64, 64), SegmentConfig(channels=16)).train()
         found = model(images)
         assert found.shape == (2, 3, 64, 64)
         found.square().mean().backward()
@@ -404,7 +420,7 @@ def test_every_encoder_segments_and_detects(name: str) -> None:
         assert moved == (head == "upernet")
     encoder = ENCODERS[name]()
     model = detector(
-        encoder, (64, 64), 2, True, Sizes(((6.0, 10.0), (16.0, 24.0)), 100), Detecting(channels=16)
+        encoder, (64, 64), 2, True, AnchorConfig(((6.0, 10.0), (16.0, 24.0)), 100), DetectConfig(channels=16)
     ).train()
     boxes = torch.tensor([[8.0, 8.0, 20.0, 22.0]])
     masks = torch.zeros(1, 64, 64, dtype=torch.uint8)

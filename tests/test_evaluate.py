@@ -16,28 +16,18 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from underpaint.errors import InputError
-from underpaint.evaluate import (
-    Features,
-    Probe,
-    attentive,
-    effective_rank,
-    extract,
-    gain,
-    hog,
-    knn,
-    linear,
-    majority,
-    probe_features,
-    raw_pixels,
-    stratified,
-)
 from underpaint.evaluate import features as features_module
-from underpaint.evaluate.attentive import AttentiveProbe, heads_of, normalized
-from underpaint.evaluate.baselines import luma
+from underpaint.evaluate.attentive import AttentiveProbe, attentive, heads_of, normalized
+from underpaint.evaluate.baselines import hog, luma, majority, raw_pixels
+from underpaint.evaluate.features import Features, extract
+from underpaint.evaluate.knn import knn
+from underpaint.evaluate.linear import linear
 from underpaint.evaluate.outliers import separation
-from underpaint.evaluate.result import redraw
-from underpaint.evaluate.segment import Confusion
-from underpaint.evaluate.splits import hold_out
+from underpaint.evaluate.probes import Labelled, probe_features
+from underpaint.evaluate.rank import effective_rank
+from underpaint.evaluate.results import Probe, means, paired_difference, redraw
+from underpaint.evaluate.segment import confusion_of, measures
+from underpaint.evaluate.splits import hold_out, stratified
 
 Made = tuple[Tensor, np.ndarray, Tensor, np.ndarray]
 
@@ -120,7 +110,7 @@ class TestEveryProbe:
         assert torch.equal(torch_state, torch.get_rng_state())
         np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])  # type: ignore[index]
         np.testing.assert_array_equal(first.correct, second.correct)
-        assert gain(first, second) == (0.0, 0.0)
+        assert paired_difference(first, second) == (0.0, 0.0)
         assert first.chosen == second.chosen
 
     def test_standard_error_and_numbers(self, probe: Callable[..., Probe]):
@@ -170,11 +160,11 @@ class TestEveryProbe:
 def test_gain_is_paired():
     before = Probe.of(np.array([True, False, False, False]), {})
     after = Probe.of(np.array([True, True, True, False]), {})
-    difference, error = gain(after, before)
+    difference, error = paired_difference(after, before)
     assert difference == 0.5
     assert error == pytest.approx(stats.sem([0, 1, 1, 0]))
     with pytest.raises(InputError, match="after has 4, before 3"):
-        gain(after, Probe.of(np.array([True, False, True]), {}))
+        paired_difference(after, Probe.of(np.array([True, False, True]), {}))
 
 
 @pytest.mark.quick
@@ -247,7 +237,7 @@ def test_attentive_looks_at_the_token_that_matters():
     x, y, test_x, test_y = made_tokens()
     found = attentive(x, y, test_x, test_y)
     pooled = linear(x.mean(1), y, test_x.mean(1), test_y)
-    difference, error = gain(found, pooled)
+    difference, error = paired_difference(found, pooled)
     assert found.accuracy > 0.95
     assert difference > 4 * error
 
@@ -367,7 +357,7 @@ def test_extract_restores_what_it_touches():
     encoder = Tiny().train()
     encoder.frozen.eval()
 
-    def batches():
+    def batches() -> Any:
         for part in images.split(4):
             torch.rand(1)  # as a loader draws a seed for its workers
             yield SimpleNamespace(images=part)
@@ -387,7 +377,7 @@ def test_extract_restores_what_it_touches():
 
 @pytest.mark.quick
 def test_extract_goes_to_half_precision_when_tokens_are_many(monkeypatch: pytest.MonkeyPatch):
-    batches = [SimpleNamespace(images=torch.full((4, 3, 4, 4), value)) for value in (1.0, 1e6, 2.0)]
+    batches: Any = [SimpleNamespace(images=torch.full((4, 3, 4, 4), value)) for value in (1.0, 1e6, 2.0)]
     monkeypatch.setattr(features_module, "FULL_PRECISION_BYTES", 1000)
     found = extract(Tiny(), batches)
     assert found.patches.dtype == torch.float16
@@ -397,15 +387,33 @@ def test_extract_goes_to_half_precision_when_tokens_are_many(monkeypatch: pytest
 
 def test_probe_features():
     x, y, test_x, test_y = made_tokens()
-    train, test = Features(x.mean(1), x), Features(test_x.mean(1), test_x)
-    found = probe_features(train, y, test, test_y)
+    train, test = (
+        Labelled(Features(tokens.mean(1), tokens, np.arange(len(labels))), labels)
+        for tokens, labels in ((x, y), (test_x, test_y))
+    )
+    found = probe_features(train, test)
     assert list(found) == ["linear", "attentive", "knn"]
     np.testing.assert_array_equal(found["knn"].correct, knn(x.mean(1), y, test_x.mean(1), test_y).correct)
-    few = stratified(y, 100, 0)
-    limited = probe_features(train, y, test, test_y, attentive_limit=100, kinds=["attentive"])["attentive"]
-    np.testing.assert_array_equal(limited.correct, attentive(x[few], y[few], test_x, test_y).correct)
+    np.testing.assert_array_equal(found["attentive"].correct, attentive(x, y, test_x, test_y).correct)
+    patients = [str(k // 2) for k in range(len(test_y))]
+    grouped = probe_features(train, test._replace(groups=patients), kinds=["linear"])["linear"]
+    assert grouped.accuracy == found["linear"].accuracy
+    assert grouped.standard_error != found["linear"].standard_error
     with pytest.raises(InputError, match="no probe 'lineal'; there are: linear, attentive, knn"):
-        probe_features(train, y, test, test_y, kinds=["lineal"])
+        probe_features(train, test, kinds=["lineal"])
+
+
+@pytest.mark.quick
+def test_the_error_of_a_mean_and_of_a_paired_difference_is_that_of_its_images():
+    rng = np.random.default_rng(0)
+    after, before = rng.random(50), rng.random(50)
+    found = means({"mae": after}).numbers()
+    assert found == {"mae": pytest.approx(after.mean()), "mae_error": pytest.approx(stats.sem(after))}
+    gain = means({"mae": after}).above(means({"mae": before}))
+    assert gain["mae_error"] == pytest.approx(stats.sem(after - before))
+    hits = rng.random(50) < 0.3
+    share = hits.mean()
+    assert means({"accuracy": hits}).numbers()["accuracy_error"] == pytest.approx(math.sqrt(share * (1 - share) / 50))
 
 
 @pytest.mark.quick
@@ -426,11 +434,12 @@ def test_a_bootstrap_redraws_whole_groups():
 @pytest.mark.quick
 def test_the_error_of_miou_is_that_of_the_groups():
     rng = np.random.default_rng(0)
-    confusion = Confusion(2)
+    each = []
     for hit in np.repeat(rng.random(25), 16):
         truth = rng.integers(0, 2, (8, 8))
-        confusion.add(truth, np.where(rng.random((8, 8)) < hit, truth, 1 - truth), 255)
-    by_image, by_patient = (confusion.measures(groups=g).numbers() for g in (None, [str(k // 16) for k in range(400)]))
-    shares = np.array([np.trace(counts) / counts.sum() for counts in confusion.counts]).reshape(25, 16).mean(1)
+        each.append(confusion_of(truth, np.where(rng.random((8, 8)) < hit, truth, 1 - truth), 2))
+    confusions, patients = np.stack(each), [str(k // 16) for k in range(400)]
+    by_image, by_patient = (measures(confusions, groups).numbers() for groups in (None, patients))
+    shares = np.array([np.trace(counts) / counts.sum() for counts in confusions]).reshape(25, 16).mean(1)
     assert by_patient["pixel_accuracy_error"] == pytest.approx(stats.sem(shares), rel=0.2)
     assert by_patient["pixel_accuracy_error"] > 2.5 * by_image["pixel_accuracy_error"]

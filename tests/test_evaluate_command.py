@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import underpaint
 from underpaint.cli import main
-from underpaint.data import eval_batches, load_images, open_source
+from underpaint.data import load_images, open_source
 from underpaint.errors import InputError, NotFinite
-from underpaint.evaluate import extract
 from underpaint.evaluate.bundle import open_bundle
+from underpaint.evaluate.features import features_of, stored_features
 from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
-from underpaint.evaluate.store import stored_features
+from underpaint.evaluate.splits import Split
 from underpaint.pretraining import pretrain
 from underpaint.train import cadence
 from underpaint.train.fit import Length, Schedule, fit
@@ -191,21 +191,22 @@ def test_schedule() -> None:
 def test_stored_features_are_those_of_the_encoder(run: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(str(run))
     images = load_images(open_source(pictures), range(20), size=bundle.size)
-    stored = stored_features(bundle, images, range(3, 20), patches=True)
-    found = extract(
-        bundle.encoder, eval_batches(images, size=bundle.size, indices=range(3, 20)), transform=bundle.standardize
-    )
+    split = Split(images, list(range(3, 20)))
+    stored = stored_features(bundle, split, with_patches=True)
+    found = features_of(bundle.encoder, bundle.standardize, split, bundle.size, with_patches=True)
     assert torch.equal(stored.pooled, found.pooled)
     assert torch.allclose(stored.patches.float(), found.patches, atol=2e-3)
     assert stored.samples.tolist() == list(range(3, 20))
     encoder = bundle.encoder
     bundle.encoder = None  # pyright: ignore[reportAttributeAccessIssue] -- a second call asks for the weights' name only
     monkeypatch.setattr(type(bundle), "weights", lambda _: dict(encoder.model.state_dict().items()))
-    again = stored_features(bundle, images, range(3, 20), patches=True)
+    again = stored_features(bundle, split, with_patches=True)
     assert torch.equal(again.pooled, stored.pooled)
+    assert again.patches.dtype == torch.float16
+    assert features_of(encoder, bundle.standardize, split, bundle.size, with_patches=False).patches.shape == (17, 0, 48)
 
 
-def test_subjects(run: Path) -> None:
+def test_bundles(run: Path) -> None:
     own = open_bundle(str(run))
     larger = open_bundle(str(run), image_size=(48, 64))
     blank = open_bundle(str(run), untrained=True)

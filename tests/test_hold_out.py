@@ -19,8 +19,10 @@ from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features
 from underpaint.cli import main
 from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
-from underpaint.evaluate import command, raw_pixels
 from underpaint.evaluate import probes as probes_module
+from underpaint.evaluate.base import Context
+from underpaint.evaluate.baselines import raw_pixels
+from underpaint.evaluate.frozen import NearestNeighbours
 from underpaint.evaluate.probes import ProbeSuite
 from underpaint.methods import Method
 from underpaint.patches import Standardize
@@ -37,7 +39,7 @@ class Seen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trained: set[str] = set()
         self.judged: list[list[str]] = []
-        batches, of, frozen = prepare.train_batches, ProbeSuite.of, command.judge_frozen
+        batches, of, load = prepare.train_batches, ProbeSuite.of, NearestNeighbours.load
 
         def noted_batches(images: ImageSet, **given: Any) -> Any:
             for batch in batches(images, **given):
@@ -49,13 +51,14 @@ class Seen:
             self.judged += [] if made.splits is None else [made.splits[1].images.names]
             return made
 
-        def noted_frozen(bundle: Any, train: Any, test: Any, *given: Any, **named: Any) -> Any:
+        def noted_load(context: Context) -> Any:
+            train, test = load(context)
             self.judged.append([test.images.names[k] for k in test.indices])
-            return frozen(bundle, train, test, *given, **named)
+            return train, test
 
         monkeypatch.setattr(prepare, "train_batches", noted_batches)
         monkeypatch.setattr(ProbeSuite, "of", noted_of)
-        monkeypatch.setattr(command, "judge_frozen", noted_frozen)
+        monkeypatch.setattr(NearestNeighbours, "load", noted_load)
 
 
 @pytest.mark.parametrize("groups", [[], ["--groups", r"(\d)\.png"]])

@@ -26,11 +26,13 @@ from underpaint.backbones import create_arguments, from_arguments, save_encoder
 from underpaint.data import load_images, open_source, train_batches
 from underpaint.data.annotations import Instances
 from underpaint.errors import InputError
+from underpaint.evaluate.base import Context
 from underpaint.evaluate.bundle import EncoderBundle, open_bundle
-from underpaint.evaluate.command import boxed_parts, masked_parts
-from underpaint.evaluate.detect import Detecting, detect, detected, mask_of, placed
-from underpaint.evaluate.finetune import FineTuning, finetune
-from underpaint.evaluate.segment import VOID, Segmenting, crop_of, segment, segmented
+from underpaint.evaluate.detect import Detect, DetectConfig, detected, letterbox, mask_of
+from underpaint.evaluate.finetune import FineTune, FineTuning
+from underpaint.evaluate.options import Options
+from underpaint.evaluate.runner import judge
+from underpaint.evaluate.segment import VOID, Segment, SegmentConfig, crop_of, sliding_window_inference
 from underpaint.evaluate.splits import Split
 from underpaint.methods import LocalMIM
 from underpaint.patches import Standardize
@@ -348,6 +350,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderBundle, Spli
     return bundle, Split(images, list(range(12)))
 
 
+def fine_tuned(tuned: tuple[EncoderBundle, Split], recipe: FineTuning, folder: Path) -> dict[str, Any]:
+    """How the training went; the images are trained on and judged by."""
+    bundle, split = tuned
+    source = split.images._source
+    found: Any = judge(FineTune("finetune", Context(bundle, source, Options(), folder), (split, split), recipe))
+    return found["trained"]["encoder"]
+
+
 def mixed_by_hand(x: Tensor, y: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
     """As in the papers, with draws in timm's order; y is one-hot with smoothing of 0.1."""
     np.random.seed(step_seed(0, 0, 0) % 2**32)
@@ -376,9 +386,9 @@ def test_the_first_loss_of_fine_tuning_is_that_by_hand(
     recipe = FineTuning(
         epochs=1.0, batch_size=12, mixup=mixup, cutmix=cutmix, erasing=0.0, augment=None, head_scale=0.9, drop_path=0.0
     )
-    found = [finetune(bundle, part, part, recipe, minutes=None, seed=0, folder=tmp_path / str(k)) for k in (0, 1)]
-    assert found[0]["trained"]["encoder"]["steps"] == 1
-    assert found[0]["trained"]["encoder"]["loss"] == found[1]["trained"]["encoder"]["loss"]
+    found = [fine_tuned(tuned, recipe, tmp_path / str(k)) for k in (0, 1)]
+    assert found[0]["steps"] == 1
+    assert found[0]["loss"] == found[1]["loss"]
     torch.manual_seed(0)
     model: Any = timm.create_model(**{**bundle.arguments, "num_classes": 3})
     model.load_state_dict(bundle.weights(), strict=False)
@@ -391,7 +401,7 @@ def test_the_first_loss_of_fine_tuning_is_that_by_hand(
     x, y = mixed_by_hand((batch.images - 0.5) / 0.25, y, mixup, cutmix)
     with torch.no_grad():
         wanted = -(y * model(x).log_softmax(1)).sum(1).mean()
-    assert found[0]["trained"]["encoder"]["loss"] == pytest.approx(float(wanted), rel=1e-4)
+    assert found[0]["loss"] == pytest.approx(float(wanted), rel=1e-4)
 
 
 @pytest.mark.quick
@@ -399,23 +409,22 @@ def test_the_first_loss_of_fine_tuning_is_that_by_hand(
 def test_a_batch_that_cannot_be_mixed_is_refused(tuned: tuple[EncoderBundle, Split], tmp_path: Path, size: int) -> None:
     recipe = FineTuning(epochs=1.0, batch_size=size, augment=None)
     with pytest.raises(InputError, match=rf"batch_size={size}: 1 or more are needed, and an even number"):
-        finetune(tuned[0], tuned[1], tuned[1], recipe, minutes=None, seed=0, folder=tmp_path)
+        fine_tuned(tuned, recipe, tmp_path)
 
 
 def test_an_odd_batch_is_trained_on_where_nothing_is_mixed(tuned: tuple[EncoderBundle, Split], tmp_path: Path) -> None:
     recipe = FineTuning(epochs=1.0, batch_size=7, augment=None, mixup=0.0, cutmix=0.0)
-    found = finetune(tuned[0], tuned[1], tuned[1], recipe, minutes=None, seed=0, folder=tmp_path)
-    assert found["trained"]["encoder"]["steps"] == 2
+    assert fine_tuned(tuned, recipe, tmp_path)["steps"] == 2
 
 
 def test_the_average_that_is_judged_is_that_of_timm(tuned: tuple[EncoderBundle, Split], tmp_path: Path) -> None:
     """Two steps, of which the first has a rate of 0: the decay warms up as 1 - (1 + step) ** (-2 / 3)."""
-    bundle, part = tuned
+    bundle, _ = tuned
     kept: list[dict[str, Tensor]] = []
     for average in (0.0, 0.9):
         recipe = FineTuning(epochs=1.0, batch_size=6, augment=None, ema_decay=average, head_scale=0.9, lr=1e-2)
-        finetune(bundle, part, part, recipe, minutes=None, seed=0, folder=tmp_path / str(average))
-        kept.append(load_file(tmp_path / str(average) / "model.safetensors"))
+        fine_tuned(tuned, recipe, tmp_path / str(average))
+        kept.append(load_file(tmp_path / str(average) / "finetune" / "model.safetensors"))
     decay = 1 - 2 ** (-2 / 3)
     for name, before in bundle.weights().items():
         wanted = decay * before + (1 - decay) * kept[0][name]
@@ -474,7 +483,7 @@ class Placed(nn.Module):
 @pytest.mark.parametrize("shape", [(37, 53), (16, 24), (9, 11), (7, 130), (131, 5), (17, 25)])
 def test_windows_are_averaged_as_by_hand(shape: tuple[int, int]) -> None:
     image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
-    found = segmented(Placed(), image, (16, 24), 3, 1 / 3, most=3)
+    found = sliding_window_inference(Placed(), image, (16, 24), 3, 1 / 3, most=3)
     tall, wide = max(shape[0], 16), max(shape[1], 24)
     whole = np.zeros((3, tall, wide), np.float32)
     whole[:, : shape[0], : shape[1]] = image.numpy()
@@ -507,7 +516,7 @@ def test_more_classes_than_masks_of_bytes_tell_apart_are_refused(
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(folder / f"{number}.png")
     with pytest.raises(InputError, match="masks of 320 classes; segmentation takes up to 255"):
-        masked_parts(open_source(tmp_path), tmp_path, tuned[0], 65535, 0, 1.0)
+        Segment.load(Context(tuned[0], open_source(tmp_path), Options(ignore_index=65535), tmp_path))
 
 
 @pytest.mark.quick
@@ -519,10 +528,10 @@ def test_windows_with_gaps_and_scales_of_nothing_are_refused(
     tuned: tuple[EncoderBundle, Split], tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     folder = write_scenes(tmp_path / "scenes", 2, 1, (32, 96))
-    parts, names = masked_parts(open_source(folder), folder, tuned[0], None, 0, 1.0)
-    given = Segmenting(steps=1, batch_size=2, channels=16, **settings)
+    context = Context(tuned[0], open_source(folder), Options(), tmp_path)
+    given = SegmentConfig(steps=1, batch_size=2, channels=16, **settings)
     with pytest.raises(InputError, match=said):
-        segment(tuned[0], *parts, names, given, minutes=None, seed=0, folder=tmp_path)
+        Segment("segment", context, Segment.load(context), given)
 
 
 # -- detection ---------------------------------------------------------------------------------------------------------
@@ -540,9 +549,9 @@ def test_objects_move_as_in_torchvision() -> None:
         drawn = torch.zeros(5, height, width, dtype=torch.uint8)
         for mask, (left, top, right, bottom) in zip(drawn, boxes.astype(int), strict=True):
             mask[top:bottom, left:right] = 1
-        polygons = [[[a, b, c, b, c, d, a, d]] for a, b, c, d in boxes.tolist()]
+        polygons: list[Any] = [[[a, b, c, b, c, d, a, d]] for a, b, c, d in boxes.tolist()]
         given = Instances(boxes, np.arange(1, 6), np.array([False] * 4 + [True]), polygons)
-        found, target, _ = placed(image, given, size, True, np.random.default_rng(seed))
+        found, target, _ = letterbox(image, given, size, True, np.random.default_rng(seed))
         draws = np.random.default_rng(seed)
         low = 48 / 90
         scale = float(np.exp(draws.uniform(math.log(low), math.log(min(1.0, 2 * low)))))
@@ -602,7 +611,7 @@ def test_detections_come_back_into_the_images_own_pixels(
     np.testing.assert_allclose(found[1]["bbox"], [0, 0, width, height], rtol=1e-5)
     for one in found:
         left, top, across, down = one["bbox"]
-        mask = mask_of(one["segmentation"], height, width)
+        mask = mask_of(one.get("segmentation", []), height, width)
         assert mask.shape == shape
         assert mask.sum() == pytest.approx(across * down, rel=0.25)
         rows, columns = np.nonzero(mask)
@@ -618,8 +627,8 @@ def test_objects_without_masks_among_others_leave_boxes_alone(
     coco = json.loads(file.read_text())
     del coco["annotations"][0]["segmentation"]
     file.write_text(json.dumps(coco))
-    scenes, train, test = boxed_parts(open_source(folder), folder, tuned[0], 0, 1.0)
-    settings = Detecting(steps=2, batch_size=2, channels=16, regions=8)
-    found = detect(tuned[0], scenes, train, test, settings, minutes=None, seed=0, folder=tmp_path / "out")
+    context = Context(tuned[0], open_source(folder), Options(), tmp_path / "out")
+    settings = DetectConfig(steps=2, batch_size=2, channels=16, regions=8)
+    found = judge(Detect("detect", context, Detect.load(context), settings))
     assert [name for name in found["rows"]["encoder"] if name.endswith("ap50")] == ["box_ap50"]
     assert "1 of" in capsys.readouterr().out

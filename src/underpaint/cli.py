@@ -294,13 +294,10 @@ def _compare(given: argparse.Namespace) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     place_of(given.data)
     _encoder_at(given.encoder)
-    from underpaint.evaluate.command import evaluate
+    from underpaint.evaluate.options import Options
+    from underpaint.evaluate.runner import evaluate
 
-    evaluate(
-        given.encoder,
-        given.data,
-        given.task,
-        given.out,
+    options = Options(
         image_size=given.image_size,
         untrained=given.untrained,
         label_fraction=given.label_fraction,
@@ -312,6 +309,7 @@ def _evaluate(given: argparse.Namespace) -> None:
         recipe=given.recipe,
         settings=dict(given.set),
     )
+    evaluate(given.encoder, given.data, given.task, given.out, options)
 
 
 def _predict(given: argparse.Namespace) -> None:

@@ -31,8 +31,8 @@ from underpaint.compare.worker import turn
 from underpaint.console import say
 from underpaint.data import ImageSet
 from underpaint.errors import InputError
-from underpaint.evaluate import Probe
 from underpaint.evaluate.probes import SHOTS, ProbeSuite, Worth
+from underpaint.evaluate.results import Probe
 from underpaint.evaluate.visualizations import write_visualizations
 from underpaint.files import replacing, write_json, write_text
 from underpaint.inference import load_method

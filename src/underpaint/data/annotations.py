@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -249,6 +249,53 @@ def _classes(answers: AnnotationFiles) -> tuple[list[str], int | None]:
     return [], None
 
 
+class RunLengths(TypedDict):
+    """A mask as COCO packs it."""
+
+    size: list[int]  # height, width
+    counts: str | list[int]
+
+
+Segment: TypeAlias = list[list[float | int]] | RunLengths  # polygons (x, y, x, y, ...), or either form of run lengths
+
+
+class CocoImage(TypedDict):
+    """An image of a COCO file."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class CocoObject(TypedDict):
+    """An annotated object of a COCO file, or a detection, which has a score."""
+
+    id: NotRequired[int]
+    image_id: int
+    category_id: int
+    bbox: list[float]  # left, top, width, height in pixels
+    area: NotRequired[float]
+    iscrowd: NotRequired[int]
+    segmentation: NotRequired[Segment]
+    score: NotRequired[float]
+
+
+class CocoCategory(TypedDict):
+    """A class of objects of a COCO file."""
+
+    id: int
+    name: str
+
+
+class Coco(TypedDict):
+    """A COCO file."""
+
+    images: list[CocoImage]
+    annotations: list[CocoObject]
+    categories: list[CocoCategory]
+
+
 @dataclass
 class Instances:
     """The annotated objects of an image: boxes in pixels (left, top, right, bottom)."""
@@ -256,7 +303,7 @@ class Instances:
     boxes: np.ndarray  # [k, 4] float
     labels: np.ndarray  # [k] category ids, as in the file
     crowd: np.ndarray  # [k] bool
-    segments: list[Any]  # polygons, or either RLE form, as in the file; None where there is no mask
+    segments: list[Segment | None]  # as in the file; None where there is no mask
 
 
 @dataclass
@@ -270,7 +317,7 @@ class CocoAnnotations:
         notes: what a person should know of how they were read.
     """
 
-    coco: dict[str, Any]
+    coco: Coco
     images: dict[int, int]
     categories: dict[int, str]
     notes: list[str] = field(default_factory=list)
@@ -287,7 +334,7 @@ class CocoAnnotations:
         )
 
     def __post_init__(self) -> None:
-        self._by_image: dict[int, list[dict[str, Any]]] = {}
+        self._by_image: dict[int, list[CocoObject]] = {}
         for annotation in self.coco["annotations"]:
             self._by_image.setdefault(annotation["image_id"], []).append(annotation)
 
@@ -330,10 +377,10 @@ def coco_annotations(data: str | Path, source: Source) -> dict[str, CocoAnnotati
     }
 
 
-def _coco(answers: AnnotationFiles, name: str) -> dict[str, Any]:
+def _coco(files: AnnotationFiles, name: str) -> Coco:
     """A COCO file, with new lists of images and annotations, so that these can be changed."""
     try:
-        coco = json.loads(answers.read(name))
+        coco = json.loads(files.read(name))
         coco["categories"] = [{**each, "id": int(each["id"]), "name": str(each["name"])} for each in coco["categories"]]
         coco["images"] = [{**i, "id": int(i["id"]), "file_name": str(i["file_name"])} for i in coco["images"]]
         coco["annotations"] = [dict(annotation) for annotation in coco["annotations"]]
@@ -345,9 +392,7 @@ def _coco(answers: AnnotationFiles, name: str) -> dict[str, Any]:
     return coco
 
 
-def _as_decoded(
-    cocos: dict[str, dict[str, Any]], images: dict[str, dict[int, int]], source: Source
-) -> dict[str, list[str]]:
+def _as_decoded(cocos: dict[str, Coco], images: dict[str, dict[int, int]], source: Source) -> dict[str, list[str]]:
     """Check annotations, leave out those without area, and turn what is drawn on the stored pixels of turned images.
 
     Returns:
@@ -401,7 +446,7 @@ def _as_decoded(
     return notes
 
 
-def _has_area(annotation: dict[str, Any], images: dict[int, Any], categories: set[int], name: str) -> bool:
+def _has_area(annotation: CocoObject, images: dict[int, CocoImage], categories: set[int], name: str) -> bool:
     """Whether a box has an area.
 
     Raises:
@@ -436,7 +481,7 @@ def _has_area(annotation: dict[str, Any], images: dict[int, Any], categories: se
     return True
 
 
-def _turn(annotation: dict[str, Any], orientation: int, size: tuple[int, int]) -> None:
+def _turn(annotation: CocoObject, orientation: int, size: tuple[int, int]) -> None:
     """Turn box, polygons or run lengths, drawn on stored pixels [height, width], with the image by its orientation."""
     left, top, width, height = annotation["bbox"]
     x0, y0, x1, y1 = _turned_points([left, top, left + width, top + height], orientation, size)
@@ -465,7 +510,7 @@ def _turned_points(points: Sequence[int | float], orientation: int, size: tuple[
     return np.stack([x, y], axis=1).reshape(-1).tolist()
 
 
-def mask_of(segment: Any, height: int, width: int) -> np.ndarray:
+def mask_of(segment: Segment, height: int, width: int) -> np.ndarray:
     """Polygons or either RLE form as [height, width] of 0 and 1."""
     from faster_coco_eval import mask
 

@@ -1,29 +1,27 @@
-"""What features are worth: probes of a frozen encoder, floors without any network, and the rank of the features."""
+"""What an encoder is worth: evaluations by one contract (`base`), run by one runner (`runner`); and the probes of a run.
 
-from underpaint.evaluate.attentive import attentive
-from underpaint.evaluate.baselines import hog, majority, raw_pixels
-from underpaint.evaluate.features import Features, extract
-from underpaint.evaluate.knn import knn
-from underpaint.evaluate.linear import linear
-from underpaint.evaluate.probe import probe_features
-from underpaint.evaluate.rank import effective_rank
-from underpaint.evaluate.result import Probe, gain
-from underpaint.evaluate.splits import evenly, shots, stratified
+Listed here without importing torch; a class is imported when it is asked for.
+"""
 
-__all__ = [
-    "Features",
-    "Probe",
-    "attentive",
-    "effective_rank",
-    "evenly",
-    "extract",
-    "gain",
-    "hog",
-    "knn",
-    "linear",
-    "majority",
-    "probe_features",
-    "raw_pixels",
-    "shots",
-    "stratified",
-]
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from underpaint.evaluate.base import AnyEvaluation
+
+# by the name that `--task` takes: the class, and what it says in a line
+EVALUATIONS: dict[str, tuple[str, str]] = {
+    "knn": ("underpaint.evaluate.frozen:NearestNeighbours", "classes of the nearest images by pooled features"),
+    "linear": ("underpaint.evaluate.frozen:LinearProbe", "logistic regression on pooled features"),
+    "attentive": ("underpaint.evaluate.frozen:AttentiveProbing", "one query over the patch tokens (arXiv 2202.03026)"),
+    "finetune": ("underpaint.evaluate.finetune:FineTune", "the whole network trained on class labels"),
+    "segment": ("underpaint.evaluate.segment:Segment", "a linear head and UperNet on index masks"),
+    "detect": ("underpaint.evaluate.detect:Detect", "Faster or Mask R-CNN on COCO boxes and masks of objects"),
+    "outliers": ("underpaint.evaluate.outliers:Outliers", "telling other images (--against) from those of the data"),
+}
+
+
+def evaluation(name: str) -> "AnyEvaluation":
+    """The class of an evaluation."""
+    module, _, kind = EVALUATIONS[name][0].partition(":")
+    return getattr(importlib.import_module(module), kind)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from underpaint.errors import InputError
-from underpaint.evaluate.result import Probe
+from underpaint.evaluate.results import Probe
 from underpaint.evaluate.splits import Labels, as_task, hold_out
 
 RATES = (1e-3, 3e-3, 1e-2)  # of AdamW, at their highest

@@ -1,4 +1,4 @@
-"""What images give without any network: the floors that a pretrained encoder must beat."""
+"""What images give without any network: the baselines that a pretrained encoder must beat."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from underpaint.errors import InputError
-from underpaint.evaluate.result import Probe
+from underpaint.evaluate.results import Probe
 from underpaint.evaluate.splits import Labels, as_labels
 
 RAW_SIDE = 32  # pixels

@@ -1,7 +1,7 @@
 """What is judged: an encoder, the transform of its images, and the same choices untrained."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 from underpaint.backbones import Backbone, create_arguments, describe_encoder, from_arguments, load_encoder
 from underpaint.backbones.build import fill, init_from, with_drop_path
 from underpaint.backbones.norms import settled
-from underpaint.data import Scaling, stored_scaling
+from underpaint.console import say
+from underpaint.data import ImageSet, Scaling, Source, load_images, settle_scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
 from underpaint.train.run_folder import Run
@@ -31,7 +32,7 @@ class EncoderBundle:
         arguments: of `timm.create_model`, so that the same one untrained or a network with a head can be made.
         standardize: from images in [0, 1] to what the encoder takes.
         size: of its images, height and width in pixels.
-        clean: standardised images from which an random-init network's batch norms take their statistics.
+        clean: standardised images from which a random-init network's batch norms take their statistics.
         scaling: how images come to lie in [0, 1]; None where the encoder does not say.
         notes: what must be known of its weights, in sentences.
     """
@@ -58,6 +59,19 @@ class EncoderBundle:
         if self.clean is not None:
             encoder = settled(encoder, self.clean)
         return replace(self, encoder=encoder, trained=False)
+
+    def images(self, source: Source, indices: Sequence[int] | None = None) -> ImageSet:
+        """Images of a source, all where None, at the encoder's size, channels and scaling."""
+        chosen = range(len(source.entries)) if indices is None else list(indices)
+        return load_images(source, chosen, size=self.size, channels=self.encoder.channels, scaling=self.scaling)
+
+    def scaled(self, source: Source, indices: Sequence[int] | None = None) -> "EncoderBundle":
+        """With a scaling for all images: its own, else one measured on these, all of a source where None."""
+        chosen = range(len(source.entries)) if indices is None else indices
+        channels = self.encoder.channels
+        return replace(
+            self, scaling=settle_scaling(self.scaling, source, chosen, size=self.size, channels=channels, tell=say)
+        )
 
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.encoder.model.state_dict().items()}

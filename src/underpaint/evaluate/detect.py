@@ -7,14 +7,14 @@ images full of small objects, so sizes, anchors and the limit of detections are 
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -27,18 +27,31 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from underpaint.backbones import Backbone
 from underpaint.console import say
-from underpaint.data.annotations import CocoAnnotations, Instances, mask_of
+from underpaint.data import Source, split_indices
+from underpaint.data.annotations import (
+    Coco,
+    CocoAnnotations,
+    CocoImage,
+    CocoObject,
+    Instances,
+    coco_annotations,
+    mask_of,
+)
 from underpaint.errors import InputError
+from underpaint.evaluate.base import ENCODER, Column, Context, Evaluation, Kept, Row
 from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.full_res import FullResImages
-from underpaint.evaluate.keep import keep
+from underpaint.evaluate.keep import Saved
 from underpaint.evaluate.pyramid import Pyramid
-from underpaint.evaluate.result import Measured, measured, redraw
+from underpaint.evaluate.results import Groups, Measured, bootstrap
+from underpaint.evaluate.trained import Task, Trained, as_tuples, sampled_batches, train, two_rates
+from underpaint.files import write_json
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
-from underpaint.train.fit import Length, Schedule, fit
+from underpaint.train.schedules import Duration, Schedule
 
+Kind = Literal["bbox", "segm"]  # COCO's words for boxes and masks
 RATIOS = (0.5, 1.0, 2.0)
-DRAWS = 20  # of the test images, for standard errors
+REDRAWS = 20  # of the test images, for standard errors
 SHOWN = 6
 MOST_LEVELS = 4  # of a pyramid
 LEAST = 0.5  # score of a detection that is drawn
@@ -46,8 +59,8 @@ FOUND = f"found\n(score {LEAST:g} and above)"
 
 
 @dataclass(frozen=True)
-class Detecting:
-    """Settings. What torchvision would fix for COCO is measured on the training data: see `sizes_of`.
+class DetectConfig:
+    """Settings. What torchvision would fix for COCO is measured on the training data: see `anchor_config`.
 
     Attributes:
         lr, encoder_lr: peaks, of what is new and of the encoder; alike, so that an encoder that has all to learn is
@@ -86,7 +99,7 @@ def detection_limit(counts: Sequence[int]) -> int:
     return max(100, math.ceil(1.5 * max(counts, default=0)))
 
 
-class Levels(nn.Module):
+class FPN(nn.Module):
     """A pyramid as torchvision wants it: maps by name. A ViT's comes from its last map alone (ViTDet); the maps of the
     others are joined top-down by torchvision's feature pyramid network."""
 
@@ -102,7 +115,7 @@ class Levels(nn.Module):
         return maps if self.join is None else self.join(maps)
 
 
-class AsTheyAre(GeneralizedRCNNTransform):
+class Untouched(GeneralizedRCNNTransform):
     """Images come standardised and in the size that the encoder takes."""
 
     def __init__(self, size: tuple[int, int]):
@@ -116,7 +129,7 @@ class AsTheyAre(GeneralizedRCNNTransform):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AnchorConfig:
     """What the training data says: sides of the anchors in pixels, by level, and detections an image."""
 
     anchors: tuple[tuple[float, ...], ...]
@@ -124,11 +137,11 @@ class Sizes:
 
 
 def detector(
-    encoder: Backbone, size: tuple[int, int], classes: int, masks: bool, sizes: Sizes, settings: Detecting
+    encoder: Backbone, size: tuple[int, int], classes: int, masks: bool, sizes: AnchorConfig, settings: DetectConfig
 ) -> nn.Module:
     """Faster R-CNN, or Mask R-CNN, for `classes` kinds of objects (background not counted)."""
     first, width, limit = finest(size), settings.channels, sizes.limit
-    levels = Levels(encoder, width, first, len(sizes.anchors))
+    levels = FPN(encoder, width, first, len(sizes.anchors))
     names = levels.names
     # where a region is pooled from (Lin et al. 2017, equation 1, with level 4 for 224 px): from the second level on
     # where its anchors begin
@@ -153,7 +166,7 @@ def detector(
         model: Any = MaskRCNN(levels, **shared)
     else:
         model = FasterRCNN(levels, **shared)
-    model.transform = AsTheyAre(size)
+    model.transform = Untouched(size)
     return model
 
 
@@ -162,28 +175,25 @@ def finest(size: tuple[int, int]) -> int:
     return 4 if min(size) > 64 else 2
 
 
-def sizes_of(
-    annotated: CocoAnnotations, indices: Sequence[int], size: tuple[int, int], shapes: dict[int, tuple[int, int]]
-) -> Sizes:
+def anchor_config(train: "Boxed", size: tuple[int, int]) -> AnchorConfig:
     """Measured on the training images as the detector sees them: fitted into `size`.
 
     Raises:
         InputError: no object in train.
     """
     boxes, counts = [], []
-    for index in indices:
-        objects = annotated.objects(index)
-        height, width = shapes[index]
+    for index, objects in zip(train.indices, train.instances(), strict=True):
+        height, width = train.images[index].shape[-2:]
         scale = min(1.0, size[0] / height, size[1] / width)
         boxes.append(objects.boxes[~objects.crowd] * scale)
         counts.append(int((~objects.crowd).sum()))
     together = np.concatenate(boxes) if boxes else np.zeros((0, 4))
     if not len(together):
         raise InputError("no image of train has an object; detection needs some")
-    return Sizes(anchor_sides(together, finest(size)), detection_limit(counts))
+    return AnchorConfig(anchor_sides(together, finest(size)), detection_limit(counts))
 
 
-def placed(
+def letterbox(
     image: Float[Tensor, "c h w"],
     objects: Instances,
     size: tuple[int, int],
@@ -259,23 +269,23 @@ def detected(
     image_id: int,
     categories: dict[int, int],
     masks: bool,
-) -> list[dict[str, Any]]:
+) -> list[CocoObject]:
     """COCO results of one image in [0, 1], in its own pixels; `categories` maps 1..classes to category ids."""
     from faster_coco_eval import mask as coding
 
     height, width = image.shape[-2:]
     device = bundle.standardize.mean.device
     nothing = Instances(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool), [])
-    made, _, scale = placed(image, nothing, bundle.size, False, None)
+    made, _, scale = letterbox(image, nothing, bundle.size, False, None)
     found = model([bundle.standardize(made[None].to(device))[0]])[0]
-    results = []
+    results: list[CocoObject] = []
     tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
     for k in range(len(found["scores"])):
         box = found["boxes"][k].cpu() / torch.tensor([wide / width, tall / height] * 2)
         left, top, right, bottom = torch.minimum(box, torch.tensor([width, height] * 2)).tolist()
         if right <= left or bottom <= top:  # found in what was padded
             continue
-        one: dict[str, Any] = {
+        one: CocoObject = {
             "image_id": image_id,
             "category_id": categories[int(found["labels"][k])],
             "bbox": [left, top, right - left, bottom - top],
@@ -295,38 +305,40 @@ def detected(
 
 
 def average_precision(
-    coco: dict[str, Any],
-    results: list[dict[str, Any]],
-    kind: str,
+    coco: Coco,
+    results: Sequence[CocoObject],
+    kinds: Sequence[Kind],
     limit: int,
     images: Sequence[int],
     seed: int = 0,
-    groups: Sequence[str] | None = None,
+    groups: Groups = None,
 ) -> Measured:
     """COCO's AP (mean over IoU 0.5 to 0.95), AP50 and AP75 with as many detections an image as were allowed, crowds as
     COCO treats them, with a bootstrap over images, or over their groups.
 
     Args:
-        kind: "bbox" or "segm".
+        kinds: "bbox", "segm", or both.
         images: ids of the images that are judged.
         groups: of each of them (patient, slide, video), where they have some.
     """
-    found = _precision(coco, results, kind, limit, images)
-    generator = np.random.default_rng(seed)
-    draws = [
-        _precision(*_redrawn(coco, results, np.asarray(images)[redraw(len(images), groups, generator)]), kind, limit)
-        for _ in range(DRAWS)
-    ]
-    place = {"bbox": "box", "segm": "mask"}[kind]
-    return measured([f"{place}_ap", f"{place}_ap50", f"{place}_ap75"], found, draws)
+    ids = np.asarray(images)
+
+    def aggregate(chosen: Int[np.ndarray, "k"]) -> dict[str, float]:
+        truth, found = _chosen(coco, results, ids[chosen])
+        numbers: dict[str, float] = {}
+        for kind in kinds:
+            part = {"bbox": "box", "segm": "mask"}[kind]
+            three = _precision(truth, found, kind, limit)
+            numbers |= dict(zip((f"{part}_ap", f"{part}_ap50", f"{part}_ap75"), three, strict=True))
+        return numbers
+
+    return bootstrap(aggregate, [(len(ids), groups)], REDRAWS, seed)
 
 
-def _redrawn(
-    coco: dict[str, Any], results: list[dict[str, Any]], chosen: np.ndarray
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _chosen(coco: Coco, results: Sequence[CocoObject], chosen: np.ndarray) -> tuple[Coco, list[CocoObject]]:
     """The same with the images `chosen`, some of them several times, under new ids."""
-    truth_of: dict[int, list[Any]] = {}
-    found_of: dict[int, list[Any]] = {}
+    truth_of: dict[int, list[CocoObject]] = {}
+    found_of: dict[int, list[CocoObject]] = {}
     for one in coco["annotations"]:
         truth_of.setdefault(one["image_id"], []).append(one)
     for one in results:
@@ -341,26 +353,15 @@ def _redrawn(
     return {**coco, "images": images, "annotations": annotations}, found
 
 
-def _precision(
-    coco: dict[str, Any],
-    results: list[dict[str, Any]],
-    kind: str,
-    limit: int,
-    images: Sequence[int] | None = None,
-) -> tuple[float, float, float]:
+def _precision(coco: Coco, results: list[CocoObject], kind: Kind, limit: int) -> tuple[float, float, float]:
     from faster_coco_eval import COCO, COCOeval_faster
 
     if not results:
-        wanted = any(
-            not one.get("iscrowd") and (images is None or one["image_id"] in images) for one in coco["annotations"]
-        )
-        nothing = 0.0 if wanted else float("nan")
+        nothing = 0.0 if any(not one.get("iscrowd") for one in coco["annotations"]) else float("nan")
         return nothing, nothing, nothing
-    truth = COCO(copy.deepcopy(coco))
-    measure: Any = COCOeval_faster
+    dataset: Any = copy.deepcopy(coco)
+    truth, measure = COCO(dataset), COCOeval_faster
     run = measure(truth, truth.loadRes(copy.deepcopy(results)), kind, print_function=lambda *_: None)
-    if images is not None:
-        run.params.imgIds = list(images)
     run.params.maxDets = [1, 10, max(limit, 100)]
     run.evaluate()
     run.accumulate()
@@ -373,213 +374,241 @@ def _precision(
     return mean(precision), mean(precision[0]), mean(precision[5])
 
 
-def detect(
-    bundle: EncoderBundle,
-    scenes: FullResImages,
-    train: tuple[CocoAnnotations, list[int]],
-    test: tuple[CocoAnnotations, list[int]],
-    settings: Detecting,
-    *,
-    minutes: float | None,
-    seed: int,
-    folder: Path,
-) -> dict[str, Any]:
-    """Faster R-CNN, or Mask R-CNN where all annotated objects have masks, on the encoder and on the same one untrained.
+class Boxed(NamedTuple):
+    """Images of a split with their annotations."""
 
-    Returns:
-        What results.json holds.
+    images: FullResImages
+    annotations: CocoAnnotations
+    indices: list[int]  # numbers in the source
+
+    def instances(self) -> list[Instances]:
+        return [self.annotations.objects(index) for index in self.indices]
+
+
+def boxed(context: Context) -> tuple[Boxed, Boxed]:
+    """Images with boxes, to train on and to test on; where only one split is annotated, some of it are held out.
 
     Raises:
-        InputError: no object in train, or in test.
+        InputError: there are no boxes; images that annotations list are not there.
     """
-    annotated, indices = train
-    judged, test_indices = test
-    if all(judged.objects(index).crowd.all() for index in test_indices):
-        raise InputError("no image of test has an object; detection needs some to judge by")
-    used = {int(label) for index in indices for label in annotated.objects(index).labels}
-    wanted = {int(label) for index in test_indices for label in judged.objects(index).labels}
-    lacking = [judged.categories[k] for k in sorted(wanted - used)]
-    if lacking:
-        say(f"note: train lacks {len(lacking)} of the classes in test ({', '.join(lacking[:3])}): counted as 0")
-    categories = sorted(used)
-    names = [annotated.categories[k] for k in categories]
-    segments = [s for index in indices for s in annotated.objects(index).segments]
-    segments += [s for index in test_indices for s in judged.objects(index).segments]
-    without = sum(s is None for s in segments)
-    masks = without == 0 and len(segments) > 0
-    if 0 < without < len(segments):  # COCO's measure needs all, and an empty mask would be learned as one
-        say(f"note: {without} of {len(segments)} objects have no mask: boxes alone")
-    shapes: dict[int, Any] = {index: tuple(scenes[index].shape[-2:]) for index in indices}
-    sizes = sizes_of(annotated, indices, bundle.size, shapes)
-    say(
-        f"{'Mask' if masks else 'Faster'} R-CNN at {bundle.size[0]}x{bundle.size[1]} px: anchors of "
-        f"{'; '.join(', '.join(f'{side:.0f}' for side in level) for level in sizes.anchors)} px, at most {sizes.limit} detections an image"
-    )
-    bundles = {"encoder": bundle} | ({"untrained": bundle.random_init(seed)} if bundle.trained else {})
-    rows: dict[str, Any] = {}
-    found: dict[str, list[Measured]] = {}
-    trained: dict[str, Any] = {}
-    for who, one in bundles.items():
-        model, trained[who] = _train(
-            one, scenes, annotated, indices, categories, masks, sizes, settings, minutes, seed, folder / who
-        )
-        results: list[dict[str, Any]] = []
-        back = dict(enumerate(categories, start=1))
-        for index in test_indices:
-            results += detected(model, one, scenes[index], judged.images[index], back, masks)
-        ids = [judged.images[index] for index in test_indices]
-        kinds = ("bbox", "segm") if masks else ("bbox",)
-        groups = scenes.groups_of(test_indices)
-        found[who] = [average_precision(judged.coco, results, kind, sizes.limit, ids, seed, groups) for kind in kinds]
-        numbers = rows[who] = {key: value for part in found[who] for key, value in part.numbers().items()}
-        told = ", ".join(
-            f"{name} AP50 {numbers[f'{name}_ap50']:.3f} +- {numbers[f'{name}_ap50_error']:.3f}"
-            for name in ("box", "mask")
-            if f"{name}_ap50" in numbers
-        )
-        say(f"{who}: {told}")
-        if who == "encoder":
-            facts = {"masks": masks, "sizes": asdict(sizes), "settings": asdict(settings), "categories": categories}
-            keep(folder, "detect", one, model, names, **facts)
-            picture(
-                scenes,
-                judged,
-                [test_indices[k] for k in spread(len(test_indices), SHOWN)],
-                results,
-                categories,
-                folder / "detections.png",
-            )
-    gains: dict[str, Any] = {}
-    if "untrained" in found:
-        pairs = zip(found["encoder"], found["untrained"], strict=True)
-        gains["encoder over untrained"] = {
-            key: value for after, before in pairs for key, value in after.above(before).items()
-        }
-    return {
-        "train": len(indices),
-        "test": len(test_indices),
-        "classes": len(names),
-        "names": names,
-        "rows": rows,
-        "gains": gains,
-        "trained": trained,
-        "sizes": asdict(sizes),
-        "settings": asdict(settings),
-    }
+    source = context.source
+    by_split = coco_annotations(source.location, source)
+    for note in dict.fromkeys(note for found in by_split.values() for note in found.notes):
+        say(f"note: {note}")
+    tested = next((split for split in ("test", "val") if split in by_split), None)
+    if "train" in by_split and tested is not None:
+        parts = [(by_split[split], sorted(by_split[split].images)) for split in ("train", tested)]
+    else:
+        tested, only = next(iter(by_split.items()))
+        parts = [(only, indices) for indices in split_indices(source, sorted(only.images))]
+    parts[0] = (parts[0][0], context.fewer(parts[0][1]))
+    bundle = context.bundle
+    images = FullResImages(source, [*parts[0][1], *parts[1][1]], bundle.encoder.channels, bundle.scaling)
+    train, test = (Boxed(images, found, [k for k in indices if k in images]) for found, indices in parts)
+    if not train.indices or not test.indices:
+        lacking = "train" if not train.indices else tested
+        raise InputError(f"{source.location}: none of the images that annotations/{lacking}.json lists is there")
+    say(f"boxes: {len(train.indices)} images to train on, {len(test.indices)} to test on")
+    return train, test
 
 
-def _train(
-    bundle: EncoderBundle,
-    scenes: FullResImages,
-    annotated: CocoAnnotations,
-    indices: list[int],
-    categories: list[int],
-    masks: bool,
-    sizes: Sizes,
-    settings: Detecting,
-    minutes: float | None,
-    seed: int,
-    folder: Path,
-) -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(seed)
-    device = bundle.standardize.mean.device
-    encoder = copy.deepcopy(bundle.encoder)
-    model = detector(encoder, bundle.size, len(categories), masks, sizes, settings).to(device)
-    inside = {id(parameter) for parameter in encoder.parameters()}
-    own = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": own, "lr": settings.lr},
-            {"params": [p for p in encoder.parameters() if p.requires_grad], "lr": settings.encoder_lr},
-        ],
-        weight_decay=settings.weight_decay,
-    )
-    numbers = {category: number for number, category in enumerate(categories, start=1)}
-    with_objects = [index for index in indices if (~annotated.objects(index).crowd).any()]
+Example = tuple[Float[Tensor, "c h w"], dict[str, Tensor]]  # an image, and its boxes, labels and masks
 
-    def batches(first: int) -> Generator[list[tuple[Tensor, dict[str, Tensor]]], None, None]:
-        step = first
-        while True:
-            generator = np.random.default_rng([seed, step])
+
+class DetectionTask(Task[list[Example]]):
+    """Faster or Mask R-CNN on an encoder."""
+
+    clip = 5.0
+
+    def __init__(self, bundle: EncoderBundle, data: Boxed, found: "Found", config: DetectConfig, context: Context):
+        encoder = copy.deepcopy(bundle.encoder)
+        network = detector(encoder, bundle.size, len(found.categories), found.masks, found.anchors, config)
+        duration = Duration(config.steps, context.options.minutes)
+        super().__init__(network.to(context.device), config.batch_size, duration, Schedule(config.warmup))
+        self.own, self.bundle, self.data, self.config = [encoder], bundle, data, config  # a list: it is in the network
+        self.masks, self.seed = found.masks, context.options.seed
+        self.numbers = {category: number for number, category in enumerate(found.categories, start=1)}
+        self.annotated = [k for k in data.indices if (~data.annotations.objects(k).crowd).any()]
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        config = self.config
+        return two_rates(self.network, self.own[0], config.lr, config.encoder_lr, config.weight_decay)
+
+    def batches(self, first: int) -> Generator[list[Example], None, None]:
+        def sample(generator: np.random.Generator) -> list[Example]:
             batch = []
-            for index in generator.choice(with_objects, settings.batch_size).tolist():
-                objects = annotated.objects(index)
-                objects.labels = np.array([numbers.get(k, 0) for k in objects.labels.tolist()], np.int64)
-                image, target, _ = placed(scenes[index], objects, bundle.size, masks, generator)
+            for index in generator.choice(self.annotated, self.size).tolist():
+                objects = self.data.annotations.objects(index)
+                objects.labels = np.array([self.numbers.get(k, 0) for k in objects.labels.tolist()], np.int64)
+                image, target, _ = letterbox(self.data.images[index], objects, self.bundle.size, self.masks, generator)
                 batch.append((image, target))
-            yield batch
-            step += 1
+            return batch
 
-    def loss_of(batch: list[tuple[Tensor, dict[str, Tensor]]], step: int) -> Tensor:
-        images = [bundle.standardize(image[None].to(device))[0] for image, _ in batch]
+        return sampled_batches(sample, self.seed, first)
+
+    def loss(self, batch: list[Example], step: int) -> Float[Tensor, ""]:
+        device = self.bundle.standardize.mean.device
+        images = [self.bundle.standardize(image[None].to(device))[0] for image, _ in batch]
         targets = [{name: value.to(device) for name, value in target.items()} for _, target in batch]
-        losses: dict[str, Tensor] = model(images, targets)
+        losses: dict[str, Tensor] = self.network(images, targets)
         return torch.stack(list(losses.values())).sum()
 
-    trained = fit(
-        model,
-        optimiser,
-        batches,
-        loss_of,
-        folder=folder,
-        length=Length(settings.steps, minutes),
-        schedule=Schedule(settings.warmup),
-        seed=seed,
-        clip=5.0,
-        batch_size=settings.batch_size,
-        settings={
-            "encoder": bundle.name,
-            "trained": bundle.trained,
-            "size": list(bundle.size),
-            "seed": seed,
-            "train": len(indices),
-            "masks": masks,
-            **asdict(sizes),
-            **asdict(settings),
-        },
-    )
-    return model, trained
+
+class Found(NamedTuple):
+    """What the annotations say a detector must be like."""
+
+    categories: list[int]  # those of train, ascending
+    masks: bool  # whether all objects have one
+    anchors: AnchorConfig
 
 
-def picture(
-    scenes: FullResImages,
-    judged: CocoAnnotations,
-    indices: Sequence[int],
-    results: list[dict[str, Any]],
-    categories: list[int],
-    path: Path,
-) -> None:
-    """A row an image: itself, the annotated objects, those found."""
-    by_image: dict[int, list[dict[str, Any]]] = {}
-    for one in results:
-        by_image.setdefault(one["image_id"], []).append(one)
+class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoObject]]):
+    """Faster R-CNN, or Mask R-CNN where all annotated objects have masks, on the encoder and on the same one untrained."""
+
+    annotation = "boxes"
+    input = "images"
+    Config = DetectConfig
+    what = "detection"
+    columns = {  # noqa: RUF012
+        f"{part}_ap{level}": Column(f"{part} AP{level}") for part in ("box", "mask") for level in ("", "50")
+    }
+
+    def __init__(self, name: str, context: Context, data: tuple[Boxed, Boxed], config: DetectConfig):
+        """Raises InputError: no object in train, or in test."""
+        super().__init__(name, context, data, config)
+        train, test = data
+        if all(one.crowd.all() for one in test.instances()):
+            raise InputError("no image of test has an object; detection needs some to judge by")
+        used, wanted = ({int(label) for one in part.instances() for label in one.labels} for part in data)
+        lacking = [test.annotations.categories[k] for k in sorted(wanted - used)]
+        if lacking:
+            say(f"note: train lacks {len(lacking)} of the classes in test ({', '.join(lacking[:3])}): counted as 0")
+        segments = [segment for part in data for one in part.instances() for segment in one.segments]
+        without = sum(segment is None for segment in segments)
+        if 0 < without < len(segments):  # COCO's measure needs all, and an empty mask would be learned as one
+            say(f"note: {without} of {len(segments)} objects have no mask: boxes alone")
+        size, masks = context.bundle.size, without == 0 and len(segments) > 0
+        anchors = anchor_config(train, size)
+        self.found = Found(sorted(used), masks, anchors)
+        self.trained: dict[str, Trained] = {}
+        sides = "; ".join(", ".join(f"{side:.0f}" for side in level) for level in anchors.anchors)
+        say(
+            f"{'Mask' if masks else 'Faster'} R-CNN at {size[0]}x{size[1]} px: anchors of {sides} px, at most "
+            f"{anchors.limit} detections an image"
+        )
+
+    @classmethod
+    def load(cls, context: Context) -> tuple[Boxed, Boxed]:
+        return boxed(context)
+
+    def rows(self) -> list[Row]:
+        return [Row(who, who) for who in self.context.encoders]
+
+    def fit(self, row: Row) -> nn.Module:
+        bundle = self.context.encoders[row.who]
+        torch.manual_seed(self.context.options.seed)
+        task = DetectionTask(bundle, self.data[0], self.found, self.config, self.context)
+        settings = {"trained": bundle.trained, "train": len(self.data[0].indices), "masks": self.found.masks}
+        settings |= {**asdict(self.found.anchors), **asdict(self.config)}
+        self.trained[row.name] = train(task, self.context, self.folder / row.who, settings)
+        return task.network
+
+    def predict(self, row: Row, model: nn.Module) -> list[CocoObject]:
+        test, bundle = self.data[1], self.context.encoders[row.who]
+        back = dict(enumerate(self.found.categories, start=1))
+        found: list[CocoObject] = []
+        for index in test.indices:
+            number = test.annotations.images[index]
+            found += detected(model, bundle, test.images[index], number, back, self.found.masks)
+        return found
+
+    def measure(self, found: list[CocoObject]) -> Measured:
+        test, seed = self.data[1], self.context.options.seed
+        kinds: Sequence[Kind] = ("bbox", "segm") if self.found.masks else ("bbox",)
+        ids = [test.annotations.images[index] for index in test.indices]
+        groups = test.images.groups_of(test.indices)
+        return average_precision(test.annotations.coco, found, kinds, self.found.anchors.limit, ids, seed, groups)
+
+    def facts(self) -> dict[str, object]:
+        train, test = self.data
+        names = self._names()
+        return {"train": len(train.indices), "test": len(test.indices), "classes": len(names), "names": names}
+
+    def _names(self) -> list[str]:
+        return [self.data[0].annotations.categories[k] for k in self.found.categories]
+
+    def details(self, found: Mapping[str, list[CocoObject]]) -> dict[str, object]:
+        return {"trained": self.trained, "sizes": asdict(self.found.anchors), "settings": asdict(self.config)}
+
+    def kept(self, row: Row, model: nn.Module) -> Kept:
+        facts = {"masks": self.found.masks, "sizes": asdict(self.found.anchors), "settings": asdict(self.config)}
+        return Kept(model, self._names(), {**facts, "categories": self.found.categories})
+
+    def visualize(self, row: Row, found: list[CocoObject], folder: Path) -> None:
+        if row.who == ENCODER:
+            picture(self.data[1], found, self.found.categories, folder / "detections.png")
+
+    @classmethod
+    def rebuild(cls, saved: Saved, bundle: EncoderBundle) -> nn.Module:
+        anchors = AnchorConfig(tuple(map(tuple, saved["sizes"]["anchors"])), saved["sizes"]["limit"])
+        config, classes = DetectConfig(**as_tuples(saved["settings"])), len(saved["classes"])
+        return detector(bundle.encoder, bundle.size, classes, saved["masks"], anchors, config)
+
+    @classmethod
+    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
+        """detections.json (COCO, with scores) and detections.png."""
+        names, numbers = saved["classes"], saved["categories"]
+        listed: list[CocoImage] = []
+        results: list[CocoObject] = []
+        columns: dict[str, list[Tensor]] = {"image": [], FOUND: []}
+        for index, image in FullResImages.readable(source, bundle):
+            number = len(listed) + 1
+            height, width = (int(side) for side in image.shape[-2:])
+            listed.append({"id": number, "file_name": source.entries[index].name, "width": width, "height": height})
+            found = detected(model, bundle, image, number, dict(enumerate(numbers, start=1)), saved["masks"])
+            results += found
+            if number <= SHOWN:
+                columns["image"].append(rgb(image))
+                columns[FOUND].append(found_frame(image, found, numbers))
+        categories = [{"id": k, "name": name} for k, name in zip(numbers, names, strict=True)]
+        annotations = [{"id": k, "iscrowd": 0, "area": _area(one), **one} for k, one in enumerate(results, start=1)]
+        whole = {"images": listed, "annotations": annotations, "categories": categories}
+        write_json(folder / "detections.json", whole, indent=None)
+        shown = {name: alike(frames) for name, frames in columns.items()}
+        sheet(shown, folder / "detections.png", legend=legend_of(names) if len(names) > 1 else ())
+        say(f"{folder / 'detections.json'}: {len(results)} objects on {len(listed)} images")
+
+
+def _area(one: CocoObject) -> float:
+    from faster_coco_eval import mask
+
+    coding: Any = mask  # its annotations are narrower than what it takes
+    return float(coding.area(one["segmentation"])) if "segmentation" in one else one["bbox"][2] * one["bbox"][3]
+
+
+def picture(test: Boxed, results: Sequence[CocoObject], categories: list[int], path: Path) -> None:
+    """A row for each of some images: itself, the annotated objects, those found."""
     columns: dict[str, list[Tensor]] = {"image": [], "annotated": [], FOUND: []}
-    for index in indices:
-        image = scenes[index]
-        objects = judged.objects(index)
+    for position in spread(len(test.indices), SHOWN):
+        index = test.indices[position]
+        image, objects = test.images[index], test.annotations.objects(index)
         height, width = image.shape[-2:]
         truth = [mask_of(s, height, width) if s is not None else None for s in objects.segments]
-        frames = (
-            rgb(image),
-            drawn(image, objects.boxes, truth, objects.labels.tolist(), categories),
-            found_frame(image, by_image.get(judged.images[index], []), categories),
-        )
-        for frame, kept_frames in zip(frames, columns.values(), strict=True):
-            kept_frames.append(frame)
+        found = [one for one in results if one["image_id"] == test.annotations.images[index]]
+        columns["image"].append(rgb(image))
+        columns["annotated"].append(drawn(image, objects.boxes, truth, objects.labels.tolist(), categories))
+        columns[FOUND].append(found_frame(image, found, categories))
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = [judged.categories[k] for k in categories]
-    sheet(
-        {name: alike(frames) for name, frames in columns.items()},
-        path,
-        legend=legend_of(names) if len(names) > 1 else (),
-    )
+    names = [test.annotations.categories[k] for k in categories]
+    legend = legend_of(names) if len(names) > 1 else ()
+    sheet({name: alike(frames) for name, frames in columns.items()}, path, legend=legend)
 
 
 def found_frame(
-    image: Float[Tensor, "c h w"], found: list[dict[str, Any]], categories: list[int]
+    image: Float[Tensor, "c h w"], found: Sequence[CocoObject], categories: list[int]
 ) -> Float[Tensor, "3 th tw"]:
     """The sure detections of an image (COCO results), drawn on it."""
-    sure = [one for one in found if one["score"] >= LEAST]
+    sure = [one for one in found if one.get("score", 0.0) >= LEAST]
     boxes = np.array([one["bbox"] for one in sure], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     height, width = image.shape[-2:]

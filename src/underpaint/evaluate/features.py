@@ -1,72 +1,208 @@
-"""Features of a frozen encoder, kept on the CPU."""
+"""Features of a frozen encoder: one passage for probes while training, for `evaluate` and for pictures.
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+They are held in memory, or, where it is asked for, kept on disk and memory-mapped: probes of any number of images in the
+memory of a few.
+"""
 
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from underpaint.backbones import protocols as backbones
+from underpaint.data import eval_batches
+from underpaint.data.sources import cache_root
 from underpaint.errors import InputError
+from underpaint.evaluate.bundle import EncoderBundle
+from underpaint.evaluate.splits import Split
+from underpaint.files import replacing_folder
+from underpaint.patches import Standardize
 
 FULL_PRECISION_BYTES = 1e9  # patch tokens beyond this are kept in half precision
 HALF_LIMIT = torch.finfo(torch.float16).max
+STORE_VERSION = 2
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """What an encoder makes of a batch."""
+
+    @property
+    def pooled(self) -> Tensor: ...  # [b, d]
+    @property
+    def patches(self) -> Tensor: ...  # [b, t, d]
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Some images [b, c, height, width] in [0, 1]."""
+
+    @property
+    def images(self) -> Tensor: ...
 
 
 class Features(NamedTuple):
-    """One vector an image, and one a place of its grid; on the CPU."""
+    """One vector an image, and one a location of its grid; on the CPU."""
 
     pooled: Float[Tensor, "n d"]  # float32
-    patches: Float[Tensor, "n t d"]  # float32, or float16 beyond 1 GB; t is 0 where none were asked for
-    groups: list[str] | None = None  # of each image (patient, slide, video), where they have some
+    patches: Float[Tensor, "n t d"]  # float32; float16 on disk and beyond 1 GB; t is 0 where none were asked for
+    samples: Int[np.ndarray, "n"]  # numbers in the image set of those that could be read
 
 
 def extract(
-    encoder: Callable[..., Any],
-    batches: Iterable[Any],
+    encoder: Callable[[Tensor], Encoded],
+    batches: Iterable[Images],
     *,
     transform: Callable[[Tensor], Tensor] | None = None,
     with_patches: bool = True,
+    folder: Path | None = None,
 ) -> Features:
     """Run `encoder` over `batches`, in eval mode and without gradients.
 
-    Each batch has `.images` [b, c, height, width]; `transform` standardises them. `encoder(images)` has `.pooled`
-    [b, d] and `.patches` [b, t, d]. Patch tokens are float32 up to 1 GB and float16 beyond, clipped to its range.
     The training flag of every module, and the global random state of the CPU, are as before when it returns.
-    Raises InputError where there are no batches.
+
+    Args:
+        batches: with `samples`, the numbers of their images, where they have some.
+        transform: standardises images.
+        folder: where features are kept, in place of memory; to be read by `stored`.
+
+    Raises:
+        InputError: there are no batches.
     """
     modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
     training = [module.training for module in modules]
     pooled: list[Tensor] = []
-    patches: list[Tensor] = []
-    precision, held = torch.float32, 0
+    tokens = _Tokens(folder)
+    samples: list[int] = []
     try:
         for module in modules:
             module.training = False
         # a loader draws a seed for its workers from the global generator
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), tokens.opened():
             for batch in batches:
-                images = batch.images if transform is None else transform(batch.images)
-                found = encoder(images)
+                found = encoder(batch.images if transform is None else transform(batch.images))
                 pooled.append(found.pooled.float().cpu())
-                if not with_patches:
-                    continue
-                patches.append(_kept(found.patches, precision))
-                held += 4 * patches[-1].numel()
-                if precision == torch.float32 and held > FULL_PRECISION_BYTES:
-                    precision = torch.float16
-                    patches = [_kept(part, precision) for part in patches]
+                samples += getattr(batch, "samples", ())
+                if with_patches:
+                    tokens.add(found.patches)
     finally:
         for module, flag in zip(modules, training, strict=True):
             module.training = flag
     if not pooled:
-        raise InputError("there are no images to extract features from")
-    vectors = torch.cat(pooled)
-    tokens = torch.cat(patches) if with_patches else vectors.new_empty(len(vectors), 0, vectors.shape[1])
-    return Features(vectors, tokens)
+        raise InputError("there are no images to extract features from, or none can be read")
+    vectors, numbers = torch.cat(pooled), np.asarray(samples, np.int64)
+    if folder is None:
+        return Features(vectors, tokens.joined(vectors), numbers)
+    np.save(folder / "pooled.npy", vectors.numpy())
+    np.save(folder / "samples.npy", numbers)
+    return stored(folder)
+
+
+class _Tokens:
+    """Patch tokens as they come: in memory, or in a file."""
+
+    def __init__(self, folder: Path | None):
+        self.path = None if folder is None else folder / "patches.bin"
+        self.parts: list[Tensor] = []
+        self.precision = torch.float32 if folder is None else torch.float16
+        self.held = 0  # bytes in full precision
+
+    @contextmanager
+    def opened(self) -> Generator[None, None, None]:
+        if self.path is None:
+            yield
+            return
+        with self.path.open("wb") as self.file:
+            yield
+
+    def add(self, tokens: Float[Tensor, "b t d"]) -> None:
+        kept = _kept(tokens.float(), self.precision)
+        if self.path is not None:
+            self.file.write(kept.numpy().tobytes())
+            return
+        self.parts.append(kept)
+        self.held += 4 * kept.numel()
+        if self.precision == torch.float32 and self.held > FULL_PRECISION_BYTES:
+            self.precision = torch.float16
+            self.parts = [_kept(part, self.precision) for part in self.parts]
+
+    def joined(self, pooled: Float[Tensor, "n e"]) -> Float[Tensor, "n t d"]:
+        return torch.cat(self.parts) if self.parts else pooled.new_empty(len(pooled), 0, pooled.shape[1])
 
 
 def _kept(tokens: Float[Tensor, "b t d"], precision: torch.dtype) -> Float[Tensor, "b t d"]:
     if precision == torch.float16:
         tokens = tokens.clamp(-HALF_LIMIT, HALF_LIMIT)  # an overflow would make every later number infinite
     return tokens.to("cpu", precision)
+
+
+def stored(folder: Path) -> Features:
+    """What `extract` kept in a folder, memory-mapped; copied on write, so that nobody can spoil the files."""
+    pooled, samples = np.load(folder / "pooled.npy", mmap_mode="c"), np.load(folder / "samples.npy")
+    count, dim = pooled.shape
+    patches = np.zeros((count, 0, dim), np.float16)
+    if (folder / "patches.bin").stat().st_size:
+        patches = np.memmap(folder / "patches.bin", np.float16, "c").reshape(count, -1, dim)
+    return Features(torch.from_numpy(pooled), torch.from_numpy(patches), samples)
+
+
+def features_of(
+    encoder: Callable[[Tensor], Encoded],
+    standardize: Standardize,
+    split: Split,
+    size: tuple[int, int],
+    *,
+    with_patches: bool,
+    folder: Path | None = None,
+) -> Features:
+    """The features of a split's images, whole and in order, at a size in pixels.
+
+    Raises:
+        InputError: none of the images can be read.
+    """
+    batches = eval_batches(split.images, size=size, indices=split.indices, device=standardize.mean.device)
+    return extract(encoder, batches, transform=standardize, with_patches=with_patches, folder=folder)
+
+
+def pixel_features(features: Callable[[Tensor], Tensor], split: Split, size: tuple[int, int]) -> Features:
+    """What images give without any network, by a function of images in [0, 1]."""
+
+    def encoded(images: Tensor) -> Encoded:
+        return backbones.Features(features(images), images.new_empty(len(images), 0, 0))
+
+    batches = eval_batches(split.images, size=size, indices=split.indices)
+    return extract(encoded, batches, with_patches=False)
+
+
+def stored_features(bundle: EncoderBundle, split: Split, *, with_patches: bool) -> Features:
+    """Those of an earlier call with the same weights, images and size, kept below the cache, or made now.
+
+    Raises:
+        InputError: none of the images can be read.
+    """
+    folder = cache_root() / "features" / _key(bundle, split, with_patches)
+    if not (folder / "samples.npy").is_file():
+        with replacing_folder(folder, durable=False) as temporary:
+            features_of(
+                *(bundle.encoder, bundle.standardize, split, bundle.size), with_patches=with_patches, folder=temporary
+            )
+    return stored(folder)
+
+
+def _key(bundle: EncoderBundle, split: Split, with_patches: bool) -> str:
+    """sha256 over everything that the features depend on."""
+    digest = hashlib.sha256(save(bundle.weights()))
+    settings = [STORE_VERSION, bundle.arguments, bundle.size, with_patches]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(torch.cat([bundle.standardize.mean.flatten(), bundle.standardize.std.flatten()]).numpy().tobytes())
+    digest.update(split.images.fingerprint().encode())
+    digest.update(np.asarray(split.indices, np.int64).tobytes())
+    return digest.hexdigest()[:32]

@@ -8,7 +8,6 @@ import copy
 import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
@@ -27,17 +25,18 @@ from torchvision.transforms.functional import to_pil_image
 from underpaint.backbones import PatchBackbone
 from underpaint.backbones.build import fill, with_drop_path
 from underpaint.backbones.swin import Swin
-from underpaint.console import say
 from underpaint.data import Batch, eval_batches, train_batches
 from underpaint.errors import InputError
-from underpaint.evaluate.baselines import majority
+from underpaint.evaluate.base import Context, Kept, Row
 from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.frozen import classification
-from underpaint.evaluate.keep import keep
-from underpaint.evaluate.plots import confusion_picture
-from underpaint.evaluate.result import Probe
+from underpaint.evaluate.classify import MAJORITY, Classification, Splits
+from underpaint.evaluate.keep import Saved
+from underpaint.evaluate.results import Probe
 from underpaint.evaluate.splits import Split
-from underpaint.train.fit import Length, Schedule, changed, fit
+from underpaint.evaluate.trained import Task, Trained, train
+from underpaint.train.fit import changed
+from underpaint.train.optim import layerwise
+from underpaint.train.schedules import Duration, Schedule
 
 
 @dataclass
@@ -141,7 +140,7 @@ WORKERS = min(8, os.cpu_count() or 1)  # that decode, where images are not kept 
 SMALL = 96  # pixels of a side: up to here the recipe for small images serves
 
 
-def recipe_for(bundle: EncoderBundle, name: str | None, settings: Mapping[str, Any]) -> FineTuning:
+def recipe_for(bundle: EncoderBundle, name: str | None, settings: Mapping[str, object]) -> FineTuning:
     """The recipe of this name, or the one that suits the encoder and its image size, with some settings changed.
 
     Raises:
@@ -159,165 +158,151 @@ def recipe_for(bundle: EncoderBundle, name: str | None, settings: Mapping[str, A
     return changed(FINE_TUNING[name](), settings, "fine-tuning")
 
 
-class _Judged(nn.Module):
-    """A network, and the moving average of its weights where one is kept: one module, so that both are in a checkpoint."""
+class FineTuned(Task[Batch]):
+    """A network with a head on class labels, and the moving average of its weights where one is kept."""
 
-    def __init__(self, network: nn.Module, decay: float):
-        super().__init__()
-        self.network = network
-        self.average = ModelEmaV3(network, decay=decay, use_warmup=True) if decay else None
+    def __init__(self, bundle: EncoderBundle, train: Split, config: FineTuning, context: Context):
+        """Raises InputError: weights that do not fit the network to be fine-tuned."""
+        labels = np.unique(train.labels).tolist()
+        count = len(train.indices)
+        size = min(config.batch_size, max(2, count // 2 * 2))  # mixing pairs images, so a batch is even
+        steps = max(1, round(config.epochs * count / size))
+        network = classifier(bundle, len(labels), config.drop_path, config.head_scale).to(context.device)
+        schedule = Schedule(config.warmup, config.min_lr_ratio)
+        super().__init__(network, size, Duration(steps, context.options.minutes), schedule)
+        self.labels = {label: number for number, label in enumerate(labels)}
+        self.average = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.bundle, self.split, self.config, self.seed = bundle, train, config, context.options.seed
+        self.clip = config.clip
+        self.step = 0  # of the last loss
+        mixes = config.mixup or config.cutmix
+        self.mixing = (
+            Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.smoothing,
+                num_classes=len(labels),
+            )
+            if mixes
+            else None
+        )
+        self.criterion = BinaryCrossEntropy(target_threshold=0.2) if config.binary else SoftTargetCrossEntropy()
+        erasing = {"mode": "pixel", "max_count": 1, "device": str(context.device)}
+        self.erase = RandomErasing(config.erasing, **erasing) if config.erasing else None
 
     @property
     def best(self) -> nn.Module:
+        """What is judged and kept."""
         return self.network if self.average is None else self.average.module
 
-
-def finetune(
-    bundle: EncoderBundle,
-    train: Split,
-    test: Split,
-    recipe: FineTuning,
-    *,
-    minutes: float | None,
-    seed: int,
-    folder: Path,
-) -> dict[str, Any]:
-    """Train the whole network on `train` and judge it on `test`, beside the same one from scratch (by the same recipe
-    without layer decay).
-
-    Returns:
-        What results.json holds: sizes, rows, gain over from scratch, steps.
-
-    Raises:
-        InputError: fewer than two classes in train; a batch that is empty, or odd where images are mixed.
-    """
-    if recipe.batch_size < 1 or ((recipe.mixup or recipe.cutmix) and recipe.batch_size % 2):
-        raise InputError(
-            f"--set batch_size={recipe.batch_size}: 1 or more are needed, and an even number where mixup and cutmix pair "
-            "images (mixup=0 and cutmix=0 switch them off)"
+    def optimiser(self) -> torch.optim.Optimizer:
+        config = self.config
+        return layerwise(
+            self.network,
+            config.optimiser,
+            lr=config.lr * self.size / 256,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            betas=config.betas,
         )
-    bundles = {"encoder": bundle} | ({"untrained": bundle.random_init(seed)} if bundle.trained else {})
-    rows: dict[str, Probe] = {}
-    trained: dict[str, Any] = {}
-    wanted = np.zeros(0, int)
-    for who, one in bundles.items():
-        # from scratch every layer has all to learn
-        its = recipe if one.trained else replace(recipe, layer_decay=1.0)
-        probe, model, trained[who], wanted = _train_one(one, train, test, its, minutes, seed, folder / who)
-        rows[who] = probe
-        say(f"{who}: fine-tuned {probe.accuracy:.3f} +- {probe.standard_error:.3f}")
-        if who == "encoder":
-            known = np.unique(train.labels).tolist()
-            names = train.images.classes or []
-            keep(
-                folder,
-                "finetune",
-                one,
-                model,
-                [names[label] if label < len(names) else str(label) for label in known],
-                labels=known,
-            )
-    rows["majority"] = majority(train.labels, wanted)
-    result = classification(rows, wanted, {"train": len(train.indices), "test": len(wanted)}, train)
-    said = rows["encoder"].said
-    assert said is not None
-    names = train.images.classes or []
-    confusion_picture(
-        wanted, said, lambda label: names[label] if label < len(names) else str(label), folder / "confusion.png"
-    )
-    return result | {"trained": trained, "recipe": asdict(recipe)}
 
-
-def _train_one(
-    bundle: EncoderBundle, train: Split, test: Split, recipe: FineTuning, minutes: float | None, seed: int, folder: Path
-) -> tuple[Probe, nn.Module, dict[str, Any], np.ndarray]:
-    labels = train.labels
-    classes = np.unique(labels)
-    if len(classes) < 2:
-        raise InputError(f"fine-tuning needs at least 2 classes in train; there is only {classes[0]}")
-    device = bundle.standardize.mean.device
-    torch.manual_seed(seed)
-    holder = _Judged(classifier(bundle, len(classes), recipe.drop_path, recipe.head_scale).to(device), recipe.ema_decay)
-    model = holder.network
-    # mixing pairs images, so a batch is even
-    batch_size = min(recipe.batch_size, max(2, len(labels) // 2 * 2))
-    optimiser = create_optimizer_v2(
-        model,
-        opt=recipe.optimiser,
-        lr=recipe.lr * batch_size / 256,
-        weight_decay=recipe.weight_decay,
-        layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
-        betas=recipe.betas,
-    )
-    mixing = None
-    if recipe.mixup or recipe.cutmix:
-        mixing = Mixup(
-            mixup_alpha=recipe.mixup,
-            cutmix_alpha=recipe.cutmix,
-            label_smoothing=recipe.smoothing,
-            num_classes=len(classes),
-        )
-    criterion = BinaryCrossEntropy(target_threshold=0.2) if recipe.binary else SoftTargetCrossEntropy()
-    erase = RandomErasing(recipe.erasing, mode="pixel", max_count=1, device=str(device)) if recipe.erasing else None
-    place = {label: number for number, label in enumerate(classes.tolist())}
-
-    def batches(first: int) -> Generator[Batch, None, None]:
+    def batches(self, first: int) -> Generator[Batch, None, None]:
         return train_batches(
-            train.images,
-            size=bundle.size,
-            batch_size=batch_size,
-            seed=seed,
-            indices=train.indices,
+            self.split.images,
+            size=self.bundle.size,
+            batch_size=self.size,
+            seed=self.seed,
+            indices=self.split.indices,
             first_batch=first,
-            workers=0 if train.images.cached else WORKERS,
-            crop_scale=recipe.crop_scale,
-            device=device,
+            workers=0 if self.split.images.cached else WORKERS,
+            crop_scale=self.config.crop_scale,
+            device=self.bundle.standardize.mean.device,
         )
 
-    def loss_of(batch: Batch, step: int) -> Float[Tensor, ""]:
-        if holder.average is not None and step:
-            holder.average.update(model, step=step)  # the weights after the step before
-        y = torch.tensor([place[label] for label in train.labels_of(batch.samples).tolist()], device=device)
-        x = bundle.standardize(_augmented(batch.images, recipe.augment))
-        if erase is not None:
-            x = erase(x)
-        if mixing is not None:
-            x, y = mixing(x, y)
+    def loss(self, batch: Batch, step: int) -> Float[Tensor, ""]:
+        self.step = step
+        wanted = [self.labels[label] for label in self.split.labels_of(batch.samples).tolist()]
+        y = torch.tensor(wanted, device=batch.images.device)
+        x = self.bundle.standardize(_augmented(batch.images, self.config.augment))
+        if self.erase is not None:
+            x = self.erase(x)
+        if self.mixing is not None:
+            x, y = self.mixing(x, y)
         else:
-            y = _smooth(y, len(classes), recipe.smoothing)
-        return criterion(model(x), y)
+            y = _smooth(y, len(self.labels), self.config.smoothing)
+        return self.criterion(self.network(x), y)
 
-    trained = fit(
-        holder,
-        optimiser,
-        batches,
-        loss_of,
-        folder=folder,
-        length=Length(max(1, round(recipe.epochs * len(labels) / batch_size)), minutes),
-        schedule=Schedule(recipe.warmup, recipe.min_lr_ratio),
-        seed=seed,
-        clip=recipe.clip,
-        batch_size=batch_size,
-        settings={
-            "encoder": bundle.name,
-            "trained": bundle.trained,
-            "size": list(bundle.size),
-            "seed": seed,
-            "train": len(labels),
-            **asdict(recipe),
-        },
-    )
-    if holder.average is not None:
-        holder.average.update(model, step=int(trained["steps"]))
-    best = holder.best.eval()
-    said, seen = [], []
-    with torch.no_grad():
-        for batch in eval_batches(test.images, size=bundle.size, indices=test.indices, device=device):
-            said.append(best(bundle.standardize(batch.images)).argmax(1).cpu().numpy())
+    def after_step(self, progress: float, taken: Float[Tensor, ""]) -> None:
+        if self.average is not None:
+            self.average.update(self.network, step=self.step + 1)
+
+
+class FineTune(Classification[FineTuning, nn.Module | None]):
+    """The whole network trained, beside the same one from scratch (by the same recipe without layer decay)."""
+
+    input = "images"
+    Config = FineTuning
+    what = "fine-tuning"
+
+    def __init__(self, name: str, context: Context, data: Splits, config: FineTuning):
+        """Raises InputError: fewer than two classes in train; a batch that is empty, or odd where images are mixed."""
+        super().__init__(name, context, data, config)
+        if config.batch_size < 1 or ((config.mixup or config.cutmix) and config.batch_size % 2):
+            raise InputError(
+                f"--set batch_size={config.batch_size}: 1 or more are needed, and an even number where mixup and cutmix "
+                "pair images (mixup=0 and cutmix=0 switch them off)"
+            )
+        labels, _ = self.classes()
+        if len(labels) < 2:
+            raise InputError(f"fine-tuning needs at least 2 classes in train; there is only {labels[0]}")
+        self.trained: dict[str, Trained] = {}
+        self.seen = self.test.indices
+
+    @classmethod
+    def configure(cls, context: Context) -> FineTuning:
+        return recipe_for(context.bundle, context.options.recipe, context.options.settings)
+
+    def rows(self) -> list[Row]:
+        return [Row(who, who) for who in (*self.context.encoders, MAJORITY)]
+
+    def fit(self, row: Row) -> nn.Module | None:
+        if row.who == MAJORITY:
+            return None
+        bundle = self.context.encoders[row.who]
+        # from scratch every layer has all to learn
+        config = self.config if bundle.trained else replace(self.config, layer_decay=1.0)
+        torch.manual_seed(self.context.options.seed)
+        task = FineTuned(bundle, self.train, config, self.context)
+        settings = {"trained": bundle.trained, "train": len(self.train.indices), **asdict(config)}
+        self.trained[row.name] = train(task, self.context, self.folder / row.who, settings)
+        return task.best.eval()
+
+    @torch.no_grad()
+    def predict(self, row: Row, model: nn.Module | None) -> Probe:
+        if model is None:
+            return self.majority().grouped(self.test.groups_of(self.seen))
+        bundle = self.context.encoders[row.who]
+        said, seen = [], []
+        batches = eval_batches(
+            self.test.images, size=bundle.size, indices=self.test.indices, device=self.context.device
+        )
+        for batch in batches:
+            said.append(model(bundle.standardize(batch.images)).argmax(1).cpu().numpy())
             seen += batch.samples
-    wanted = test.labels_of(seen)
-    found = classes[np.concatenate(said)]
-    return Probe.of(found == wanted, {}, found, test.groups_of(seen)), best, trained, wanted
+        self.seen, self.wanted = seen, self.test.labels_of(seen)
+        found = np.array(self.classes()[0])[np.concatenate(said)]
+        return Probe.of(found == self.wanted, {}, found, self.test.groups_of(seen))
+
+    def details(self, found: Mapping[str, Probe]) -> dict[str, object]:
+        return {**super().details(found), "trained": self.trained, "recipe": asdict(self.config)}
+
+    def kept(self, row: Row, model: nn.Module | None) -> Kept | None:
+        labels, names = self.classes()
+        return None if model is None else Kept(model, names, {"labels": labels})
+
+    @classmethod
+    def rebuild(cls, saved: Saved, bundle: EncoderBundle) -> nn.Module:
+        return timm.create_model(**{**saved["create_model"], "num_classes": len(saved["classes"])})
 
 
 def _smooth(y: Tensor, classes: int, smoothing: float) -> Float[Tensor, "b k"]:

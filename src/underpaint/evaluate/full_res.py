@@ -1,12 +1,15 @@
 """Whole images for dense tasks, in their own size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from underpaint.data import ImageSet, Scaling, Source, load_images
+from underpaint.console import say
+from underpaint.data import ImageSet, Scaling, Source, Unreadable, load_images
+from underpaint.errors import InputError
+from underpaint.evaluate.bundle import EncoderBundle
 
 AS_THEY_ARE = (2**14, 2**14)  # pixels: cached images are reduced to twice the size wanted, so this reduces none
 
@@ -19,21 +22,40 @@ class FullResImages:
         self._images: ImageSet = load_images(
             source, list(indices), size=AS_THEY_ARE, channels=channels, scaling=scaling
         )
-        place = {name: number for number, name in enumerate(self._images.names)}
-        self._place = {
-            index: place[source.entries[index].name] for index in indices if source.entries[index].name in place
+        position = {name: number for number, name in enumerate(self._images.names)}
+        self._position = {
+            index: position[source.entries[index].name] for index in indices if source.entries[index].name in position
         }
         self.skipped = self._images.skipped
+
+    @classmethod
+    def readable(cls, source: Source, bundle: EncoderBundle) -> Iterator[tuple[int, Float[Tensor, "c h w"]]]:
+        """Every image of a source with its number there; those that cannot be read are named and left out.
+
+        Raises:
+            InputError: none can be read.
+        """
+        images = cls(source, range(len(source.entries)), bundle.encoder.channels, bundle.scaling)
+        count = 0
+        for index in range(len(source.entries)):
+            if index in images:
+                try:
+                    yield index, images[index]
+                    count += 1
+                except Unreadable as error:
+                    say(f"left out: {source.entries[index].name}: {error}")
+        if not count:
+            raise InputError(f"{source.location}: no image could be read")
 
     def groups_of(self, indices: Sequence[int]) -> list[str] | None:
         """The group (patient, slide, video) of each; None where each image is by itself."""
         groups = self._images.groups
-        return None if groups is None else [groups[self._place[index]] for index in indices]
+        return None if groups is None else [groups[self._position[index]] for index in indices]
 
     def __contains__(self, index: int) -> bool:
-        return index in self._place
+        return index in self._position
 
     def __getitem__(self, index: int) -> Float[Tensor, "c h w"]:
         """Raises `Unreadable` where a streamed image cannot be decoded."""
-        array = torch.from_numpy(self._images.raw(self._place[index])).permute(2, 0, 1)
+        array = torch.from_numpy(self._images.raw(self._position[index])).permute(2, 0, 1)
         return self._images.scaling.unit(array.to(torch.float32, copy=True))

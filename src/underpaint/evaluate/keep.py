@@ -1,15 +1,11 @@
-"""What an evaluation trained, on disk: `model.safetensors`, and `model.json` with all that is needed to use it.
-
-`model.json`: format; task; `create_model` (every argument of timm's), mean, std and scaling of the encoder's images,
-their size in pixels; the classes by name; and what the task adds.
-"""
+"""What an evaluation trained, on disk: `model.safetensors`, and `model.json` with all that is needed to use it."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from underpaint.backbones.build import write_weights
 from underpaint.errors import InputError
@@ -19,7 +15,29 @@ from underpaint.files import write_json
 FORMAT = 1
 
 
-def keep(folder: Path, task: str, bundle: EncoderBundle, model: nn.Module, classes: list[str], **facts: Any) -> None:
+class Saved(TypedDict):
+    """What `model.json` holds: of every model down to `classes`, then what is there where its task says it."""
+
+    format: int
+    task: str  # with its variant: "segment-linear"
+    encoder: str  # as the user wrote it
+    create_model: dict[str, Any]  # every argument of timm's
+    mean: list[float]  # of the encoder's images
+    std: list[float]
+    scaling: dict[str, Any] | None
+    image_size: list[int]  # pixels: height, width
+    classes: list[str]
+    labels: list[int]  # numbers of the classes in the data
+    settings: dict[str, Any]
+    masks: bool
+    sizes: dict[str, Any]
+    categories: list[int]
+    units: str
+
+
+def keep(
+    folder: Path, task: str, bundle: EncoderBundle, model: nn.Module, classes: list[str], facts: dict[str, object]
+) -> None:
     """Write a trained model into a folder, the weights first."""
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder / "model.safetensors", model)
@@ -38,7 +56,7 @@ def keep(folder: Path, task: str, bundle: EncoderBundle, model: nn.Module, class
     write_json(folder / "model.json", described)
 
 
-def kept(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def kept(folder: Path) -> tuple[Saved, dict[str, Tensor]]:
     """What `keep` wrote: the description and the weights.
 
     Raises:
@@ -54,7 +72,7 @@ def kept(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{folder}: no model.json here; 'underpaint evaluate' writes one for each task that trains"
             )
         file = trained[0]
-    described = json.loads(file.read_text())
+    described: Saved = json.loads(file.read_text())
     if described.get("format") != FORMAT:
         raise InputError(f"{file}: format {described.get('format')}; this version reads format {FORMAT}")
     return described, load_file(file.parent / "model.safetensors")

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from underpaint.evaluate.result import Probe
+from underpaint.evaluate.results import Probe
 from underpaint.evaluate.splits import Labels, as_task, hold_out, stratified
 
 CHUNK = 2**24  # similarities that are held at once

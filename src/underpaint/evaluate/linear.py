@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from underpaint.evaluate.result import Probe
+from underpaint.evaluate.results import Probe
 from underpaint.evaluate.splits import Labels, as_task, hold_out, stratified
 
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C: weight of the summed loss against half the squared weights

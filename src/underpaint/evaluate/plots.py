@@ -1,17 +1,19 @@
-"""Pictures of results, as PNG: confusion matrices and histograms."""
+"""Pictures of results, as PNG: confusion matrices, histograms, sheets of small pictures."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped, UInt8
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 
 from underpaint.files import replacing
 from underpaint.report.figures.plots import PALETTE
 
 NUMBERED = 12  # classes up to which the cells of a matrix are numbered
+TILE = 96  # pixels of the longer side of a small picture
 NAMED = 40  # and up to which rows and columns are named
 
 
@@ -61,6 +63,26 @@ def histogram_picture(groups: dict[str, Float[np.ndarray, "n"]], x_label: str, p
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         _save(figure, path)
+
+
+def contact_sheet(tiles: list[tuple[UInt8[np.ndarray, "h w 3"], str]], path: Path, columns: int = 6) -> None:
+    """Small pictures, each with a line below."""
+    gap, line = 8, 18
+    wide, tall = TILE + 24, TILE + line
+    rows = -(-len(tiles) // columns)
+    canvas = Image.new("RGB", (columns * (wide + gap) + gap, rows * (tall + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for number, (tile, text) in enumerate(tiles):
+        x, y = gap + number % columns * (wide + gap), gap + number // columns * (tall + gap)
+        scale = TILE / max(tile.shape[:2])
+        size = (max(1, round(tile.shape[1] * scale)), max(1, round(tile.shape[0] * scale)))
+        resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        canvas.paste(Image.fromarray(tile).resize(size, resample), (x, y))
+        while text and font.getlength(text) > wide:
+            text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-2] + "…"
+        pen.text((x, y + TILE + 2), text, fill="black", font=font)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
 
 
 def _save(figure: Figure, path: Path) -> None:

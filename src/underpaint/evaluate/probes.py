@@ -6,32 +6,25 @@ there is the effective rank of the features (RankMe, arXiv 2210.02885).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from underpaint.backbones import Backbone
 from underpaint.backbones.norms import settled
-from underpaint.data import Batch, ImageSet, Source, eval_batches, fair_batches, labelled_indices
-from underpaint.evaluate import (
-    Features,
-    Probe,
-    attentive,
-    effective_rank,
-    evenly,
-    extract,
-    gain,
-    hog,
-    knn,
-    linear,
-    majority,
-    probe_features,
-    raw_pixels,
-    shots,
-)
-from underpaint.evaluate.splits import Split
+from underpaint.data import ImageSet, Source, eval_batches, fair_batches, labelled_indices
+from underpaint.errors import InputError
+from underpaint.evaluate.attentive import attentive
+from underpaint.evaluate.baselines import hog, majority, raw_pixels
+from underpaint.evaluate.features import Features, features_of, pixel_features
+from underpaint.evaluate.knn import knn
+from underpaint.evaluate.linear import linear
+from underpaint.evaluate.rank import effective_rank
+from underpaint.evaluate.results import Probe, paired_difference
+from underpaint.evaluate.splits import Split, evenly, shots
 from underpaint.methods import Method
 from underpaint.patches import Standardize
 
@@ -44,6 +37,35 @@ SHOTS = 10  # labelled images a class of the probes with few labels
 SUBSET = 0  # the seed by which a part is made smaller: runs of every seed are judged by the same images
 KINDS = ("linear", "attentive", "knn")
 TOKEN_MEMORY = 1.5e9  # bytes of patch tokens that are held at once
+
+
+class Labelled(NamedTuple):
+    """Features of images, with their labels and, where they have some, groups (patient, slide, video)."""
+
+    features: Features
+    labels: Int[np.ndarray, "n"]
+    groups: list[str] | None = None
+
+    @classmethod
+    def of(cls, features: Features, split: Split) -> "Labelled":
+        samples = features.samples.tolist()
+        return cls(features, split.labels_of(samples), split.groups_of(samples))
+
+
+def probe_features(train: Labelled, test: Labelled, *, seed: int = 0, kinds: Sequence[str] = KINDS) -> dict[str, Probe]:
+    """The probes `kinds` by name; each keeps the order of the test images, so that two encoders can be paired.
+
+    Raises InputError for a kind that does not exist, and what the probes raise.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise InputError(f"no probe '{unknown[0]}'; there are: {', '.join(KINDS)}")
+    found = {}
+    for kind in kinds:
+        probe = {"linear": linear, "attentive": attentive, "knn": knn}[kind]
+        x, y = (one.features.patches if kind == "attentive" else one.features.pooled for one in (train, test))
+        found[kind] = probe(x, train.labels, y, test.labels, seed=seed).grouped(test.groups)
+    return found
 
 
 @dataclass
@@ -154,32 +176,20 @@ class ProbeSuite:
             found[name] = {"error": ratio, "standard_error": float(spread) / len(left) ** 0.5}
         return found
 
-    def _baseline(
-        self, baseline: Callable[[Tensor], Tensor], part: Split
-    ) -> tuple[Tensor, np.ndarray, list[str] | None]:
-        """Features without a network [n, d], and the labels and groups of the images that could be read."""
-        features, seen = [], []
-        for batch in eval_batches(part.images, size=self.size, indices=part.indices):
-            features.append(baseline(batch.images).float())
-            seen += batch.samples
-        return torch.cat(features), part.labels_of(seen), part.groups_of(seen)
-
     def quick(self, encoder: Backbone, standardize: Standardize) -> dict[str, float]:
         """Named numbers for a line of metrics."""
-        encoder, device = self.recalibrate_bn(encoder, standardize), standardize.mean.device
+        encoder = self.recalibrate_bn(encoder, standardize)
         if self.splits is None:
-            few = evenly(len(self.pool), QUICK_TEST).tolist()
-            batches = eval_batches(self.pool, size=self.size, indices=few, device=device)
-            pooled = extract(encoder, batches, transform=standardize, with_patches=False).pooled
-            return {"rank": effective_rank(pooled)}
+            few = Split(self.pool, evenly(len(self.pool), QUICK_TEST).tolist())
+            return {
+                "rank": effective_rank(features_of(encoder, standardize, few, self.size, with_patches=False).pooled)
+            }
         train = self.splits[0].subset(self._most(encoder, QUICK_TRAIN), SUBSET)
         test = self.splits[1].subset(self._most(encoder, QUICK_TEST), SUBSET)
-        x, x_labels = self._features(encoder, standardize, train, True)
-        y, y_labels = self._features(encoder, standardize, test, True)
-        probes = probe_features(x, x_labels, y, y_labels, seed=self.seed)
-        numbers = {"rank": _rank(x.pooled)}
-        for name, probe in probes.items():
-            numbers |= {name: probe.accuracy, f"{name}_error": probe.grouped(y.groups).standard_error}
+        x, y = (self._labelled(encoder, standardize, split, True) for split in (train, test))
+        numbers = {"rank": _rank(x.features.pooled)}
+        for name, probe in probe_features(x, y, seed=self.seed).items():
+            numbers |= {name: probe.accuracy, f"{name}_error": probe.standard_error}
         return numbers
 
     def final(
@@ -225,7 +235,7 @@ class ProbeSuite:
         train, test = self.full()
         classes = len(np.unique(train.labels))
         probes = {who: {name: probe[0] for name, probe in worth.probes.items()} for who, worth in found.items()}
-        gains = {name: gain(probes["encoder"][name], probes["untrained"][name]) for name in KINDS}
+        gains = {name: paired_difference(probes["encoder"][name], probes["untrained"][name]) for name in KINDS}
         return {
             "train": len(train.indices),
             "test": len(test.indices),
@@ -301,38 +311,35 @@ class ProbeSuite:
             return Worth({}, self.quick(encoder, standardize)["rank"])
         encoder = self.recalibrate_bn(encoder, standardize)
         train, test = self.full()
-        x, x_labels = self._features(encoder, standardize, train, False)
-        y, y_labels = self._features(encoder, standardize, test, False)
-        most = train.subset(self._most(encoder, ATTENTIVE_TRAIN), SUBSET)
-        some = test.subset(self._most(encoder, FULL_TEST), SUBSET)
-        tokens, token_labels = self._features(encoder, standardize, most, True)
-        test_tokens, test_token_labels = self._features(encoder, standardize, some, True)
-        probes = {
-            "linear": [linear(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed)],
-            "attentive": [
-                attentive(tokens.patches, token_labels, test_tokens.patches, test_token_labels, seed=self.seed)
-            ],
-            "knn": [knn(x.pooled, x_labels, y.pooled, y_labels, seed=self.seed)],
+        x, y = (self._labelled(encoder, standardize, split, False) for split in (train, test))
+        most, some = (
+            train.subset(self._most(encoder, ATTENTIVE_TRAIN), SUBSET),
+            test.subset(self._most(encoder, FULL_TEST), SUBSET),
+        )
+        tokens, test_tokens = (self._labelled(encoder, standardize, split, True) for split in (most, some))
+        found = {
+            **probe_features(x, y, seed=self.seed, kinds=["linear"]),
+            **probe_features(tokens, test_tokens, seed=self.seed, kinds=["attentive"]),
+            **probe_features(x, y, seed=self.seed, kinds=["knn"]),
         }
-        counts = {"attentive_train": len(token_labels), "attentive_test": len(test_token_labels)}
+        probes = {name: [probe] for name, probe in found.items()}
+        counts = {"attentive_train": len(tokens.labels), "attentive_test": len(test_tokens.labels)}
         del tokens
         fewest = []
-        for part in self.few(draws).draws if draws else []:
+        for split in self.few(draws).draws if draws else []:
             # tokens of one draw at a time, and none where half precision would not make them fit
-            held = self.attentive_fits(encoder, len(part.indices))
-            drawn, labels = self._features(encoder, standardize, part, held)
-            fewest.append(int(np.unique(labels, return_counts=True)[1].min()))
-            probes.setdefault("few_linear", []).append(linear(drawn.pooled, labels, y.pooled, y_labels, seed=self.seed))
+            held = self.attentive_fits(encoder, len(split.indices))
+            drawn = self._labelled(encoder, standardize, split, held)
+            fewest.append(int(np.unique(drawn.labels, return_counts=True)[1].min()))
+            few = probe_features(drawn, y, seed=self.seed, kinds=["linear"])
             if held:
-                probes.setdefault("few_attentive", []).append(
-                    attentive(drawn.patches, labels, test_tokens.patches, test_token_labels, seed=self.seed)
-                )
+                few |= probe_features(drawn, test_tokens, seed=self.seed, kinds=["attentive"])
+            for name, probe in few.items():
+                probes.setdefault(f"few_{name}", []).append(probe)
         if fewest:
             images = len(probes["few_attentive"][0].correct) if "few_attentive" in probes else 0
             counts |= {"shots": min(fewest), "few_attentive_test": images}
-        of = {"attentive": test_tokens.groups, "few_attentive": test_tokens.groups}
-        probes = {name: [one.grouped(of.get(name, y.groups)) for one in those] for name, those in probes.items()}
-        return Worth(probes, _rank(x.pooled), counts)
+        return Worth(probes, _rank(x.features.pooled), counts)
 
     def baselines(self, draws: int = 0) -> dict[str, Worth]:
         """The probes of raw pixels and HOG, which need no network; nothing without labels."""
@@ -340,33 +347,19 @@ class ProbeSuite:
             return {}
         train, test = self.full()
         found = {}
-        for name, floor in (("raw_pixels", raw_pixels), ("hog", hog)):
-            x, labels, _ = self._baseline(floor, train)
-            y, test_labels, groups = self._baseline(floor, test)
-            probes = {
-                "linear": [linear(x, labels, y, test_labels, seed=self.seed)],
-                "knn": [knn(x, labels, y, test_labels, seed=self.seed)],
-            }
-            for part in self.few(draws).draws if draws else []:
-                drawn, drawn_labels, _ = self._baseline(floor, part)
-                probes.setdefault("few_linear", []).append(linear(drawn, drawn_labels, y, test_labels, seed=self.seed))
-            probes = {kind: [one.grouped(groups) for one in those] for kind, those in probes.items()}
-            found[name] = Worth(probes, _rank(x))
+        for name, pixels in (("raw_pixels", raw_pixels), ("hog", hog)):
+            x, y = (Labelled.of(pixel_features(pixels, split, self.size), split) for split in (train, test))
+            both = probe_features(x, y, seed=self.seed, kinds=["linear", "knn"])
+            probes = {kind: [probe] for kind, probe in both.items()}
+            for split in self.few(draws).draws if draws else []:
+                drawn = Labelled.of(pixel_features(pixels, split, self.size), split)
+                few = probe_features(drawn, y, seed=self.seed, kinds=["linear"])
+                probes.setdefault("few_linear", []).append(few["linear"])
+            found[name] = Worth(probes, _rank(x.features.pooled))
         return found
 
-    def _features(
-        self, encoder: Backbone, standardize: Standardize, part: Split, with_patches: bool
-    ) -> tuple[Features, np.ndarray]:
-        device = standardize.mean.device
-        seen: list[int] = []
-
-        def noted() -> Iterator[Batch]:
-            for batch in eval_batches(part.images, size=self.size, indices=part.indices, device=device):
-                seen.extend(batch.samples)
-                yield batch
-
-        features = extract(encoder, noted(), transform=standardize, with_patches=with_patches)
-        return features._replace(groups=part.groups_of(seen)), part.labels_of(seen)
+    def _labelled(self, encoder: Backbone, standardize: Standardize, split: Split, with_patches: bool) -> Labelled:
+        return Labelled.of(features_of(encoder, standardize, split, self.size, with_patches=with_patches), split)
 
     def _most(self, encoder: Backbone, count: int) -> int:
         """At most `count` images, fewer where their patch tokens would not fit."""
@@ -405,7 +398,7 @@ def _tell(found: dict[str, Worth], start: str, shout: Callable[[str], None]) -> 
             for kind in KINDS
         ]
         shout(f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells))
-    difference, error = gain(probes["encoder"]["linear"], probes["untrained"]["linear"])
+    difference, error = paired_difference(probes["encoder"]["linear"], probes["untrained"]["linear"])
     # one run and one start: how far their seeds spread is not known, so nothing is claimed
     moved = f"{100 * difference:+.1f} +- {100 * error:.1f} points of linear probe over the {start}"
     if difference > 2 * error:

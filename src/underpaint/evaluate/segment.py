@@ -1,41 +1,48 @@
 """Semantic segmentation: a linear head on the encoder's map, or UperNet, and mIoU by sliding windows."""
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from underpaint.backbones import Backbone
-from underpaint.backbones.protocols import Features
+from underpaint.backbones import Backbone, Features, PatchBackbone
 from underpaint.console import say
-from underpaint.data.annotations import Masks
+from underpaint.data import Source, split_indices
+from underpaint.data.annotations import Masks, masks_of
 from underpaint.errors import InputError
+from underpaint.evaluate.base import ENCODER, PIXELS, Column, Context, Evaluation, Kept, Row
 from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.full_res import FullResImages
-from underpaint.evaluate.keep import keep
+from underpaint.evaluate.keep import Saved
 from underpaint.evaluate.plots import matrix_picture
 from underpaint.evaluate.pyramid import Pyramid, padded, sliding, tokens_to_map
-from underpaint.evaluate.result import Measured, measured, redraw
+from underpaint.evaluate.results import Groups, Measured, bootstrap
+from underpaint.evaluate.trained import Task, Trained, as_tuples, sampled_batches, train, two_rates
+from underpaint.files import write_json
 from underpaint.patches import patchify
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.targets import hog_pyramid
-from underpaint.train.fit import Length, Schedule, fit
+from underpaint.train.schedules import Duration, Schedule
 
 VOID = 255  # of masks while training, whatever the file says
+IGNORE = 255  # of masks in files, where nothing is said
+LINEAR, UPERNET, FREQUENT = "linear", "upernet", "most frequent class"
+REDRAWS = 200
 LINEAR_RATE = 10.0  # of the linear head over UperNet's: one layer on normalised features takes large steps
 LINEAR_SHARE = 1 / 3  # of the minutes that UperNet has: a head alone is sooner done
 SHOWN = 6
 
 
 @dataclass(frozen=True)
-class Segmenting:
+class SegmentConfig:
     """Settings. Crops are as large as the encoder's images; a test image is covered by such windows.
 
     Attributes:
@@ -148,7 +155,7 @@ def crop_of(
 
 
 @torch.no_grad()
-def segmented(
+def sliding_window_inference(
     model: nn.Module, image: Float[Tensor, "c h w"], size: tuple[int, int], classes: int, overlap: float, most: int = 8
 ) -> Float[Tensor, "k h w"]:
     """Class probabilities of a standardised image, averaged over overlapping windows."""
@@ -168,34 +175,29 @@ def segmented(
     return (total / times)[:, : image.shape[-2], : image.shape[-1]]
 
 
-class Confusion:
-    """Counts of (true, predicted) pixels an image, from which every measure follows."""
-
-    def __init__(self, classes: int):
-        self.classes = classes
-        self.counts: list[np.ndarray] = []  # [k, k] an image
-
-    def add(self, truth: Int[np.ndarray, "h w"], found: Int[np.ndarray, "h w"], ignore: int) -> None:
-        known = truth != ignore
-        if not known.any():  # it says nothing, and a redraw of such images alone would have no value
-            return
-        numbers = truth[known] * self.classes + found[known]
-        self.counts.append(np.bincount(numbers, minlength=self.classes**2).reshape(self.classes, self.classes))
-
-    def measures(self, draws: int = 200, seed: int = 0, groups: Sequence[str] | None = None) -> Measured:
-        """mIoU and pixel accuracy over all pixels, with a bootstrap over images, or over their groups. Classes that never
-        occur are left out of the mean."""
-        each = np.stack(self.counts)
-        generator = np.random.default_rng(seed)
-        drawn = [_shares(each[redraw(len(each), groups, generator)].sum(0)) for _ in range(draws)]
-        return measured(("miou", "pixel_accuracy"), self.shares()[:2], [found[:2] for found in drawn])
-
-    def shares(self) -> tuple[float, float, Float[np.ndarray, "k"]]:
-        """mIoU, pixel accuracy, and IoU by class (nan where it never occurs)."""
-        return _shares(np.sum(self.counts, axis=0))
+def confusion_of(truth: Int[np.ndarray, "h w"], found: Int[np.ndarray, "h w"], classes: int) -> Int[np.ndarray, "k k"]:
+    """Counts of (true, predicted) pixels, from which every measure follows; ignored pixels are in none."""
+    known = truth != VOID
+    return np.bincount(truth[known] * classes + found[known], minlength=classes**2).reshape(classes, classes)
 
 
-def _shares(counts: np.ndarray) -> tuple[float, float, np.ndarray]:
+def measures(
+    confusions: Int[np.ndarray, "n k k"], groups: Groups = None, redraws: int = REDRAWS, seed: int = 0
+) -> Measured:
+    """mIoU and pixel accuracy over all pixels. Classes that never occur are left out of the mean."""
+    # an image of void alone says nothing, and a redrawn set of such images alone would have no value
+    known = np.flatnonzero(confusions.any((1, 2)))
+    each = confusions[known]
+
+    def aggregate(chosen: Int[np.ndarray, "k"]) -> dict[str, float]:
+        return dict(zip(("miou", "pixel_accuracy"), shares(each[chosen].sum(0))[:2], strict=True))
+
+    within = None if groups is None else np.asarray(groups)[known]
+    return bootstrap(aggregate, [(len(each), within)], redraws, seed)
+
+
+def shares(counts: Int[np.ndarray, "k k"]) -> tuple[float, float, Float[np.ndarray, "k"]]:
+    """mIoU, pixel accuracy, and IoU by class (nan where it never occurs) of summed confusions."""
     hit = np.diag(counts).astype(float)
     union = counts.sum(0) + counts.sum(1) - hit
     iou = np.where(counts.sum(1) > 0, hit / np.maximum(union, 1), np.nan)
@@ -206,7 +208,7 @@ def _shares(counts: np.ndarray) -> tuple[float, float, np.ndarray]:
 class MaskedSplit:
     """Images with masks of one part: `read(k)` is the k-th pair, ignored pixels `VOID`."""
 
-    scenes: FullResImages
+    images: FullResImages
     masks: Masks
     indices: list[int]
     classes: int
@@ -218,7 +220,7 @@ class MaskedSplit:
     def read(self, number: int) -> Pair:
         """Raises InputError where a mask has another size than its image, or holds a class that is not known."""
         index = self.indices[number]
-        image, mask = self.scenes[index], self.masks[index]
+        image, mask = self.images[index], self.masks[index]
         name = self.masks.names[index]
         if mask.shape != tuple(image.shape[-2:]):
             got, want = "x".join(map(str, mask.shape)), "x".join(map(str, image.shape[-2:]))
@@ -232,162 +234,227 @@ class MaskedSplit:
         return image, mask
 
 
-def segment(
-    bundle: EncoderBundle,
-    train: MaskedSplit,
-    test: MaskedSplit,
-    names: list[str],
-    settings: Segmenting,
-    *,
-    minutes: float | None,
-    seed: int,
-    folder: Path,
-) -> dict[str, Any]:
-    """A linear head on the frozen encoder, and UperNet with the encoder trained along, beside the same untrained.
+class Masked(NamedTuple):
+    """Images with masks, to train on and to test on, and the classes by name."""
 
-    Floors: the most frequent class, and linear heads on raw pixels and on HOG.
+    train: MaskedSplit
+    test: MaskedSplit
+    names: list[str]
 
-    Returns:
-        What results.json holds.
+
+def masked(context: Context) -> Masked:
+    """The masks that lie beside the images of DATA.
 
     Raises:
-        InputError: windows that leave gaps or never move on, or no scale; fewer than two classes in train; wrong masks.
+        InputError: there are no masks; all of one part's images lack theirs; more classes than 255.
     """
-    if not 0 <= settings.overlap < 1:
-        raise InputError(f"--set overlap={settings.overlap:g}: a share of a window, from 0 to below 1")
-    if not 0 < settings.scale[0] <= settings.scale[1]:
-        raise InputError(f"--set scale={list(settings.scale)}: from a scale above 0 to one that is no smaller")
-    present = _present(train, test, names)
-    rows: dict[str, Any] = {"most frequent class": _majority(test, int(present.argmax()), len(names)).numbers()}
-    found_of: dict[str, Measured] = {}
-    trained: dict[str, Any] = {}
-    bundles = {"encoder": bundle} | ({"untrained": bundle.random_init(seed)} if bundle.trained else {})
-    cell = max(4, getattr(bundle.encoder, "patch_size", (8, 8))[0])
-    channels = bundle.encoder.channels
-    heads: list[tuple[str, str, Any]] = [(who, "linear", one.encoder) for who, one in bundles.items()]
-    if min(bundle.size) >= 2 * cell:
-        heads += [(kind, "linear", Grid(kind, cell + cell % 2, channels)) for kind in ("raw pixels", "HOG")]
-    heads += [(who, "upernet", one.encoder) for who, one in bundles.items()]
-    drawn = set(spread(len(test), SHOWN))
-    for who, head, encoder in heads:
-        name = f"{who}, {head}"
-        model, trained[name] = _train(bundle, encoder, head, who, train, len(names), settings, minutes, seed, folder)
-        confusion = Confusion(len(names))
-        shown = []
-        for number in range(len(test)):
-            image, mask = test.read(number)
-            scores = segmented(
-                model,
-                bundle.standardize(image[None].to(_device(bundle)))[0],
-                bundle.size,
-                len(names),
-                settings.overlap,
-            )
-            found = scores.argmax(0).cpu().numpy()
-            confusion.add(mask, found, VOID)
-            if number in drawn:
-                shown.append((image, mask, found))
-        found_of[name] = confusion.measures(seed=seed, groups=test.scenes.groups_of(test.indices))
-        numbers = rows[name] = {**found_of[name].numbers(), "iou": confusion.shares()[2].tolist()}
-        say(f"{name}: mIoU {numbers['miou']:.3f} +- {numbers['miou_error']:.3f}")
-        if who == "encoder":
-            keep(folder / head, f"segment-{head}", bundle, model, names, settings=asdict(settings))
-            picture(shown, names, folder / head / "segmentations.png")
-            matrix_picture(np.sum(confusion.counts, axis=0), names, folder / head / "confusion.png")
-    return {
-        "train": len(train),
-        "test": len(test),
-        "classes": len(names),
-        "names": names,
-        "rows": rows,
-        "gains": {
-            f"{head}: encoder over untrained": found_of[f"encoder, {head}"].above(found_of[f"untrained, {head}"])
-            for head in ("linear", "upernet")
-            if f"untrained, {head}" in found_of
-        },
-        "trained": trained,
-        "settings": asdict(settings),
-    }
+    source, options = context.source, context.options
+    masks = masks_of(source.location, source)
+    for note in masks.notes:
+        say(f"note: {note}")
+    lacking = len(source.entries) - len(masks.names)
+    if lacking:
+        say(f"{lacking} of {len(source.entries)} images have no mask and are left out")
+    train, test = split_indices(source, sorted(masks.names))
+    if not train or not test:
+        raise InputError(
+            f"{source.location}: masks are needed for train and for test images; there are {len(train)} and {len(test)}"
+        )
+    train = context.fewer(train)
+    given = options.ignore_index if options.ignore_index is not None else masks.ignore
+    ignore = IGNORE if given is None else given
+    names = list(masks.classes)
+    if not names:
+        highest = max(int(mask[mask != ignore].max(initial=0)) for mask in (masks[index] for index in train))
+        names = [str(k) for k in range(highest + 1)]
+    elif ignore == len(names) - 1 and masks.ignore is None:
+        names = names[:-1]  # the ignored class may be named too
+    if len(names) > VOID:
+        raise InputError(f"{source.location}: masks of {len(names)} classes; segmentation takes up to {VOID}")
+    images = FullResImages(source, [*train, *test], context.bundle.encoder.channels, context.bundle.scaling)
+    parts = [
+        MaskedSplit(images, masks, [k for k in indices if k in images], len(names), ignore) for indices in (train, test)
+    ]
+    say(f"masks: {len(parts[0])} images to train on, {len(parts[1])} to test on, {len(names)} classes")
+    return Masked(parts[0], parts[1], names)
 
 
-def segmenter(encoder: Any, head: str, classes: int, size: tuple[int, int], settings: Segmenting) -> nn.Module:
-    """An untrained head on an encoder; the finest map of UperNet's has stride 4, or 2 for small images."""
-    if head == "linear":
-        return LinearSegmenter(encoder, classes)
-    return UperNet(encoder, classes, settings.channels, 4 if min(size) >= 128 else 2)
+Drawing = tuple[Tensor, np.ndarray, np.ndarray]  # an image, its mask, and what was found
 
 
-def _train(
-    bundle: EncoderBundle,
-    encoder: Any,
-    head: str,
-    who: str,
-    train: MaskedSplit,
-    classes: int,
-    settings: Segmenting,
-    minutes: float | None,
-    seed: int,
-    folder: Path,
-) -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(seed)
-    device = _device(bundle)
-    encoder = copy.deepcopy(encoder)
-    model = segmenter(encoder, head, classes, bundle.size, settings).to(device)
-    inside = {id(parameter) for parameter in encoder.parameters()}
-    own = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-    groups = [{"params": own, "lr": settings.lr * (LINEAR_RATE if head == "linear" else 1.0)}]
-    if head == "upernet":
-        groups.append({"params": list(encoder.parameters()), "lr": settings.encoder_lr})
-    optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+class Segmented(NamedTuple):
+    """What is kept of the test images: a confusion each, and a few with what was found."""
 
-    mean = bundle.standardize.mean.flatten().cpu()
+    confusions: Int[np.ndarray, "n k k"]
+    shown: list[Drawing]
 
-    def batches(first: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-        step = first
-        while True:
-            generator = np.random.default_rng([seed, step])
-            numbers = generator.integers(0, len(train), settings.batch_size)
-            pieces = [crop_of(train.read(int(k)), bundle.size, settings.scale, generator, mean) for k in numbers]
-            yield torch.stack([piece[0] for piece in pieces]), torch.stack([piece[1] for piece in pieces])
-            step += 1
 
-    def loss_of(batch: tuple[Tensor, Tensor], step: int) -> Tensor:
-        images, labels = (part.to(device) for part in batch)
-        found = model(bundle.standardize(images))
+class SegmentationTask(Task[tuple[Tensor, Tensor]]):
+    """A linear head on the frozen encoder, or UperNet with the encoder trained along."""
+
+    clip = 1.0
+
+    def __init__(self, encoder: Backbone | Grid, head: str, data: Masked, config: SegmentConfig, context: Context):
+        own = copy.deepcopy(encoder)
+        bundle, minutes = context.bundle, context.options.minutes
+        network = segmenter(own, head, len(data.names), bundle.size, config).to(context.device)
+        share = minutes if minutes is None or head == UPERNET else minutes * LINEAR_SHARE
+        schedule = Schedule(config.warmup, power=config.power)
+        super().__init__(network, config.batch_size, Duration(config.steps, share), schedule)
+        self.own, self.head, self.config, self.bundle = [own], head, config, bundle  # a list: it is part of the network
+        self.split, self.seed = data.train, context.options.seed
+        self.mean = bundle.standardize.mean.flatten().cpu()
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        config = self.config
+        if self.head == UPERNET:
+            return two_rates(self.network, self.own[0], config.lr, config.encoder_lr, config.weight_decay)
+        return two_rates(self.network, self.own[0], config.lr * LINEAR_RATE, None, config.weight_decay)
+
+    def batches(self, first: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        def sample(generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+            pairs = [self.split.read(int(k)) for k in generator.integers(0, len(self.split), self.size)]
+            pieces = [crop_of(pair, self.bundle.size, self.config.scale, generator, self.mean) for pair in pairs]
+            return torch.stack([piece[0] for piece in pieces]), torch.stack([piece[1] for piece in pieces])
+
+        return sampled_batches(sample, self.seed, first)
+
+    def loss(self, batch: tuple[Tensor, Tensor], step: int) -> Float[Tensor, ""]:
+        images, labels = (part.to(self.bundle.standardize.mean.device) for part in batch)
+        found = self.network(self.bundle.standardize(images))
         # a batch of nothing but void has no mean
         return F.cross_entropy(found, labels, ignore_index=VOID, reduction="sum") / (labels != VOID).sum().clamp_min(1)
 
-    share = minutes if minutes is None or head == "upernet" else minutes * LINEAR_SHARE
-    trained = fit(
-        model,
-        optimiser,
-        batches,
-        loss_of,
-        folder=folder / f"{head}-{who.replace(' ', '-')}",
-        length=Length(settings.steps, share),
-        schedule=Schedule(settings.warmup, power=settings.power),
-        seed=seed,
-        clip=1.0,
-        batch_size=settings.batch_size,
-        settings={
-            "encoder": bundle.name,
-            "who": who,
-            "head": head,
-            "size": list(bundle.size),
-            "seed": seed,
-            "train": len(train),
-            "classes": classes,
-            **asdict(settings),
-        },
-    )
-    return model, trained
+
+class Segment(Evaluation[SegmentConfig, Masked, nn.Module | int, Segmented]):
+    """A linear head on the frozen encoder, and UperNet with the encoder trained along, beside the same untrained; the most
+    frequent class, and linear heads on raw pixels and on HOG."""
+
+    annotation = "mask"
+    input = "images"
+    Config = SegmentConfig
+    what = "segmentation"
+    columns = {"miou": Column("mIoU, %"), "pixel_accuracy": Column("pixel accuracy, %")}  # noqa: RUF012
+
+    def __init__(self, name: str, context: Context, data: Masked, config: SegmentConfig):
+        """Raises InputError: windows that leave gaps or never move on, or no scale; fewer than two classes in train; wrong
+        masks."""
+        super().__init__(name, context, data, config)
+        if not 0 <= config.overlap < 1:
+            raise InputError(f"--set overlap={config.overlap:g}: a share of a window, from 0 to below 1")
+        if not 0 < config.scale[0] <= config.scale[1]:
+            raise InputError(f"--set scale={list(config.scale)}: from a scale above 0 to one that is no smaller")
+        self.frequent = int(pixels_of_classes(*data).argmax())
+        self.trained: dict[str, Trained] = {}
+
+    @classmethod
+    def load(cls, context: Context) -> Masked:
+        return masked(context)
+
+    def rows(self) -> list[Row]:
+        encoders, size = [*self.context.encoders], self.context.bundle.size
+        pixels = PIXELS if min(size) >= 2 * self._cell() else ()
+        heads = [(who, LINEAR) for who in (*encoders, *pixels)] + [(who, UPERNET) for who in encoders]
+        return [Row(FREQUENT, FREQUENT), *(Row(f"{who}, {head}", who, head) for who, head in heads)]
+
+    def _cell(self) -> int:
+        """Pixels of a side of what is one place for a head without a network."""
+        encoder = self.context.bundle.encoder
+        return max(4, encoder.patch_size[0] if isinstance(encoder, PatchBackbone) else 8)
+
+    def fit(self, row: Row) -> nn.Module | int:
+        if row.who == FREQUENT:
+            return self.frequent
+        cell, channels = self._cell(), self.context.bundle.encoder.channels
+        encoder = (
+            Grid(row.who, cell + cell % 2, channels) if row.who in PIXELS else self.context.encoders[row.who].encoder
+        )
+        torch.manual_seed(self.context.options.seed)
+        task = SegmentationTask(encoder, row.variant, self.data, self.config, self.context)
+        folder = self.folder / f"{row.variant}-{row.who.replace(' ', '-')}"
+        settings = {"who": row.who, "head": row.variant, "train": len(self.data.train)}
+        settings |= {"classes": len(self.data.names), **asdict(self.config)}
+        self.trained[row.name] = train(task, self.context, folder, settings)
+        return task.network
+
+    def predict(self, row: Row, model: nn.Module | int) -> Segmented:
+        test, classes, bundle = self.data.test, len(self.data.names), self.context.bundle
+        drawn = set(spread(len(test), SHOWN))
+        confusions, shown = [], []
+        for number in range(len(test)):
+            image, mask = test.read(number)
+            if isinstance(model, int):
+                found = np.full_like(mask, model)
+            else:
+                standard = bundle.standardize(image[None].to(self.context.device))[0]
+                scores = sliding_window_inference(model, standard, bundle.size, classes, self.config.overlap)
+                found = scores.argmax(0).cpu().numpy()
+            confusions.append(confusion_of(mask, found, classes))
+            if number in drawn:
+                shown.append((image, mask, found))
+        return Segmented(np.stack(confusions), shown)
+
+    def measure(self, found: Segmented) -> Measured:
+        test = self.data.test
+        return measures(found.confusions, test.images.groups_of(test.indices), seed=self.context.options.seed)
+
+    def facts(self) -> dict[str, object]:
+        train, test, names = self.data
+        return {"train": len(train), "test": len(test), "classes": len(names), "names": names}
+
+    def beside(self, row: Row, found: Segmented) -> dict[str, object]:
+        return {} if row.who == FREQUENT else {"iou": shares(found.confusions.sum(0))[2].tolist()}
+
+    def details(self, found: Mapping[str, Segmented]) -> dict[str, object]:
+        return {"trained": self.trained, "settings": asdict(self.config)}
+
+    def kept(self, row: Row, model: nn.Module | int) -> Kept | None:
+        return None if isinstance(model, int) else Kept(model, self.data.names, {"settings": asdict(self.config)})
+
+    def visualize(self, row: Row, found: Segmented, folder: Path) -> None:
+        if row.who == ENCODER:
+            picture(found.shown, self.data.names, folder / "segmentations.png")
+            matrix_picture(found.confusions.sum(0), self.data.names, folder / "confusion.png")
+
+    @classmethod
+    def rebuild(cls, saved: Saved, bundle: EncoderBundle) -> nn.Module:
+        head = saved["task"].removeprefix("segment-")
+        config = SegmentConfig(**as_tuples(saved["settings"]))
+        return segmenter(bundle.encoder, head, len(saved["classes"]), bundle.size, config)
+
+    @classmethod
+    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
+        """masks/, an index PNG an image; classes.json; segmentations.png."""
+        names, overlap = saved["classes"], saved["settings"]["overlap"]
+        columns: dict[str, list[Tensor]] = {"image": [], "found": []}
+        count = 0
+        for index, image in FullResImages.readable(source, bundle):
+            standard = bundle.standardize(image[None].to(bundle.standardize.mean.device))[0]
+            scores = sliding_window_inference(model, standard, bundle.size, len(names), overlap)
+            mask = scores.argmax(0).to(torch.uint8).cpu().numpy()
+            path = folder / "masks" / _inside(source.entries[index].name).with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(path)
+            count += 1
+            if len(columns["image"]) < SHOWN:
+                columns["image"].append(rgb(image))
+                columns["found"].append(painted(mask, len(names)))
+        write_json(folder / "classes.json", names, indent=None)
+        frames = {name: alike(shown, nearest=name == "found") for name, shown in columns.items()}
+        sheet(frames, folder / "segmentations.png", legend=legend_of(names))
+        say(f"{folder / 'masks'}: {count} masks; classes.json names their numbers")
 
 
-def _device(bundle: EncoderBundle) -> torch.device:
-    return bundle.standardize.mean.device
+def segmenter(
+    encoder: Backbone | Grid, head: str, classes: int, size: tuple[int, int], config: SegmentConfig
+) -> nn.Module:
+    """An untrained head on an encoder; the finest map of UperNet's has stride 4, or 2 for small images."""
+    if isinstance(encoder, Grid) or head == LINEAR:
+        return LinearSegmenter(encoder, classes)
+    return UperNet(encoder, classes, config.channels, 4 if min(size) >= 128 else 2)
 
 
-def _present(train: MaskedSplit, test: MaskedSplit, names: list[str]) -> np.ndarray:
+def pixels_of_classes(train: MaskedSplit, test: MaskedSplit, names: list[str]) -> Int[np.ndarray, "k"]:
     """Pixels of each class in train; every mask is read, so that a wrong one is met before anything is trained.
 
     Raises:
@@ -410,14 +477,6 @@ def _present(train: MaskedSplit, test: MaskedSplit, names: list[str]) -> np.ndar
     return counts[0]
 
 
-def _majority(test: MaskedSplit, number: int, classes: int) -> Measured:
-    confusion = Confusion(classes)
-    for k in range(len(test)):
-        mask = test.read(k)[1]
-        confusion.add(mask, np.full_like(mask, number), VOID)
-    return confusion.measures(groups=test.scenes.groups_of(test.indices))
-
-
 def picture(shown: list[tuple[Tensor, np.ndarray, np.ndarray]], names: list[str], path: Path) -> None:
     """A row an image: itself, the truth, what was found; void is black."""
     columns = {
@@ -432,3 +491,8 @@ def picture(shown: list[tuple[Tensor, np.ndarray, np.ndarray]], names: list[str]
 def painted(mask: Int[np.ndarray, "h w"] | UInt8[np.ndarray, "h w"], classes: int) -> Float[Tensor, "3 h w"]:
     """A mask in the colours of its classes."""
     return torch.from_numpy(colours(classes)).float()[torch.from_numpy(mask).long()].permute(2, 0, 1) / 255
+
+
+def _inside(name: str) -> Path:
+    """A path of an archive without a way out of the folder."""
+    return Path(*[part for part in PurePosixPath(name).parts if part not in ("..", "/", ".")])

@@ -8,10 +8,12 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 
-def adamw(groups: Iterable[Mapping[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Optimizer:
-    """AdamW over groups that have `params`, a peak `lr` and a `weight_decay` each; fused, so that a step can be skipped
+def adamw(
+    groups: Iterable[Mapping[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999), fused: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW over groups that have `params`, a peak `lr` and a `weight_decay` each; `fused`, so that a step can be skipped
     by a flag on the device."""
-    return torch.optim.AdamW([dict(group) for group in groups], betas=betas, fused=True)
+    return torch.optim.AdamW([dict(group) for group in groups], betas=betas, fused=fused)
 
 
 def layerwise(

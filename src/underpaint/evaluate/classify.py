@@ -1,0 +1,104 @@
+"""What all evaluations by class labels share: accuracy, its baseline, classes by name, and using what was trained."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from underpaint.console import say
+from underpaint.data import Source, eval_batches
+from underpaint.evaluate.base import ENCODER, Column, Context, Evaluation, Row, class_name
+from underpaint.evaluate.baselines import majority
+from underpaint.evaluate.bundle import EncoderBundle
+from underpaint.evaluate.keep import Saved
+from underpaint.evaluate.plots import confusion_picture, contact_sheet
+from underpaint.evaluate.results import Measured, Probe, means
+from underpaint.evaluate.splits import Split
+from underpaint.files import replacing
+from underpaint.report.figures.pictures import to_rgb
+
+MAJORITY = "majority"
+SHOWN = 24  # images on a picture of what was said
+Settings = TypeVar("Settings")
+Model = TypeVar("Model")
+Splits = tuple[Split, Split]  # to train on, and to test on
+
+
+class Classification(Evaluation[Settings, Splits, Model, Probe]):
+    """Images with class labels; a row is measured by which test images it puts right."""
+
+    annotation = "label"
+    columns = {"accuracy": Column("accuracy, %")}  # noqa: RUF012
+
+    def __init__(self, name: str, context: Context, data: Splits, config: Settings):
+        super().__init__(name, context, data, config)
+        self.train, self.test = data
+        self.fitted = len(self.train.indices)
+        self.wanted = self.test.labels  # of a streamed set: known to be read only when all have been
+
+    @classmethod
+    def load(cls, context: Context) -> Splits:
+        return context.labelled
+
+    def majority(self) -> Probe:
+        return majority(self.train.labels, self.wanted)
+
+    def classes(self) -> tuple[list[int], list[str]]:
+        """The labels that occur in train, ascending, and their names."""
+        labels = np.unique(self.train.labels).tolist()
+        return labels, [class_name(self.train.images, label) for label in labels]
+
+    def measure(self, found: Probe) -> Measured:
+        return means({"accuracy": found.correct}, found.groups)
+
+    def beside(self, row: Row, found: Probe) -> dict[str, object]:
+        return {"chosen": found.chosen}
+
+    def facts(self) -> dict[str, object]:
+        return {"train": self.fitted, "test": len(self.wanted), "classes": len(np.unique(self.train.labels))}
+
+    def details(self, found: Mapping[str, Probe]) -> dict[str, object]:
+        said = found[ENCODER].said
+        assert said is not None
+        return {
+            "by_class": {
+                class_name(self.train.images, label): float((said[self.wanted == label] == label).mean())
+                for label in np.unique(self.wanted).tolist()
+            }
+        }
+
+    def visualize(self, row: Row, found: Probe, folder: Path) -> None:
+        if row.who == ENCODER and found.said is not None:
+            name = lambda label: class_name(self.train.images, label)  # noqa: E731
+            confusion_picture(self.wanted, found.said, name, folder / "confusion.png")
+
+    @classmethod
+    @torch.no_grad()
+    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
+        """predictions.csv (path, class, probability) and predictions.png."""
+        images, names = bundle.images(source), saved["classes"]
+        rows: list[tuple[str, str, str]] = []
+        tiles: list[tuple[np.ndarray, str]] = []
+        for batch in eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device):
+            best = model(bundle.standardize(batch.images)).softmax(1).max(1)
+            shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
+            for position, sample in enumerate(batch.samples):
+                name, probability = names[int(best.indices[position])], float(best.values[position])
+                rows.append((images.names[sample], name, f"{probability:.4f}"))
+                if position < len(shown):
+                    tiles.append((shown[position], f"{name} {100 * probability:.0f} %"))
+        write_table(folder, ["path", "class", "probability"], rows)
+        contact_sheet(tiles, folder / "predictions.png")
+
+
+def write_table(folder: Path, names: list[str], rows: list[tuple[str, ...]]) -> None:
+    """predictions.csv."""
+    with replacing(folder / "predictions.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(rows)
+    say(f"{folder / 'predictions.csv'}: {len(rows)} images")
