@@ -51,6 +51,9 @@ def test_nothing_heavy_is_imported_to_help_to_list_or_to_complain(pictures: Path
         "here: no recipe.yaml here": ["report", "here"],
         "there: no recipe.yaml": ["score", "there", str(pictures), "--out", "x.csv"],
         "runs/fisrt: no such encoder": ["embed", "runs/fisrt", str(pictures), "--out", "x.parquet"],
+        "--task 'lineal': there are knn, linear": [
+            *("evaluate", "timm:any", "--data", str(pictures), "--task", "lineal", "--out", "x")
+        ],
         "no such data: absent": ["check", "absent"],
     }
     for (said, arguments), (status, out, err, heavy) in zip(asked.items(), answers(list(asked.values())), strict=True):

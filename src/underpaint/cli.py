@@ -11,6 +11,7 @@ import yaml
 
 import underpaint
 from underpaint.errors import InputError, NotFinite
+from underpaint.evaluate import EVALUATIONS, known
 from underpaint.files import place_of
 from underpaint.methods import LISTED
 
@@ -132,9 +133,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
     made.add_argument("--data", required=True, help="images with class labels, masks or boxes")
-    made.add_argument(
-        "--task", required=True, type=_names, help="knn, linear, attentive, finetune, segment, detect, outliers: a,b,c"
-    )
+    made.add_argument("--task", required=True, type=_names, help=f"{', '.join(EVALUATIONS)}: a,b,c")
     made.add_argument("--out", type=Path, required=True, help="a folder; where it holds this evaluation, go on")
     made.add_argument("--against", help="other images, for outliers")
     made.add_argument("--untrained", action="store_true", help="the encoder with weights as before training")
@@ -294,6 +293,7 @@ def _compare(given: argparse.Namespace) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     place_of(given.data)
     _encoder_at(given.encoder)
+    known(given.task)
     from underpaint.evaluate.options import Options
     from underpaint.evaluate.runner import evaluate
 

@@ -89,7 +89,7 @@ class ImageSet:
     """Images by number, cached or streamed; made by `load_images`.
 
     Attributes:
-        names, labels, classes: of the images, in order; images that could not be read are left out of a cached set.
+        names, labels, numbers, classes: of the images, in order; images that could not be read are left out of a cached set.
         groups: of each image (patient, slide, video), where the source was opened with `groups`, else None.
         channels: of every image.
         skipped: {"path", "reason"} of the images that could not be read.
@@ -112,6 +112,7 @@ class ImageSet:
     ):
         self.names = [source.entries[i].name for i in indices]
         self.labels = [source.entries[i].label for i in indices]
+        self.numbers = [source.entries[i].number for i in indices]
         self.classes = source.classes
         self.groups = [source.group_of(i) for i in indices] if source.grouped else None
         self.channels = decoding.channels

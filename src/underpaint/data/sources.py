@@ -4,9 +4,11 @@ A source lists what there is (names, splits, labels) and reads encoded bytes; it
 """
 
 import bz2
+import csv
 import glob
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -17,7 +19,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -41,16 +43,20 @@ SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".xml", ".yam
 SIDE_NAMES = {"license", "licence", "readme", "notice", "copying", "sha256sums", "md5sums", "thumbs.db"}
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 HOLD_OUT = 0.2
+NUMBERS = ("number", "target", "value")  # what a column of numbers to be predicted is called, where there are several
+TABLES = {"labels.csv", "metadata.csv"}  # beside images
+NAME_COLUMNS = ("file_name", "filename", "path", "image", "name")  # of a table, the first of these names the images
 IN_MEMORY = 512 * 2**20  # bytes of encoded parquet images held in memory; more is copied to a flat file once
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One image: its path as people know it (unique in the source), split and class number."""
+    """One image: its path as people know it (unique in the source), split, class number, and number to be predicted."""
 
     name: str
     split: str | None
     label: int | None
+    number: float | None = None
 
 
 @runtime_checkable
@@ -101,6 +107,7 @@ class Source:
         self.location = location
         self.entries = listing.entries
         self.classes = listing.classes
+        self.number = listing.number  # the column that the numbers are of
         self.notes = listing.notes
         self.skipped = listing.skipped
         self._kind = listing.kind
@@ -251,6 +258,7 @@ class _Listing:
     notes: list[str]
     skipped: list[dict[str, str]]
     seen: int = 0
+    number: str | None = None
 
 
 def _compile(groups: str | None) -> re.Pattern[str] | None:
@@ -294,6 +302,9 @@ def _describe(source: Source) -> None:
                 f"no labelled train and test splits: a hold-out of {len(held):,} images ({how}) judges, which pretraining "
                 "leaves out unless --all-images"
             )
+    if source.number is not None:
+        numbered = sum(entry.number is not None for entry in entries)
+        notes.append(f"numbers: {numbered:,} images, column {source.number!r}")
     if source._groups is not None:
         unmatched = len(entries) - source.matched
         groups = len({source.group_of(i) for i in range(len(entries))})
@@ -592,12 +603,15 @@ def _list_files(
     annotated = _coco_splits(files, names, read, notes)
     labels, classes = _folder_labels(list(splits), list(rests))
     _say_unlabelled(names, list(splits), labels, classes, notes)
+    column, numbers = _table_numbers([file.name for file in files], names, read, notes)
     entries = [
-        Entry(name, annotated.get(name) if annotated else split, label)
-        for name, split, label in zip(names, splits, labels, strict=True)
+        Entry(name, annotated.get(name) if annotated else split, label, number)
+        for name, split, label, number in zip(names, splits, labels, numbers, strict=True)
     ]
     stamps = [file.stamp for file in images]
-    return _Listing(kind, str(place.resolve()), entries, stamps, reader(names), classes, notes, skipped, len(files))
+    return _Listing(
+        *(kind, str(place.resolve()), entries, stamps, reader(names), classes, notes, skipped, len(files), column)
+    )
 
 
 def _common_top(names: Sequence[str], folders: dict[str, str]) -> str:
@@ -846,6 +860,7 @@ def _list_parquet(paths: list[Path], root: Path) -> _Listing:
     stamps: list[str] = []
     rows: list[tuple[int, int]] = []
     labels: list[Any] = []
+    others: list[dict[str, list[Any]]] = []
     class_names: list[str] | None = None
     total = 0
     column = ""
@@ -860,6 +875,8 @@ def _list_parquet(paths: list[Path], root: Path) -> _Listing:
             column = field.name
             wanted = [f"{column}.path"] if pa.types.is_struct(field.type) and "path" in _fields(field) else []
             wanted += ["label"] if "label" in schema.names else []
+            numeric = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+            wanted += [name for name in numeric if name != "label"]
             table = file.read(columns=wanted) if wanted else None
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from error
@@ -884,17 +901,22 @@ def _list_parquet(paths: list[Path], root: Path) -> _Listing:
         rows += [(number, row) for row in range(count)]
         has_labels = table is not None and "label" in table.column_names
         labels += table.column("label").to_pylist() if table is not None and has_labels else [None] * count
+        others.append({name: table.column(name).to_pylist() for name in numeric} if table is not None else {})
     if len(set(names)) < len(names):  # paths that repeat, in several files or in one
         names = fallbacks
     notes: list[str] = []
-    numbers, classes = _column_labels(labels, class_names, notes)
-    entries = [Entry(*item) for item in zip(names, splits, numbers, strict=True)]
+    classified, classes = _column_labels(labels, class_names, notes)
+    # a label of classes is none of the numbers; one of measured values is, if it is the only column
+    shared = [name for name in others[0] if all(name in each for each in others) and not (name == "label" and classes)]
+    columns = {name: [value for each in others for value in each[name]] for name in shared}
+    number, numbers = numbers_of(columns, len(names), notes)
+    entries = [Entry(*item) for item in zip(names, splits, classified, numbers, strict=True)]
     reader: Reader = _RowReader([str(path) for path in paths], column, rows)
     if total > IN_MEMORY:
         reader = _copy_rows(paths, column, notes)
     kind = "parquet file" if len(paths) == 1 else f"{len(paths)} parquet files"
     place = "\n".join(str(path.resolve()) for path in paths)
-    return _Listing(kind, place, entries, stamps, reader, classes, notes, [], len(paths))
+    return _Listing(kind, place, entries, stamps, reader, classes, notes, [], len(paths), number)
 
 
 def _fields(field: pa.Field) -> list[str]:
@@ -969,6 +991,65 @@ def _column_labels(
     ordered = sorted(known, key=lambda value: (isinstance(value, str), value))
     number = {value: n for n, value in enumerate(ordered)}
     return [None if value is None else number[value] for value in values], [str(value) for value in ordered]
+
+
+def numbers_of(columns: dict[str, list[Any]], images: int, notes: list[str]) -> tuple[str | None, list[float | None]]:
+    """The column to be predicted, by name, and its numbers: one called as in NUMBERS, else the only one of numbers."""
+    found = {name: numbers for name, values in columns.items() if (numbers := _as_numbers(values)) is not None}
+    named = [name for name in NUMBERS if name in found] or list(found)
+    if len(named) != 1 and not any(name in NUMBERS for name in named):
+        if named:
+            notes.append(
+                f"columns of numbers: {', '.join(named)}; one is read where it is called {' or '.join(NUMBERS)}"
+            )
+        return None, [None] * images
+    return named[0], found[named[0]]
+
+
+def _as_numbers(values: list[Any]) -> list[float | None] | None:
+    """Finite numbers, None where a value is missing; None where they are no numbers."""
+    try:
+        numbers = [None if value in (None, "") else float(value) for value in values]
+    except (TypeError, ValueError):
+        return None
+    known = [None if number is None or not np.isfinite(number) else number for number in numbers]
+    return known if any(number is not None for number in known) else None
+
+
+def _table_numbers(
+    files: list[str], images: list[str], read: Callable[[str], bytes], notes: list[str]
+) -> tuple[str | None, list[float | None]]:
+    """Numbers from the tables TABLES that lie beside images, in a row for each, named by its path from there.
+
+    Raises:
+        InputError: a table that is no CSV, or names no images.
+    """
+    by_name: dict[str, dict[str, str]] = {}
+    known, lacking = set(images), 0
+    for file in files:
+        if PurePosixPath(file).name.lower() not in TABLES or is_hidden(file) or _is_answer(file):
+            continue
+        try:
+            rows = list(csv.DictReader(io.StringIO(read(file).decode("utf-8-sig"), newline="")))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(
+                f"{file} cannot be read as CSV ({error}); expected UTF-8, names of columns first"
+            ) from error
+        name = next((column for column in (rows[0] if rows else {}) if column in NAME_COLUMNS), None)
+        if name is None:
+            notes.append(f"{file} is not read: no column is called {' or '.join(NAME_COLUMNS)}")
+            continue
+        for row in rows:
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(file), row[name] or ""))
+            lacking += path not in known
+            by_name[path] = {column: value for column, value in row.items() if column not in (name, None)}
+    if not by_name:
+        return None, [None] * len(images)
+    if lacking:
+        notes.append(f"{lacking:,} of the {len(by_name):,} images that tables list are not there")
+    columns = dict.fromkeys(column for row in by_name.values() for column in row)
+    listed = {column: [by_name.get(image, {}).get(column) for image in images] for column in columns}
+    return numbers_of(listed, len(images), notes)
 
 
 # Hugging Face datasets and WebDataset

@@ -4,7 +4,10 @@ Listed here without importing torch; a class is imported when it is asked for.
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from underpaint.errors import InputError
 
 if TYPE_CHECKING:
     from underpaint.evaluate.base import AnyEvaluation
@@ -19,6 +22,18 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
     "detect": ("underpaint.evaluate.detect:Detect", "Faster or Mask R-CNN on COCO boxes and masks of objects"),
     "outliers": ("underpaint.evaluate.outliers:Outliers", "telling other images (--against) from those of the data"),
 }
+
+
+def known(tasks: Sequence[str]) -> None:
+    """Complain of a task that does not exist, or of none.
+
+    Raises:
+        InputError: in one line, with those that there are.
+    """
+    unknown = [task for task in tasks if task not in EVALUATIONS]
+    if unknown or not tasks:
+        shown = f"'{unknown[0]}'" if unknown else "none"
+        raise InputError(f"--task {shown}: there are {', '.join(EVALUATIONS)}")
 
 
 def evaluation(name: str) -> "AnyEvaluation":

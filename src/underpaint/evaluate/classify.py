@@ -1,7 +1,7 @@
 """What all evaluations by class labels share: accuracy, its baseline, classes by name, and using what was trained."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -95,7 +95,7 @@ class Classification(Evaluation[Settings, Splits, Model, Probe]):
         contact_sheet(tiles, folder / "predictions.png")
 
 
-def write_table(folder: Path, names: list[str], rows: list[tuple[str, ...]]) -> None:
+def write_table(folder: Path, names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
     """predictions.csv."""
     with replacing(folder / "predictions.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)

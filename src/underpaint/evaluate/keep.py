@@ -32,7 +32,6 @@ class Saved(TypedDict):
     masks: bool
     sizes: dict[str, Any]
     categories: list[int]
-    units: str
 
 
 def keep(

@@ -51,7 +51,7 @@ def linear_head(
 ) -> tuple[Probe, Affine]:
     """What `linear` found, and the probe itself."""
     task = as_task(train_x, train_y, test_x, test_y)
-    mean, scale = _statistics(train_x.float())
+    mean, scale = statistics(train_x.float())
     x = (train_x.float() - mean) / scale
     basis, spread = _principal(x)
     x = x @ basis
@@ -133,7 +133,7 @@ def _predict(weights: Float[Tensor, "k r1"], x: Float[Tensor, "n r"]) -> Int[np.
     return torch.addmm(weights[:, -1], x, weights[:, :-1].T).argmax(dim=1).cpu().numpy()
 
 
-def _statistics(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
+def statistics(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
     """Mean and standard deviation of every feature; a constant one gets scale 1, so it becomes about 0 everywhere."""
     variance, mean = torch.var_mean(x.double(), dim=0, correction=0)
     scale = variance.sqrt()

@@ -164,6 +164,19 @@ def bootstrap(
     return Measured(values, {}, {name: np.array([one[name] for one in found], float) for name in values})
 
 
+def together(*parts: Measured) -> Measured:
+    """Numbers of the same images, of both kinds."""
+    joined = Measured({}, {}, {}, parts[0].groups)
+    for part in parts:
+        joined = Measured(
+            joined.values | part.values,
+            {**joined.images, **part.images},
+            {**joined.redrawn, **part.redrawn},
+            joined.groups,
+        )
+    return joined
+
+
 def redraw(count: int, groups: Groups, generator: np.random.Generator) -> Int[np.ndarray, "k"]:
     """Positions of a redrawn set of `count` images: images one by one, or whole groups."""
     if groups is None:

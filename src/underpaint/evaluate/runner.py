@@ -21,7 +21,7 @@ from underpaint.data import (
     split_indices,
 )
 from underpaint.errors import InputError
-from underpaint.evaluate import EVALUATIONS, evaluation
+from underpaint.evaluate import EVALUATIONS, evaluation, known
 from underpaint.evaluate.base import ENCODER, UNTRAINED, Column, Context, Evaluation
 from underpaint.evaluate.bundle import EncoderBundle, open_bundle
 from underpaint.evaluate.keep import keep
@@ -143,10 +143,7 @@ def judge(task: Evaluation[Any, Any, Any, Any]) -> TaskResults:
 
 
 def _checked(tasks: Sequence[str], options: Options, out: Path) -> None:
-    unknown = [task for task in tasks if task not in EVALUATIONS]
-    if unknown or not tasks:
-        shown = f"'{unknown[0]}'" if unknown else "none"
-        raise InputError(f"--task {shown}: there are {', '.join(EVALUATIONS)}")
+    known(tasks)
     if not 0 < options.label_fraction <= 1:
         raise InputError(f"--label-fraction {options.label_fraction:g}: it must be above 0 and at most 1")
     if "outliers" in tasks and options.against is None:
@@ -258,8 +255,8 @@ def table(results: Results, markdown: bool = False) -> list[str]:
     lines: list[str] = []
     for task, found in results["tasks"].items():
         rows = found["rows"]
-        known = evaluation(task).columns.items()
-        columns = {name: column for name, column in known if any(name in row for row in rows.values())}
+        listed = evaluation(task).columns.items()
+        columns = {name: column for name, column in listed if any(name in row for row in rows.values())}
         cells = [[task, *(column.title for column in columns.values())]]
         cells += [[who, *(_cell(row, name, column) for name, column in columns.items())] for who, row in rows.items()]
         notes = [f"{found['train']} images to train on, {found['test']} to test on"]

@@ -117,6 +117,10 @@ class Split:
         """A streamed set learns only on the way which images can be read."""
         return np.array([self.images.labels[k] for k in samples])
 
+    def numbers_of(self, samples: Sequence[int]) -> np.ndarray:
+        """The number to be predicted of each."""
+        return np.array([self.images.numbers[k] for k in samples], float)
+
     def groups_of(self, samples: Sequence[int]) -> list[str] | None:
         """The group (patient, slide, video) of each; None where each image is by itself."""
         groups = self.images.groups
