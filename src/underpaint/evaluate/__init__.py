@@ -20,6 +20,7 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
     "finetune": ("underpaint.evaluate.finetune:FineTune", "the whole network trained on class labels"),
     "segment": ("underpaint.evaluate.segment:Segment", "a linear head and UperNet on index masks"),
     "detect": ("underpaint.evaluate.detect:Detect", "Faster or Mask R-CNN on COCO boxes and masks of objects"),
+    "regression": ("underpaint.evaluate.regression:Regression", "ridge regression of a number on pooled features"),
     "outliers": ("underpaint.evaluate.outliers:Outliers", "telling other images (--against) from those of the data"),
 }
 
