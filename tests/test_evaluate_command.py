@@ -26,10 +26,12 @@ from underpaint.evaluate.bundle import open_bundle
 from underpaint.evaluate.features import features_of, stored_features
 from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
 from underpaint.evaluate.splits import Split
+from underpaint.evaluate.trained import Task
 from underpaint.pretraining import pretrain
 from underpaint.train import cadence
-from underpaint.train.fit import Length, Schedule, fit
+from underpaint.train.fit import Fitting, Trained, fit_task
 from underpaint.train.run_folder import Run
+from underpaint.train.schedules import Duration, Schedule
 
 TINY = {"encoder.embed_dim": 48, "encoder.depth": 2, "encoder.num_heads": 3}
 
@@ -81,15 +83,20 @@ def results(out: Path) -> dict[str, Any]:
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
-class Toy:
+class Toy(Task[Tensor]):
     """A network, an optimiser and batches that depend on the step."""
 
     def __init__(self, optimiser: str = "adamw") -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-        self.optimiser = create_optimizer_v2(self.model, opt=optimiser, lr=0.1)
+        network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        super().__init__(network, 16, Duration(1), Schedule(0.1))
+        self.optimised = optimiser
         self.fail_at: int | None = None
         self.nan_at: int | None = None
+        self.ended: list[float] = []
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        return create_optimizer_v2(self.network, opt=self.optimised, lr=0.1)
 
     def batches(self, first: int) -> Generator[Tensor, None, None]:
         step = first
@@ -97,26 +104,18 @@ class Toy:
             yield torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
             step += 1
 
-    def loss_of(self, batch: Tensor, step: int) -> Tensor:
+    def loss(self, batch: Tensor, step: int) -> Tensor:
         if step == self.fail_at:
             raise KeyboardInterrupt
         factor = float("nan") if step == self.nan_at else 1.0
-        return factor * (self.model(batch).squeeze(1) - batch.sum(1)).square().mean()
+        return factor * (self.network(batch).squeeze(1) - batch.sum(1)).square().mean()
 
-    def run(self, folder: Path, length: Length, **settings: Any) -> dict[str, float]:
-        return fit(
-            self.model,
-            self.optimiser,
-            self.batches,
-            self.loss_of,
-            folder=folder,
-            length=length,
-            schedule=Schedule(0.1),
-            seed=0,
-            clip=1.0,
-            batch_size=16,
-            settings=settings,
-        )
+    def after_step(self, progress: float, taken: Tensor) -> None:
+        self.ended.append(progress)
+
+    def run(self, folder: Path, duration: Duration, **settings: Any) -> Trained:
+        how = Fitting(duration, self.schedule, 0, 1.0, self.size, settings)
+        return fit_task(self, self.optimiser(), self.numbered, folder, how)
 
 
 @pytest.mark.quick
@@ -125,27 +124,28 @@ def test_a_killed_loop_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimiser: str
 ) -> None:
     whole = Toy(optimiser)
-    told = whole.run(tmp_path / "whole", Length(12))
+    told = whole.run(tmp_path / "whole", Duration(12))
+    assert whole.ended == pytest.approx([step / 12 for step in range(1, 13)])  # the hook comes after every step
     monkeypatch.setattr(cadence, "SAVE_SECONDS", 0.0)
     killed = Toy(optimiser)
     killed.fail_at = 7
     with pytest.raises(KeyboardInterrupt):
-        killed.run(tmp_path / "killed", Length(12))
+        killed.run(tmp_path / "killed", Duration(12))
     again = Toy(optimiser)
-    assert again.run(tmp_path / "killed", Length(12))["steps"] == told["steps"] == 12
-    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+    assert again.run(tmp_path / "killed", Duration(12))["steps"] == told["steps"] == 12
+    for a, b in zip(whole.network.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(a, b)
     # and a third call has nothing to do
     third = Toy(optimiser)
     third.fail_at = 12
-    third.run(tmp_path / "killed", Length(12))
-    assert torch.equal(next(third.model.parameters()), next(whole.model.parameters()))
+    third.run(tmp_path / "killed", Duration(12))
+    assert torch.equal(next(third.network.parameters()), next(whole.network.parameters()))
 
 
 @pytest.mark.quick
 def test_a_loop_ends_in_time_and_learns(tmp_path: Path) -> None:
     toy = Toy()
-    told = toy.run(tmp_path, Length(1, minutes=0.02))
+    told = toy.run(tmp_path, Duration(1, minutes=0.02))
     assert 0.02 <= told["minutes"] < 0.03
     assert told["steps"] > 10
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -154,22 +154,22 @@ def test_a_loop_ends_in_time_and_learns(tmp_path: Path) -> None:
 
 @pytest.mark.quick
 def test_a_loop_refuses_other_settings_and_stops_where_nothing_is_finite(tmp_path: Path) -> None:
-    Toy().run(tmp_path / "one", Length(2), rate=1)
+    Toy().run(tmp_path / "one", Duration(2), rate=1)
     with pytest.raises(InputError, match="other settings \\(rate 1 there, 2 here\\)"):
-        Toy().run(tmp_path / "one", Length(2), rate=2)
+        Toy().run(tmp_path / "one", Duration(2), rate=2)
     broken = Toy()
     with torch.no_grad():
-        next(broken.model.parameters()).fill_(float("nan"))
+        next(broken.network.parameters()).fill_(float("nan"))
     with pytest.raises(NotFinite, match="not finite from the first step on"):
-        broken.run(tmp_path / "two", Length(50))
+        broken.run(tmp_path / "two", Duration(50))
 
 
 @pytest.mark.quick
 def test_one_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
     toy = Toy()
     toy.nan_at = 3
-    told = toy.run(tmp_path / "one", Length(8))
-    assert all(bool(p.isfinite().all()) for p in toy.model.parameters())
+    told = toy.run(tmp_path / "one", Duration(8))
+    assert all(bool(p.isfinite().all()) for p in toy.network.parameters())
     assert math.isfinite(told["loss"])
     last = Run(tmp_path / "one").load()
     assert last is not None

@@ -77,7 +77,7 @@ def test_a_number_is_regressed_beside_baselines_and_said_of_other_images(
     assert (out / "regression" / "numbers.png").stat().st_size > 1000
     said = capsys.readouterr().out
     assert "numbers: 60 images, column 'brightness'" in said
-    assert "mean absolute error" in said
+    assert "Mean absolute error" in said
     # what was kept says the numbers, and the errors are those that were told
     used = tmp_path / "used"
     assert main(["predict", str(out), str(bright), "--out", str(used)]) == 0

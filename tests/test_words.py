@@ -39,8 +39,8 @@ from underpaint.tokenizers import (
     refuse_collapsed,
     save_tokenizer,
 )
-from underpaint.train.fit import Length
 from underpaint.train.run_folder import Run
+from underpaint.train.schedules import Duration
 
 
 def photographs(count: int, size: int = 32, seed: int = 0) -> Tensor:
@@ -156,7 +156,7 @@ def test_saying_words_by_frequency_gains_nothing_over_the_baseline(tmp_path: Pat
     images = load_images(source, range(60), size=(32, 32))
     tokenizer = KMeansPatches(64, 8)
     data = Data(image_size=(32, 32), crop_scale=(0.4, 1.0))
-    cpu, length = torch.device("cpu"), Length(1)
+    cpu, length = torch.device("cpu"), Duration(1)
     make_ready(tokenizer, images, data, batch_size=20, seed=0, device=cpu, folder=tmp_path / "words", length=length)
     batches = train_batches(images, size=(32, 32), batch_size=60, seed=1, crop_scale=(0.4, 1.0))
     with closing(batches):

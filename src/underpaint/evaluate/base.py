@@ -41,13 +41,6 @@ class Row(NamedTuple):
     variant: str = ""  # where an evaluation has several: a head, a score
 
 
-class Column(NamedTuple):
-    """How a table shows a number."""
-
-    title: str
-    percent: bool = True
-
-
 class Kept(NamedTuple):
     """What `underpaint predict` is to use: a network, the names of its classes, and what else rebuilding it takes."""
 
@@ -157,14 +150,12 @@ class Evaluation(ABC, Generic[Settings, Data, Model, Found]):
         annotation: what DATA must have.
         input: what is asked of the encoder; "pooled" and "tokens" come from one pass for all evaluations.
         Config: a dataclass of settings, each with a default.
-        columns: how a table shows its numbers.
         what: what its settings are of, in a message.
     """
 
     annotation: ClassVar[Literal["label", "number", "mask", "boxes", "none"]]
     input: ClassVar[Literal["pooled", "tokens", "images"]]
     Config: ClassVar[type]
-    columns: ClassVar[Mapping[str, Column]]
     what: ClassVar[str] = "this task"
 
     def __init__(self, name: str, context: Context, data: Data, config: Settings):

@@ -11,7 +11,7 @@ from torch import nn
 
 from underpaint.console import say
 from underpaint.data import Source, eval_batches
-from underpaint.evaluate.base import ENCODER, Column, Context, Evaluation, Row, class_name
+from underpaint.evaluate.base import ENCODER, Context, Evaluation, Row, class_name
 from underpaint.evaluate.baselines import majority
 from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.keep import Saved
@@ -32,7 +32,6 @@ class Classification(Evaluation[Settings, Splits, Model, Probe]):
     """Images with class labels; a row is measured by which test images it puts right."""
 
     annotation = "label"
-    columns = {"accuracy": Column("accuracy, %")}  # noqa: RUF012
 
     def __init__(self, name: str, context: Context, data: Splits, config: Settings):
         super().__init__(name, context, data, config)

@@ -38,15 +38,16 @@ from underpaint.data.annotations import (
     mask_of,
 )
 from underpaint.errors import InputError
-from underpaint.evaluate.base import ENCODER, Column, Context, Evaluation, Kept, Row
+from underpaint.evaluate.base import ENCODER, Context, Evaluation, Kept, Row
 from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.full_res import FullResImages
 from underpaint.evaluate.keep import Saved
 from underpaint.evaluate.pyramid import Pyramid
 from underpaint.evaluate.results import Groups, Measured, bootstrap
-from underpaint.evaluate.trained import Task, Trained, as_tuples, sampled_batches, train, two_rates
+from underpaint.evaluate.trained import Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.files import write_json
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
+from underpaint.train.fit import Trained
 from underpaint.train.schedules import Duration, Schedule
 
 Kind = Literal["bbox", "segm"]  # COCO's words for boxes and masks
@@ -469,9 +470,6 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
     input = "images"
     Config = DetectConfig
     what = "detection"
-    columns = {  # noqa: RUF012
-        f"{part}_ap{level}": Column(f"{part} AP{level}") for part in ("box", "mask") for level in ("", "50")
-    }
 
     def __init__(self, name: str, context: Context, data: tuple[Boxed, Boxed], config: DetectConfig):
         """Raises InputError: no object in train, or in test."""

@@ -33,8 +33,8 @@ from underpaint.evaluate.classify import MAJORITY, Classification, Splits
 from underpaint.evaluate.keep import Saved
 from underpaint.evaluate.results import Probe
 from underpaint.evaluate.splits import Split
-from underpaint.evaluate.trained import Task, Trained, train
-from underpaint.train.fit import changed
+from underpaint.evaluate.trained import Task, train
+from underpaint.train.fit import Trained, changed
 from underpaint.train.optim import layerwise
 from underpaint.train.schedules import Duration, Schedule
 

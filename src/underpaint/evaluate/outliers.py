@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from underpaint.data import eval_batches, open_source, split_indices
 from underpaint.errors import InputError
-from underpaint.evaluate.base import ENCODER, Column, Context, Evaluation, NoSettings, Row
+from underpaint.evaluate.base import ENCODER, Context, Evaluation, NoSettings, Row
 from underpaint.evaluate.plots import histogram_picture
 from underpaint.evaluate.results import Groups, Measured, bootstrap
 from underpaint.evaluate.splits import Split
@@ -102,11 +102,6 @@ class Outliers(Evaluation[NoSettings, Sets, None, Scores]):
     annotation = "none"
     input = "pooled"
     Config = NoSettings
-    columns = {  # noqa: RUF012
-        "auroc": Column("AUROC, %"),
-        "aupr": Column("AUPR, %"),
-        "fpr95": Column("FPR at 95 %, %"),
-    }
 
     @classmethod
     def load(cls, context: Context) -> Sets:

@@ -1,6 +1,6 @@
 """A number for each image: ridge regression on pooled features, which were computed once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from underpaint.data import Source, eval_batches, split_indices
 from underpaint.errors import InputError
-from underpaint.evaluate.base import ENCODER, PIXELS, Column, Context, Evaluation, Kept, NoSettings, Row
+from underpaint.evaluate.base import ENCODER, PIXELS, Context, Evaluation, Kept, NoSettings, Row
 from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.classify import SHOWN, Splits, write_table
 from underpaint.evaluate.frozen import Headed, LinearHead
@@ -23,7 +23,7 @@ from underpaint.evaluate.plots import contact_sheet
 from underpaint.evaluate.results import Measured, bootstrap, means, together
 from underpaint.evaluate.splits import hold_out
 from underpaint.files import replacing
-from underpaint.pictures import to_rgb
+from underpaint.report.figures.pictures import to_rgb
 
 MEAN = "mean"
 PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of squared weights, over the squared error an image
@@ -65,14 +65,18 @@ def ridge(x: Float[Tensor, "n d"], y: Float[np.ndarray, "n"], *, seed: int = 0) 
 
 
 def _solved(
-    x: Float[Tensor, "n d"], y: Float[Tensor, "n"], penalties: "tuple[float, ...] | list[float]"
+    x: Float[Tensor, "n d"], y: Float[Tensor, "n"], penalties: Sequence[float]
 ) -> list[tuple[Float[Tensor, "d"], Float[Tensor, ""]]]:
     """Weights and bias by penalty."""
-    mean, middle = x.mean(0), y.mean()
-    x = x - mean
-    gram, moment = x.T @ x / len(x), x.T @ (y - middle) / len(x)
-    unit = torch.eye(len(gram), dtype=x.dtype)
-    weights = [torch.linalg.solve(gram + penalty * unit, moment) for penalty in penalties]
+    mean, middle, (n, d) = x.mean(0), y.mean(), x.shape
+    x, y = x - mean, y - middle
+    unit = torch.eye(min(n, d), dtype=x.dtype)
+    if d <= n:
+        gram, moment = x.T @ x / n, x.T @ y / n
+        weights = [torch.linalg.solve(gram + penalty * unit, moment) for penalty in penalties]
+    else:  # the same weights, which lie in the span of the images
+        gram = x @ x.T / n
+        weights = [x.T @ torch.linalg.solve(gram + penalty * unit, y / n) for penalty in penalties]
     return [(weight, middle - mean @ weight) for weight in weights]
 
 
@@ -82,7 +86,6 @@ class Regression(Evaluation[NoSettings, Splits, Ridge, Float[np.ndarray, "n"]]):
     annotation = "number"
     input = "pooled"
     Config = NoSettings
-    columns = {"mae": Column("mean absolute error", percent=False), "r2": Column("R2", percent=False)}  # noqa: RUF012
 
     def __init__(self, name: str, context: Context, data: Splits, config: NoSettings):
         super().__init__(name, context, data, config)

@@ -1,7 +1,7 @@
 """`underpaint evaluate`: what an encoder is worth, task by task, beside the same one untrained and what needs none."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from underpaint.data import (
 )
 from underpaint.errors import InputError
 from underpaint.evaluate import EVALUATIONS, evaluation, known
-from underpaint.evaluate.base import ENCODER, UNTRAINED, Column, Context, Evaluation
+from underpaint.evaluate.base import ENCODER, UNTRAINED, Context, Evaluation
 from underpaint.evaluate.bundle import EncoderBundle, open_bundle
 from underpaint.evaluate.keep import keep
 from underpaint.evaluate.options import Options
@@ -30,6 +30,8 @@ from underpaint.evaluate.probes import SETTLING
 from underpaint.evaluate.results import Measured
 from underpaint.files import write_json, write_text
 from underpaint.recipes.recipe import Recipe
+from underpaint.report.results import of_evaluation
+from underpaint.report.tables import markdown, metric, summary, terminal
 from underpaint.train.run_folder import Run, environment
 
 FORMAT = 1
@@ -103,8 +105,9 @@ def evaluate(
     for name, kind in kinds.items():
         results["tasks"][name] = judge(kind(name, context, kind.load(context), kind.configure(context)))
         write_json(folder / "results.json", results)
-        write_text(folder / "table.md", "\n".join(table(results, markdown=True)) + "\n")
-    for line in table(results):
+        tables = of_evaluation(results)
+        write_text(folder / "table.md", "\n".join(summary(tables, results["notes"], markdown)) + "\n")
+    for line in summary(of_evaluation(results), results["notes"], terminal):
         say(line)
     say(f"done: {folder / 'results.json'}")
     return results
@@ -121,12 +124,10 @@ def judge(task: Evaluation[Any, Any, Any, Any]) -> TaskResults:
         measured[row.name] = task.measure(found[row.name])
         numbers = measured[row.name].numbers()
         rows[row.name] = {**numbers, **task.beside(row, found[row.name])}
-        told = (
-            f"{column.title.removesuffix(', %')} {numbers[name]:.3f} +- {numbers[f'{name}_error']:.3f}"
-            for name, column in task.columns.items()
-            if name in numbers
+        told = ", ".join(
+            f"{metric(n).head} {metric(n).text(numbers[n], numbers[f'{n}_error'])}" for n in measured[row.name].values
         )
-        say(f"{task.name}: {row.name}: {', '.join(told)}")
+        say(f"{task.name}: {row.name}: {told}")
         folder = task.folder / row.variant
         task.visualize(row, found[row.name], folder)
         if row.who == ENCODER and (kept := task.kept(row, model)) is not None:
@@ -248,45 +249,3 @@ def _earlier(folder: Path, encoder: str, bundle: EncoderBundle, source: Source, 
         shown = "; ".join(f"{name} {stored.get(name)} there, {wanted[name]} here" for name in differ[:3])
         raise InputError(f"--out {folder}: holds another evaluation ({shown}); choose another path")
     return stored
-
-
-def table(results: Results, markdown: bool = False) -> list[str]:
-    """A block a task: a row an encoder or baseline, each number with its standard error; shares in %."""
-    lines: list[str] = []
-    for task, found in results["tasks"].items():
-        rows = found["rows"]
-        listed = evaluation(task).columns.items()
-        columns = {name: column for name, column in listed if any(name in row for row in rows.values())}
-        cells = [[task, *(column.title for column in columns.values())]]
-        cells += [[who, *(_cell(row, name, column) for name, column in columns.items())] for who, row in rows.items()]
-        notes = [f"{found['train']} images to train on, {found['test']} to test on"]
-        for what, row in found.get("gains", {}).items():
-            unit = ", points" if any(column.percent for column in columns.values()) else ""
-            told = [f"{c.title.removesuffix(', %')} {_cell(row, name, c, signed=True)}" for name, c in columns.items()]
-            notes.append(f"{what}{unit}: {', '.join(told)}")
-        if markdown:
-            lines += ["| " + " | ".join(cells[0]) + " |", "|" + "---|" * len(cells[0])]
-            lines += ["| " + " | ".join(row) + " |" for row in cells[1:]]
-            lines += ["", *(f"- {note}" for note in notes), ""]
-        else:
-            widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
-            lines += [
-                row[0].ljust(widths[0])
-                + "".join(f"  {cell.rjust(width)}" for cell, width in zip(row[1:], widths[1:], strict=True))
-                for row in cells
-            ]
-            lines += [*notes, ""]
-    said = results.get("notes", [])
-    return lines + ([*(f"- {note}" for note in said), ""] if markdown and said else said)
-
-
-def _cell(row: Mapping[str, Any], name: str, column: Column, signed: bool = False) -> str:
-    """A number and its error."""
-    value, error = row.get(name), row.get(f"{name}_error")
-    if value is None:  # not there, or not a number when it was written
-        return "–"
-    error = float("nan") if error is None else error
-    if column.percent:
-        value, error = round(100 * value, 1) + 0.0, 100 * error
-        return f"{value:+.1f} ± {error:.1f}" if signed else f"{value:.1f} ± {error:.1f}"
-    return f"{value:+.4g} ± {error:.2g}" if signed else f"{value:.4g} ± {error:.2g}"

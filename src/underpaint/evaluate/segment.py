@@ -18,18 +18,19 @@ from underpaint.console import say
 from underpaint.data import Source, split_indices
 from underpaint.data.annotations import Masks, masks_of
 from underpaint.errors import InputError
-from underpaint.evaluate.base import ENCODER, PIXELS, Column, Context, Evaluation, Kept, Row
+from underpaint.evaluate.base import ENCODER, PIXELS, Context, Evaluation, Kept, Row
 from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.full_res import FullResImages
 from underpaint.evaluate.keep import Saved
 from underpaint.evaluate.plots import matrix_picture
 from underpaint.evaluate.pyramid import Pyramid, padded, sliding, tokens_to_map
 from underpaint.evaluate.results import Groups, Measured, bootstrap
-from underpaint.evaluate.trained import Task, Trained, as_tuples, sampled_batches, train, two_rates
+from underpaint.evaluate.trained import Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.files import write_json
 from underpaint.patches import patchify
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.targets import hog_pyramid
+from underpaint.train.fit import Trained
 from underpaint.train.schedules import Duration, Schedule
 
 VOID = 255  # of masks while training, whatever the file says
@@ -334,7 +335,6 @@ class Segment(Evaluation[SegmentConfig, Masked, nn.Module | int, Segmented]):
     input = "images"
     Config = SegmentConfig
     what = "segmentation"
-    columns = {"miou": Column("mIoU, %"), "pixel_accuracy": Column("pixel accuracy, %")}  # noqa: RUF012
 
     def __init__(self, name: str, context: Context, data: Masked, config: SegmentConfig):
         """Raises InputError: windows that leave gaps or never move on, or no scale; fewer than two classes in train; wrong

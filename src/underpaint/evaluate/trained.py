@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypedDict, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -12,21 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from underpaint.evaluate.base import Context
-from underpaint.train.fit import Fitting, fit_task
+from underpaint.train.fit import Fitting, Trained, fit_task
 from underpaint.train.optim import adamw
 from underpaint.train.schedules import Duration, Schedule
 from underpaint.trainable import Objective, Trainable
 
 STATE = 2  # of what a checkpoint holds; 1 named the weights otherwise
 Batch = TypeVar("Batch")
-
-
-class Trained(TypedDict):
-    """How a training went."""
-
-    steps: int
-    minutes: float
-    loss: float | None  # mean of the last steps
 
 
 class Task(Trainable, Generic[Batch]):
@@ -84,8 +76,7 @@ def train(task: AnyTask, context: Context, folder: Path, settings: Mapping[str, 
     bundle, seed = context.bundle, context.options.seed
     described = {"state": STATE, "encoder": bundle.name, "size": list(bundle.size), "seed": seed, **settings}
     how = Fitting(task.duration, task.schedule, seed, task.clip, task.size, described)
-    told = fit_task(task, task.optimiser(), task.numbered, folder, how)
-    return Trained(steps=int(told["steps"] or 0), minutes=told["minutes"] or 0.0, loss=told["loss"])
+    return fit_task(task, task.optimiser(), task.numbered, folder, how)
 
 
 def two_rates(

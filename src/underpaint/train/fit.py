@@ -3,16 +3,14 @@
 import json
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import jsonargparse
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import SingleDeviceStrategy
-from torch import Tensor, nn
 
 from underpaint.console import say
 from underpaint.errors import InputError
@@ -22,9 +20,7 @@ from underpaint.train.loop import Training
 from underpaint.train.run_folder import Run
 from underpaint.train.schedules import Duration, Schedule
 from underpaint.train.stepper import Stepper
-from underpaint.trainable import Objective, Trainable
-
-Length = Duration
+from underpaint.trainable import Trainable
 
 Settings = TypeVar("Settings")
 
@@ -49,13 +45,21 @@ class Fitting:
     clock: Callable[[], float] = time.perf_counter
 
 
+class Trained(TypedDict):
+    """How a training went."""
+
+    steps: int
+    minutes: float
+    loss: float | None  # mean of the last steps
+
+
 def fit_task(
     task: Trainable,
     optimiser: torch.optim.Optimizer,
     batches: Callable[[int, int], Generator[Any, None, None]],
     folder: Path,
     how: Fitting,
-) -> dict[str, float | None]:
+) -> Trained:
     """Train `task` in place, or go on where `folder` holds a checkpoint; it is in eval mode at the end.
 
     Args:
@@ -88,46 +92,7 @@ def fit_task(
         say(f"{folder.name}: going on from step {training.at.step}")
     training.train(batches, resumed)
     task.eval()
-    return {"steps": training.at.step, "minutes": training.at.seconds / 60, "loss": training.at.loss}
-
-
-class _Model(Trainable):
-    """A model with a loss of its own, of a batch at a step."""
-
-    def __init__(self, model: nn.Module, loss_of: Callable[[Any, int], Tensor]):
-        super().__init__()
-        self.model, self.loss_of = model, loss_of
-
-    def forward(self, numbered: tuple[int, Any], noise: None = None) -> Objective:
-        step, batch = numbered
-        return Objective(self.loss_of(batch, step), {})
-
-
-def fit(
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    batches: Callable[[int], Generator[Any, None, None]],
-    loss_of: Callable[[Any, int], Tensor],
-    *,
-    folder: Path,
-    length: Duration,
-    schedule: Schedule,
-    seed: int,
-    clip: float | None,
-    batch_size: int,
-    settings: Mapping[str, Any],
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
-    """As `fit_task`, for a model with a loss of a batch at a step."""
-
-    def numbered(first: int, seed: int) -> Generator[tuple[int, Any], None, None]:
-        with closing(batches(first)) as source:
-            yield from enumerate(source, start=first)
-
-    how = Fitting(length, schedule, seed, clip, batch_size, settings, clock)
-    found = fit_task(_Model(model, loss_of), optimiser, numbered, folder, how)
-    model.eval()
-    return found
+    return Trained(steps=training.at.step, minutes=training.at.seconds / 60, loss=training.at.loss)
 
 
 def changed(settings: Settings, given: Mapping[str, Any], what: str) -> Settings:
