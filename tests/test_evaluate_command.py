@@ -170,6 +170,7 @@ def test_one_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
     toy.nan_at = 3
     told = toy.run(tmp_path / "one", Duration(8))
     assert all(bool(p.isfinite().all()) for p in toy.network.parameters())
+    assert told["loss"] is not None
     assert math.isfinite(told["loss"])
     last = Run(tmp_path / "one").load()
     assert last is not None

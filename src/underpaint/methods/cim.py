@@ -241,13 +241,13 @@ class CIM(MaskedMethod):
         return F.binary_cross_entropy_with_logits(answer.flatten(1), truth, reduction="none"), trivial, answer
 
     def forward(self, images: Float[Tensor, "b c height width"], noise: Corruption | None = None) -> Objective:
-        noise = self.sample_for(images) if noise is None else noise
-        corrupted = self.corrupt(images, noise)
-        hidden = corrupted.golden.gather(1, noise.mask.hidden)
+        drawn: Corruption = self.sample_for(images) if noise is None else noise
+        corrupted = self.corrupt(images, drawn)
+        hidden = corrupted.golden.gather(1, drawn.mask.hidden)
         generator = cross_entropies(corrupted.logits, hidden).mean()
         left, trivial, answer = self.losses(images, corrupted)
         replaced = corrupted.replaced.float()
-        hits = 1 - replaced.gather(1, noise.mask.hidden).mean()
+        hits = 1 - replaced.gather(1, drawn.mask.hidden).mean()
         baseline = frequency_losses(hidden, self.generator.tokenizer.shares).mean() + trivial.mean()
         terms = {
             "generator": generator.detach(),
