@@ -4,11 +4,16 @@ import doctest
 import importlib
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import underpaint
+from underpaint.masking import MASKS
+from underpaint.methods import METHODS
+from underpaint.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +37,19 @@ def test_docstring_examples(name: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.fixture
+def unchanged() -> Iterator[None]:
+    """What the examples add to the lists of names is gone afterwards."""
+    lists: list[dict[str, Any]] = [MASKS, TARGETS, METHODS.data]
+    before = [dict(names) for names in lists]
+    yield
+    for names, kept in zip(lists, before, strict=True):
+        names.clear()
+        names.update(kept)
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
 def test_python_in_the_documentation_runs(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
