@@ -77,6 +77,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(out: Path) -> dict[str, Any]:
+    assert (out / "report.html").is_file()
     return json.loads((out / "results.json").read_text())
 
 

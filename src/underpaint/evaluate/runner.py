@@ -30,6 +30,7 @@ from underpaint.evaluate.probes import SETTLING
 from underpaint.evaluate.results import Measured
 from underpaint.files import write_json, write_text
 from underpaint.recipes.recipe import Recipe
+from underpaint.report import write_report
 from underpaint.report.results import of_evaluation
 from underpaint.report.tables import markdown, metric, summary, terminal
 from underpaint.train.run_folder import Run, environment
@@ -68,7 +69,8 @@ def evaluate(
 ) -> Results:
     """Judge an encoder on annotated images; where `out` holds an earlier evaluation of it, go on with it.
 
-    `out` gets results.json, table.md, and a folder a task with pictures and what was trained (`underpaint predict`).
+    `out` gets results.json, table.md, report.html, and a folder a task with pictures and what was trained (`underpaint
+    predict`).
 
     Args:
         encoder: a run, an exported file, or `timm:NAME`.
@@ -109,7 +111,7 @@ def evaluate(
         write_text(folder / "table.md", "\n".join(summary(tables, results["notes"], markdown)) + "\n")
     for line in summary(of_evaluation(results), results["notes"], terminal):
         say(line)
-    say(f"done: {folder / 'results.json'}")
+    say(f"done: {folder / 'results.json'}, {write_report(folder)}")
     return results
 
 
