@@ -21,6 +21,7 @@ from underpaint.report.figures.plots import line_plot, number_text, thin
 from underpaint.report.page import TEMPLATES
 from underpaint.report.results import Gain, Result, Row, Value, of_comparison, of_evaluation, of_run
 from underpaint.report.tables import Line, Table, markdown, summary, table, terminal
+from underpaint.report.words import figure_text
 
 ONE_RUN = "one run; error of the test images alone"
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -748,8 +749,8 @@ def test_a_page_a_terminal_and_markdown_show_the_same_numbers(tmp_path):
         [Gain("encoder over untrained", "encoder", {"mae": Value(-0.5, 0.25)})],
     )
     assert [(line.name, *line.cells) for line in table(regression).lines] == [
-        ("encoder", "1234 ± 12", "0.00125"),
-        ("encoder over untrained", "−0.5 ± 0.25", "–"),
+        ("encoder", "1234 ± 12", "0.001250"),
+        ("encoder over untrained", "−0.50 ± 0.25", "–"),
     ]
     assert table(regression).heads[1:] == ["Mean absolute error", "Years off"]
     said = summary([linear, segment], ["seen [bold]"], terminal)
@@ -782,6 +783,24 @@ def test_a_run_an_evaluation_and_a_comparison_are_read_into_one_form():
         assert not result.row("absent")[metric].known
     assert run.row("chance")["knn"].value == comparison.row("chance")["linear"].value == 1 / 13
     assert comparison.counts == {"train": 5000}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        (0.5548, 0.12, "+0.55 ± 0.12"),
+        (1.0, 2.9e-6, "+1.000 ± 0.000"),
+        (1.23e-4, 1e-5, "+0.000123 ± 0.000010"),
+        (-51234.0, 1200.0, "−51234 ± 1200"),
+        (0.0, 0.0, "+0 ± 0"),
+        (0.0, 0.25, "+0.00 ± 0.25"),
+        (12.5, math.nan, "+12.50"),
+        (math.nan, 0.1, "–"),
+    ],
+)
+def test_a_number_of_any_size_has_the_figures_that_its_error_lets_stand(value, error, said):
+    assert figure_text(value, error, "+") == said
 
 
 def luminance(colour: str) -> float:

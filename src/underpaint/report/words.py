@@ -60,10 +60,10 @@ def decimal_text(value: float, error: float = math.nan, digits: int = 3, sign: s
 
 
 def figure_text(value: float, error: float = math.nan, sign: str = "") -> str:
-    """A number of any size in four figures, its error in two; with its sign where `sign` is "+"."""
-    if not math.isfinite(value):
-        return NONE
-    return f"{value:{sign}.4g}{f' ± {error:.2g}' if math.isfinite(error) else ''}".replace("-", "−")
+    """A number of any size in four figures, or in as many as its error lets stand; with its sign where `sign` is "+"."""
+    digits = [1 - math.floor(math.log10(error))] if error > 0 and math.isfinite(error) else []
+    digits += [3 - math.floor(math.log10(abs(value)))] if value and math.isfinite(value) else []
+    return decimal_text(value, error, max(0, min(digits, default=0)), sign)
 
 
 def count_text(value: float | int) -> str:
