@@ -94,6 +94,8 @@ def train_case(name: str, folder: Path) -> dict[str, Any]:
     pictures = folder / "pictures"
     if not pictures.is_dir():
         write_pictures(pictures, 64, classes=1)  # one class is no label: nothing is probed, and nothing held out
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # before words are made, whose training is part of what is compared
     method, encoder = CASES[name]
     if method.get("tokenizer"):
         method = {**method, "tokenizer": str(word_file(pictures))}
@@ -102,8 +104,6 @@ def train_case(name: str, folder: Path) -> dict[str, Any]:
         for section, given in (("method", method), ("encoder", encoder))
         for key, value in given.items()
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         run = pretrain(
             *(pictures, folder / name),
