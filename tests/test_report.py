@@ -724,6 +724,28 @@ def test_a_damaged_evaluation_is_still_a_page(tmp_path, content):
     whole(write_report(folder))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rows": [3, {"name": "mae", "kind": "method", "probes": {"linear": 0.5}, "recipe": 3, "minutes": "x"}]},
+        {"curves": {"mae": {"minutes": [0, 1], "probes": {"linear": {"value": [0.1], "error": 3}}}, "b": None}},
+        {"verdict": "Take", "seeds": 2, "encoder": None, "image_size": {}, "minutes": None, "notes": 3},
+        {"curves": {"mae": {"loss": {"minutes": [0, None], "share": [1.2, "x"]}}}, "environment": []},
+    ],
+)
+def test_a_damaged_comparison_is_still_a_page(tmp_path, damage):
+    row = {"name": "mae", "kind": "method", "probes": {"linear": {"accuracy": 0.5, "standard_error": 0.1}}}
+    (tmp_path / "compare.json").write_text(json.dumps({"rows": [row], "verdict": ["Take mae."]} | damage))
+    whole(write_report(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{cut", "[]", '{"rows": []}', '{"rows": {"name": "mae"}}'])
+def test_what_is_no_comparison_is_refused(tmp_path, content):
+    (tmp_path / "compare.json").write_text(content)
+    with pytest.raises(InputError, match="holds no finished comparison"):
+        write_report(tmp_path)
+
+
 def test_what_is_no_evaluation_is_refused(tmp_path):
     folder = made_evaluation(tmp_path / "worth")
     (folder / "results.json").write_text("{cut")

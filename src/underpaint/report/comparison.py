@@ -113,40 +113,30 @@ def tokenizer_text(made: Sequence[Tokenizer] | None) -> str:
     return f"given, made elsewhere in {told}" if told else "given, made elsewhere"
 
 
+MINUTES, ACCURACY = "minutes of training", "accuracy (%)"
+CURVES = (  # of a plot: its title, where its x and y stand in the curve of a method, and what they are
+    ("Linear probe against minutes", ("minutes",), ("probes", "linear", "value"), MINUTES, ACCURACY),
+    ("Attentive probe against minutes", ("minutes",), ("probes", "attentive", "value"), MINUTES, ACCURACY),
+    ("Linear probe against images", ("images",), ("probes", "linear", "value"), "images seen", ACCURACY),
+    ("Effective rank of the features", ("minutes",), ("probes", "rank", "value"), MINUTES, "dimensions"),
+    ("Each method's own loss", ("loss", "minutes"), ("loss", "share"), MINUTES, "loss / that of a trivial prediction"),
+)
+
+
 def curves(found: Mapping[str, object]) -> list[Markup]:
     """What the probes said after every turn, against minutes and against images, and each method's own loss."""
     made = []
-    for probe, key, title in (
-        ("linear", "minutes", "Linear probe against minutes"),
-        ("attentive", "minutes", "Attentive probe against minutes"),
-        ("linear", "images", "Linear probe against images"),
-        ("rank", "minutes", "Effective rank of the features"),
-    ):
-        scale, y_label = (1.0, "dimensions") if probe == "rank" else (100.0, "accuracy (%)")
-        x_label = "images seen" if key == "images" else "minutes of training"
-        if lines := probe_curves(found, key, probe, scale):
+    for title, x_keys, y_keys, x_label, y_label in CURVES:
+        scale = 100.0 if y_label == ACCURACY else 1.0
+        lines = []
+        for name, curve in found.items():
+            x, y, errors = (numbers(curve, *keys) for keys in (x_keys, y_keys, (*y_keys[:-1], "error")))
+            if y and len(x) == len(y):
+                band = [scale * (error or math.nan) for error in errors] if len(errors) == len(y) else None
+                lines.append(Line(name, x, [scale * value for value in y], band))
+        if lines:
             made.append(line_plot(lines, x_label=x_label, y_label=y_label, title=title))
-    losses = [
-        Line(name, numbers(curve, "loss", "minutes"), numbers(curve, "loss", "share"))
-        for name, curve in found.items()
-        if sequence(curve, "loss", "minutes")
-    ]
-    if losses:
-        y_label = "loss / that of a trivial prediction"
-        title = "Each method's own loss"
-        made.append(line_plot(losses, x_label="minutes of training", y_label=y_label, title=title))
     return made
-
-
-def probe_curves(found: Mapping[str, object], key: str, probe: str, scale: float) -> list[Line]:
-    """One line a method."""
-    lines = []
-    for name, curve in found.items():
-        values, errors = (numbers(curve, "probes", probe, part) for part in ("value", "error"))
-        if values:
-            told = [scale * (error or math.nan) for error in errors] or None
-            lines.append(Line(name, numbers(curve, key), [scale * value for value in values], told))
-    return lines
 
 
 def settings_text(recipe: Mapping[str, object]) -> str:
