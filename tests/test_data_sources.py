@@ -5,24 +5,29 @@ import pickle
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from underpaint.cli import main
 from underpaint.data import (
     Entry,
     Source,
     Unreadable,
     copies,
     decode,
+    eval_batches,
     labelled_indices,
+    load_images,
     open_source,
     pretraining_indices,
 )
-from underpaint.data import sources as sources_module
+from underpaint.data.sources import parquet as parquet_module
 from underpaint.errors import InputError
+from underpaint.files import SOURCES
 
 pytestmark = pytest.mark.quick
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -432,7 +437,7 @@ def structs(*values: int, prefix: str = "") -> list[dict]:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_parquet_folder(tmp_path, monkeypatch, in_memory):
-    monkeypatch.setattr(sources_module, "IN_MEMORY", sources_module.IN_MEMORY if in_memory else 1)
+    monkeypatch.setattr(parquet_module, "IN_MEMORY", parquet_module.IN_MEMORY if in_memory else 1)
     kinds = {"labels": [1, 0, -1], "names": ["cat", "dog"]}
     parquet(tmp_path / "train-00000-of-00001.parquet", structs(1, 2, 3), **kinds)
     parquet(tmp_path / "data" / "validation.parquet", structs(4, 5, 6), **kinds)
@@ -547,3 +552,32 @@ def test_shared_packs(pack):
     assert source.skipped == []
     assert decode(source.read(len(source.entries) - 1)).ndim == 3
     assert len(set(names(source))) == len(source.entries)
+
+
+def test_a_source_of_ones_own_is_one_file_and_a_line(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As LMDB holds images; the standard library's database stands in for it."""
+    import dbm.dumb
+
+    import key_value_source
+
+    monkeypatch.setitem(SOURCES, "lmdb", ("key_value_source:list_pairs", "lmdb:PATH"))
+    monkeypatch.setattr(key_value_source, "opener", lambda path: dbm.dumb.open(path[:-4], "r"))  # noqa: SIM115
+    with dbm.dumb.open(str(tmp_path / "pairs"), "n") as pairs:
+        for file in sorted(pictures.rglob("*.png")):
+            pairs[file.relative_to(pictures).as_posix()] = file.read_bytes()
+    data = f"lmdb:{tmp_path / 'pairs.dir'}"
+    source, folder = open_source(data), open_source(pictures)
+    assert source.notes[0] == "LMDB: 90 images"
+    assert source.classes == folder.classes
+    mine, theirs = ({e.name: (e.label, s.read(k)) for k, e in enumerate(s.entries)} for s in (source, folder))
+    assert mine == theirs
+    again = pickle.loads(pickle.dumps(source))  # as workers get it
+    assert again.read(3) == source.read(3)
+    streamed = load_images(source, range(90), size=(8, 8), cache_limit=0.0)
+    assert sum(len(batch.samples) for batch in eval_batches(streamed, size=(8, 8), workers=2)) == 90
+    assert main(["check", data]) == 0
+    assert "90 images" in capsys.readouterr().out
+    assert main(["check", f"lmdb:{tmp_path / 'absent'}"]) == 2
+    assert "no such database" in capsys.readouterr().err

@@ -18,7 +18,12 @@ from typing import Any
 
 from underpaint.errors import InputError
 
-KINDS = "a folder, .zip, .tar, .parquet, hf:NAME[:SPLIT] or wds:PATTERN"  # of data
+# data that is no path, by what stands before the colon: the function from DATA to a listing, and how it is written
+SOURCES = {
+    "hf": ("underpaint.data.sources.hub:list_hub", "hf:NAME[:SPLIT]"),
+    "wds": ("underpaint.data.sources.webdataset:list_shards", "wds:PATTERN"),
+}
+KINDS = f"a folder, .zip, .tar, .parquet, {' or '.join(form for _, form in SOURCES.values())}"  # of data
 FORGOTTEN = 86_400  # seconds after which what is half made belongs to nobody
 
 
@@ -71,13 +76,13 @@ def _forget(path: Path) -> None:
 
 
 def place_of(data: str | Path) -> Path | None:
-    """Where a DATA argument lies; None for what is no path (`hf:`, `wds:`).
+    """Where a DATA argument lies; None for what is no path (`SOURCES`).
 
     Raises:
         InputError: nothing is there.
     """
     text = str(data)
-    if text.startswith(("hf:", "wds:")):
+    if text.partition(":")[0] in SOURCES:
         return None
     path = Path(text).expanduser()
     if not path.exists():

@@ -15,7 +15,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from underpaint.data.decode import Unreadable, _orient, read_header, read_orientation
-from underpaint.data.sources import Source, coco_places, coco_split, folders_of, is_hidden, may_be_one, walk
+from underpaint.data.sources.base import Source
+from underpaint.data.sources.folder import walk
+from underpaint.data.sources.names import coco_places, coco_split, folders_of, is_hidden, may_be_one
 from underpaint.errors import InputError
 
 MASK_FOLDERS = ("masks", "semantic", "labels")

@@ -10,8 +10,10 @@ import numpy as np
 
 from underpaint.data.decode import MAX_PIXELS, Unreadable, decode, read_header
 from underpaint.data.images import measure_scaling, resize
+from underpaint.data.open import open_source
 from underpaint.data.parallel import ordered_map
-from underpaint.data.sources import Source, open_source, pretraining_indices
+from underpaint.data.sources.base import Source
+from underpaint.data.splits import pretraining_indices
 
 HASHED = 100_000  # images compared for near-duplicates
 NEAR = 2  # differing bits of 64

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from underpaint.data.decode import Unreadable
-from underpaint.data.sources import Source, cache_root
+from underpaint.data.sources.base import Source, cache_root
 from underpaint.files import write_json
 
 

@@ -24,7 +24,7 @@ from underpaint.data.decode import (
 )
 from underpaint.data.parallel import ordered_map
 from underpaint.data.scaling import KINDS, Scaling, robust_range, stored_scaling, told_of_channel
-from underpaint.data.sources import Source, cache_root
+from underpaint.data.sources.base import Source, cache_root
 from underpaint.errors import InputError
 from underpaint.files import replacing_folder
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones import protocols as backbones
 from underpaint.data import eval_batches
-from underpaint.data.sources import cache_root
+from underpaint.data.sources.base import cache_root
 from underpaint.errors import InputError
 from underpaint.evaluate.bundle import EncoderBundle
 from underpaint.evaluate.splits import Split

@@ -1,0 +1,106 @@
+"""Images of a .zip or .tar file."""
+
+import bz2
+import gzip
+import lzma
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from underpaint.data.sources.base import Listing, RangeReader, Reader, flat_copy, stamp_of
+from underpaint.data.sources.tree import File, list_files
+from underpaint.errors import InputError
+
+COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+
+
+class _ZipReader:
+    """Opens the archive once a process: a file position shared after a fork would mix up two readers."""
+
+    def __init__(self, path: str, names: list[str]):
+        self._path = path
+        self._names = names
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+
+    def read(self, index: int) -> bytes:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), zipfile.ZipFile(self._path))
+        return self._opened[1].read(self._names[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def list_zip(path: Path) -> Listing:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path} is not a readable zip file: {error}") from error
+    stamp = stamp_of(path)
+    files = [File(name, info.file_size, f"{stamp} {info.CRC}") for name, info in members.items()]
+
+    def read(name: str) -> bytes:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+
+    return list_files("zip file", path, files, [], read, lambda names: _ZipReader(str(path), names))
+
+
+def list_tar(path: Path) -> Listing:
+    stamp = stamp_of(path)
+    flat, keep = uncompressed(path, stamp)
+    members = tar_members(flat, path)
+    files = [File(name, size, f"{stamp} {size}") for name, (_, size) in members.items()]
+
+    def read(name: str) -> bytes:
+        offset, size = members[name]
+        with flat.open("rb") as file:
+            return os.pread(file.fileno(), size, offset)
+
+    def reader(names: list[str]) -> Reader:
+        return RangeReader([(str(flat), *members[name]) for name in names], keep)
+
+    return list_files("tar file", path, files, [], read, reader)
+
+
+def tar_members(flat: Path, shown: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size of each regular file of an uncompressed tar file; of a name that occurs twice, the last."""
+    members: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(flat, "r:") as archive:
+            for member in archive:
+                if member.isreg():
+                    members[member.name.removeprefix("./")] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        if not members:
+            raise InputError(f"{shown} is not a readable tar file: {error}") from error
+        # cut off in the middle: what was listed before is still there
+    return members
+
+
+def uncompressed(path: Path, stamp: str) -> tuple[Path, Any]:
+    """The tar file itself, or a flat copy of a compressed one: compressed streams have no random access."""
+    with path.open("rb") as file:
+        opener = COMPRESSIONS.get(file.read(2))
+    if opener is None:
+        return path, None
+
+    def write(target: Path) -> None:
+        try:
+            with opener(path, "rb") as packed, target.open("wb") as flat:
+                shutil.copyfileobj(packed, flat, 2**20)
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise InputError(f"{path} is not a readable tar file: {error}") from error
+
+    return flat_copy(f"{path.resolve()} {stamp}", ".tar", write)
+
+
+def is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (OSError, EOFError, lzma.LZMAError):  # a damaged compressed stream
+        return False
