@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from underpaint.train.run_folder import Run, environment
 
 ROUNDS = (2, 6)  # least and most turns a method has: a point of its curve after each, a minute apart or more
 DRAWS = 5  # of the labelled images, where few are used
+FLOORS = {"raw_pixels": "raw pixels", "hog": "HOG"}  # what needs no network, by the names of its rows
 TINY = 64  # pixels: up to here the shipped small recipe of a method serves
 FORMAT = 2  # 1 held out other images, and drew other few labels
 
@@ -116,6 +117,44 @@ def compare(
     """
     folder = Path(out)
     plan = _plan(str(data), methods, float(minutes), seeds, recipe, settings or {}, flags)
+    images, judge = _images(plan)
+    _store(folder, plan)
+    arms = len(plan.recipes)
+    say(
+        f"{arms} methods x {seeds} seeds x {minutes:g} minutes: {arms * seeds * minutes:g} minutes of training, "
+        "then the judging"
+    )
+    with watched_signals() as received:
+        for seed in plan.seeds:
+            for round_ in range(plan.rounds):
+                names = list(plan.recipes)
+                for k in range(len(names)):
+                    name = names[(k + round_) % len(names)]
+                    if name not in plan.left_out:
+                        _turn(folder, plan, name, seed, round_, received, clock)
+                if all(name in plan.left_out for name in names):
+                    raise InputError(f"no method got through: {'; '.join(plan.left_out.values())}")
+        found = Judging(folder, plan, images, judge, received).all()
+    result = _result(plan, judge, folder, found)
+    write_json(folder / "compare.json", result, indent=1)
+    page = write_report(folder)
+    rows = table(of_comparison(result), BRIEF)
+    write_text(folder / "table.md", "\n".join(markdown(rows)) + "\n")
+    for line in [*terminal(rows), *result.get("notes", []), *result["verdict"]]:
+        say(line)
+    say(f"done: {folder / 'compare.json'}, {page}")
+    return result
+
+
+# --- what is to be done ---------------------------------------------------------------------------------------------
+
+
+def _images(plan: Plan) -> tuple[ImageSet, ProbeSuite]:
+    """The images, and what judges by them; methods that cannot be built for them are left out of the plan.
+
+    Raises:
+        InputError: no method is left.
+    """
     first = next(iter(plan.recipes.values()))
     for each in plan.recipes.values():  # all are to see what a tokenizer that one is given sees
         found = tokenizer_scaling(each.method["tokenizer"]) if each.method.get("tokenizer") else None
@@ -134,35 +173,7 @@ def compare(
             say(f"{name} is left out: {error}")
     if not plan.recipes:
         raise InputError(f"no method can take part: {'; '.join(plan.left_out.values())}")
-    _store(folder, plan)
-    arms = len(plan.recipes)
-    say(
-        f"{arms} methods x {seeds} seeds x {minutes:g} minutes: {arms * seeds * minutes:g} minutes of training, "
-        "then the judging"
-    )
-    with watched_signals() as received:
-        for seed in plan.seeds:
-            for round_ in range(plan.rounds):
-                names = list(plan.recipes)
-                for k in range(len(names)):
-                    name = names[(k + round_) % len(names)]
-                    if name not in plan.left_out:
-                        _turn(folder, plan, name, seed, round_, received, clock)
-                if all(name in plan.left_out for name in names):
-                    raise InputError(f"no method got through: {'; '.join(plan.left_out.values())}")
-        found = _judge_all(folder, plan, images, judge, received)
-    result = _result(plan, judge, folder, found)
-    write_json(folder / "compare.json", result, indent=1)
-    page = write_report(folder)
-    rows = table(of_comparison(result), BRIEF)
-    write_text(folder / "table.md", "\n".join(markdown(rows)) + "\n")
-    for line in [*terminal(rows), *result.get("notes", []), *result["verdict"]]:
-        say(line)
-    say(f"done: {folder / 'compare.json'}, {page}")
-    return result
-
-
-# --- what is to be done ---------------------------------------------------------------------------------------------
+    return images, judge
 
 
 def _plan(
@@ -325,69 +336,80 @@ class Found:
     kinds: dict[str, tuple[Kind, bool]]  # of row, and whether a seed plays a part in it
 
 
-def _judge_all(folder: Path, plan: Plan, images: ImageSet, judge: ProbeSuite, received: Sequence[int]) -> Found:
-    say("judging: floors, untrained encoders, then every run ...")
-    found = Found({}, {})
-    first = next(iter(plan.recipes.values()))
+@dataclass
+class Judging:
+    """Judges everything once, or takes up what an earlier call found."""
 
-    def judged(name: str, seed: int, make: Callable[[], Worth]) -> Worth:
+    folder: Path
+    plan: Plan
+    images: ImageSet
+    suite: ProbeSuite
+    received: Sequence[int]  # signals
+    found: Found = field(default_factory=lambda: Found({}, {}))
+
+    def judged(self, name: str, seed: int, make: Callable[[], Worth]) -> Worth:
         """From the file of an earlier call, or made now."""
-        if received:
-            raise Interrupted(received[0])
-        file = folder / "judged" / f"{name.replace(' ', '-')}-{seed}.safetensors"
+        if self.received:
+            raise Interrupted(self.received[0])
+        file = self.folder / "judged" / f"{name.replace(' ', '-')}-{seed}.safetensors"
         if not file.is_file():
             save_worth(make(), file)
         return load_worth(file)
 
-    floors: dict[str, Worth] = {}
+    def all(self) -> Found:
+        say("judging: floors, untrained encoders, then every run ...")
+        self.baselines()
+        first = next(iter(self.plan.recipes.values()))
+        untrained = [self.start("untrained encoder", "untrained", _seeded(first, k, None)) for k in self.plan.seeds]
+        self.found.kinds["untrained encoder"] = ("start", True)
+        if first.init:
+            self.start("public weights", "public", _seeded(first, 0, first.init))
+            self.found.kinds["public weights"] = ("start", False)
+        for name in self.plan.recipes:
+            if name not in self.plan.left_out:
+                for seed in self.plan.seeds:
+                    self.run(name, seed, untrained[seed])
+                self.found.kinds[name] = ("method", True)
+        return self.found
 
-    def floor(name: str) -> Worth:
-        if not floors:
-            floors.update(judge.baselines(DRAWS))
-        return floors[name]
+    def baselines(self) -> None:
+        """What needs no network."""
+        if self.suite.splits is None:
+            return
+        made: dict[str, Worth] = {}
 
-    if judge.splits is not None:
-        for name, title in (("raw_pixels", "raw pixels"), ("hog", "HOG")):
-            found.worths[title] = [judged(name, 0, partial(floor, name))]
-            found.kinds[title] = ("floor", False)
-    untrained: list[Backbone] = []
-    found.worths["untrained encoder"] = []
-    for seed in plan.seeds:
-        method, standardize, _, _ = build(_seeded(first, seed, None), images)
-        untrained.append(method.encoder)
-        make = partial(judge.worth, method.encoder, standardize, DRAWS)
-        found.worths["untrained encoder"].append(judged("untrained", seed, make))
-    found.kinds["untrained encoder"] = ("start", True)
-    if first.init:
-        method, standardize, _, _ = build(_seeded(first, 0, first.init), images)
-        make = partial(judge.worth, method.encoder, standardize, DRAWS)
-        found.worths["public weights"] = [judged("public", 0, make)]
-        found.kinds["public weights"] = ("start", False)
-    for name in plan.recipes:
-        if name in plan.left_out:
-            continue
-        found.worths[name] = []
-        for seed in plan.seeds:
-            run = Run(folder / "runs" / f"{name}-{seed}")
-            encoder, standardize = load_encoder(run.path), standardize_for(run.path)
-            worth = judged(f"run-{name}", seed, partial(judge.worth, encoder, standardize, DRAWS))
-            found.worths[name].append(worth)
-            if not (run.path / "report.html").is_file():
-                known = {"encoder": worth, "untrained": found.worths["untrained encoder"][seed]}
-                for key, title in (("raw_pixels", "raw pixels"), ("hog", "HOG")):
-                    known |= {key: found.worths[title][0]} if title in found.worths else {}
-                restoration = judge.restoration(load_method(run.path)[0], standardize)
-                run.write_json("probes.json", {"restoration": restoration} | judge.summary(known, encoder))
-                write_visualizations(
-                    encoder,
-                    judge.recalibrate_bn(untrained[seed], standardize),
-                    judge,
-                    standardize,
-                    run.path / "pictures",
-                )
-                write_report(run.path)
-        found.kinds[name] = ("method", True)
-    return found
+        def baseline(name: str) -> Worth:
+            if not made:
+                made.update(self.suite.baselines(DRAWS))
+            return made[name]
+
+        for name, title in FLOORS.items():
+            self.found.worths[title] = [self.judged(name, 0, partial(baseline, name))]
+            self.found.kinds[title] = ("floor", False)
+
+    def start(self, title: str, name: str, recipe: Recipe) -> Backbone:
+        """What a method starts from."""
+        method, standardize, _, _ = build(recipe, self.images)
+        make = partial(self.suite.worth, method.encoder, standardize, DRAWS)
+        self.found.worths.setdefault(title, []).append(self.judged(name, recipe.run.seed, make))
+        return method.encoder
+
+    def run(self, name: str, seed: int, untrained: Backbone) -> None:
+        """A method's run, and its page where it has none."""
+        run = Run(self.folder / "runs" / f"{name}-{seed}")
+        encoder, standardize = load_encoder(run.path), standardize_for(run.path)
+        worth = self.judged(f"run-{name}", seed, partial(self.suite.worth, encoder, standardize, DRAWS))
+        worths = self.found.worths
+        worths.setdefault(name, []).append(worth)
+        if (run.path / "report.html").is_file():
+            return
+        known = {"encoder": worth, "untrained": worths["untrained encoder"][seed]}
+        known |= {key: worths[title][0] for key, title in FLOORS.items() if title in worths}
+        restoration = self.suite.restoration(load_method(run.path)[0], standardize)
+        run.write_json("probes.json", {"restoration": restoration} | self.suite.summary(known, encoder))
+        other = self.suite.recalibrate_bn(untrained, standardize)
+        write_visualizations(encoder, other, self.suite, standardize, run.path / "pictures")
+        write_report(run.path)
 
 
 def _seeded(recipe: Recipe, seed: int, init: str | None) -> Recipe:
