@@ -135,9 +135,9 @@ def test_a_tokenizer_leaves_the_hold_out_away(pictures: Path, tmp_path: Path, mo
     used: list[ImageSet] = []
     make_ready = tokenize.make_ready
 
-    def noted(tokenizer: Any, images: ImageSet, *given: Any, **named: Any) -> Any:
-        used.append(images)
-        return make_ready(tokenizer, images, *given, **named)
+    def noted(tokenizer: Any, making: tokenize.Making) -> Any:
+        used.append(making.images)
+        return make_ready(tokenizer, making)
 
     monkeypatch.setattr(tokenize, "make_ready", noted)
     seen = Seen(monkeypatch)

@@ -28,7 +28,7 @@ from underpaint.methods.words import frequency_losses
 from underpaint.patches import Standardize, patchify, unpatchify
 from underpaint.pretraining import pretrain
 from underpaint.recipes.recipe import Data
-from underpaint.tokenize import make_ready
+from underpaint.tokenize import Making, make_ready
 from underpaint.tokenizers import (
     ConvTokenizer,
     DallE,
@@ -157,7 +157,7 @@ def test_saying_words_by_frequency_gains_nothing_over_the_baseline(tmp_path: Pat
     tokenizer = KMeansPatches(64, 8)
     data = Data(image_size=(32, 32), crop_scale=(0.4, 1.0))
     cpu, length = torch.device("cpu"), Duration(1)
-    make_ready(tokenizer, images, data, batch_size=20, seed=0, device=cpu, folder=tmp_path / "words", length=length)
+    make_ready(tokenizer, Making(images, data, 20, 0, cpu, tmp_path / "words", length))
     batches = train_batches(images, size=(32, 32), batch_size=60, seed=1, crop_scale=(0.4, 1.0))
     with closing(batches):
         crops = [tokenizer.encode(next(batches).images).flatten() for _ in range(20)]

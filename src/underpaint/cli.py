@@ -330,20 +330,10 @@ def _embed(given: argparse.Namespace) -> None:
 
 def _tokenizer(given: argparse.Namespace) -> None:
     place_of(given.data)
-    from underpaint.tokenize import make_tokenizer
+    from underpaint.tokenize import Words, make_tokenizer
 
-    make_tokenizer(
-        given.data,
-        given.out,
-        kind=given.kind,
-        image_size=given.image_size,
-        stride=given.stride,
-        codebook_size=given.codebook_size,
-        channels=given.channels,
-        groups=given.groups,
-        minutes=given.minutes,
-        seed=given.seed,
-    )
+    words = Words(given.kind, given.image_size, given.stride, given.codebook_size, given.channels)
+    make_tokenizer(given.data, given.out, words, minutes=given.minutes, groups=given.groups, seed=given.seed)
 
 
 def _report(given: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ from underpaint.patches import Standardize
 from underpaint.recipes.recipe import Recipe, method_options
 from underpaint.recipes.request import DEFAULT_EPOCHS
 from underpaint.tokenize import STEPS as TOKENIZER_STEPS
-from underpaint.tokenize import make_ready
+from underpaint.tokenize import Making, make_ready
 from underpaint.tokenizers import Tokenizer, making_seconds, save_tokenizer, tokenizer_scaling
 from underpaint.train.optim import adamw
 from underpaint.train.run_folder import Run
@@ -254,18 +254,18 @@ def make_words(session: "Session", tokenizer: Tokenizer) -> dict[str, Any]:
     found: Any = None
     if fabric.is_global_zero:
         try:
-            found = make_ready(
-                tokenizer,
+            making = Making(
                 images,
                 recipe.data,
                 batch_size=min(recipe.optimiser.batch_size, TOKENIZER_BATCH),
                 seed=recipe.run.seed,
                 device=fabric.device,
                 folder=scratch,
-                length=tokenizer_length(recipe, len(images)),
+                duration=tokenizer_length(recipe, len(images)),
                 shout=session.shout,
                 clock=session.clock,
             )
+            found = make_ready(tokenizer, making)
             if not found["made"] and taken is not None:
                 # by an earlier call that was killed, or elsewhere
                 found |= {"made": given is None, "seconds": making_seconds(taken)}
