@@ -39,7 +39,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Any) -> No
         (["pretrain", "DATA", "--out", "OUT", "--set", "method.hidden=1"], "no setting 'hidden'; there are: name"),
         (["pretrain", "DATA", "--out", "OUT", "--set", "methd.x=1"], "no such setting; paths are method.NAME"),
         (["pretrain", "DATA", "--out", "OUT", "--set", "method.mask_ratio=a"], "mask_ratio"),
-        (["pretrain", "DATA", "--out", "OUT", "--set", "method.mask_ratio=1.5"], "must lie between 0 and 1"),
+        (["pretrain", "DATA", "--out", "OUT", "--set", "method.mask_ratio=1.5"], "must be above 0 and below 1"),
         (["pretrain", "DATA", "--out", "OUT", "--set", "method.mask_ratio"], "not PATH=VALUE"),
         (["pretrain", "DATA", "--out", "OUT", "--recipe", "none"], "neither a file nor one of"),
         (["pretrain", "DATA", "--out", "OUT", "--image-size", "30"], "16 px does not divide an image of 30x30"),

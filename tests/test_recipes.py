@@ -48,6 +48,15 @@ def test_shipped_recipes_are_valid_and_survive_yaml(name: str) -> None:
         ({"run": {"steps": 0}}, "above 0"),
         ({"format": 99}, "format 99"),
         ({"optimiser": {"batch_size": 10, "accumulation": 4}}, "does not divide"),
+        ({"optimiser": {"lr": -1e-3}}, r"optimiser.lr: -0.001; it must be at least 0"),
+        ({"optimiser": {"betas": [0.9, 1]}}, r"optimiser.betas: 1; it must be at least 0 and below 1"),
+        ({"data": {"image_size": [64, 2]}}, r"data.image_size: 2; it must be at least 4"),
+        ({"data": {"crop_scale": [1.0, 0.2]}}, "the lower share comes first"),
+        ({"method": {"name": "mae", "mask_ratio": 1}}, "method.mask_ratio: 1; it must be above 0 and below 1"),
+        (
+            {"encoder": {"name": "vit_tiny_patch16_224", "patch_size": 0}},
+            "encoder.patch_size: 0; it must be at least 1",
+        ),
     ],
 )
 def test_bad_recipes_are_named(settings: dict[str, Any], said: str) -> None:

@@ -17,6 +17,7 @@ import underpaint
 from underpaint import tokenizers
 from underpaint.backbones import TokenBackbone
 from underpaint.cli import main
+from underpaint.config import Data
 from underpaint.data import load_images, open_source, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluate.pyramid import Pyramid
@@ -27,7 +28,6 @@ from underpaint.methods.cae import Regress
 from underpaint.methods.words import frequency_losses
 from underpaint.patches import Standardize, patchify, unpatchify
 from underpaint.pretraining import pretrain
-from underpaint.recipes.recipe import Data
 from underpaint.tokenize import Making, make_ready
 from underpaint.tokenizers import (
     ConvTokenizer,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from underpaint.backbones import load_encoder, scaling_for, standardize_for
+from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import (
     Scaling,
@@ -22,7 +23,6 @@ from underpaint.data.images import Decoding, decode_as
 from underpaint.errors import InputError
 from underpaint.methods import METHODS, Method, Restores
 from underpaint.patches import Standardize
-from underpaint.recipes import Recipe
 from underpaint.recipes.recipe import method_options
 from underpaint.report.figures.pictures import sheet
 from underpaint.train.run_folder import Run

@@ -17,6 +17,7 @@ import torch
 from lightning.fabric import Fabric
 
 from underpaint.backbones import create_arguments, from_arguments, init_from
+from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import (
     Batch,
@@ -35,7 +36,7 @@ from underpaint.errors import InputError, NotFinite
 from underpaint.evaluate.probes import ProbeSuite
 from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
-from underpaint.recipes.recipe import Recipe, method_options
+from underpaint.recipes.recipe import method_options
 from underpaint.recipes.request import DEFAULT_EPOCHS
 from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import Making, make_ready

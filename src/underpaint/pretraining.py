@@ -11,13 +11,13 @@ import torch
 
 from underpaint.backbones import save_encoder
 from underpaint.backbones.protocols import Backbone
+from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import Batch
 from underpaint.errors import InputError
 from underpaint.evaluate.visualizations import write_visualizations
 from underpaint.methods import Restores
 from underpaint.prepare import Session, build, decide, open_data, schedule_of, silent, warm_again
-from underpaint.recipes.recipe import Recipe
 from underpaint.recipes.request import FLAGS, resolve
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from underpaint.config import Data
 from underpaint.console import say
 from underpaint.data import ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
-from underpaint.recipes.recipe import Data
 from underpaint.report.figures.pictures import sheet
 from underpaint.tokenizers import (
     ConvTokenizer,

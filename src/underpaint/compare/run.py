@@ -28,6 +28,7 @@ from underpaint.backbones import Backbone, load_encoder, standardize_for
 from underpaint.compare.statistics import Arm, Kind, difference, standing
 from underpaint.compare.verdict import verdict
 from underpaint.compare.worker import turn
+from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import ImageSet
 from underpaint.errors import InputError
@@ -39,7 +40,7 @@ from underpaint.inference import load_method
 from underpaint.methods import METHODS, Restores
 from underpaint.prepare import build, open_data
 from underpaint.recipes import RECIPES
-from underpaint.recipes.recipe import Recipe, checked, differences, override, plain
+from underpaint.recipes.recipe import checked, differences, override, plain
 from underpaint.recipes.request import FLAGS, read_recipe, recipe_named
 from underpaint.report import verdict as verdict_of_run
 from underpaint.report import write_report

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from underpaint.backbones.norms import batch_norms, settled
+from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import (
     Source,
@@ -29,7 +30,6 @@ from underpaint.evaluate.options import Options
 from underpaint.evaluate.probes import SETTLING
 from underpaint.evaluate.results import Measured
 from underpaint.files import write_json, write_text
-from underpaint.recipes.recipe import Recipe
 from underpaint.report import write_report
 from underpaint.report.results import of_evaluation
 from underpaint.report.tables import markdown, metric, summary, terminal

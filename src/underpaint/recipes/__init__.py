@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from underpaint.recipes.recipe import Data, Length, Optimiser, Recipe
+from underpaint.config import Data, Length, Optimiser, Recipe
 
 TINY = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
 SMALL = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 6}

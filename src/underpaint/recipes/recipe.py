@@ -3,83 +3,16 @@
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
 
+from underpaint.config import FORMAT, SECTIONS, AnyEncoder, AnyMethod, Data, Length, Optimiser, Recipe, check
 from underpaint.errors import InputError
 from underpaint.methods import METHODS
-
-FORMAT = 1
-
-
-@dataclass
-class Data:
-    """What is read, and how it is cut."""
-
-    path: str | None = None
-    labels: str | None = None  # labelled images for the probes, where they lie apart
-    groups: str | None = None  # pattern: images of one group (patient, slide) stay on one side of a hold-out
-    all_images: bool = False  # also train on the images that are held out to judge by, without their labels
-    image_size: tuple[int, int] = (224, 224)  # pixels, height and width
-    channels: int = 3
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a random crop covers
-    flip: bool = True
-    cache_limit: float = 2.0  # GiB of decoded images up to which a set is kept decoded
-    max_pixels: int = 200_000_000  # larger images are skipped
-    nodata: float | None = None  # value of pixels that have none, beside NaN and what files say themselves
-    workers: int = 0  # processes that decode
-
-
-@dataclass
-class Optimiser:
-    """AdamW, warm-up and cosine."""
-
-    lr: float = 1.5e-4  # peak learning rate per 256 images
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup: float = 0.05  # share of the run
-    clip: float = 1.0  # largest norm of the gradient
-    batch_size: int = 256  # images a step, over all devices
-    accumulation: int = 1  # parts that a batch is computed in, to save memory
-
-
-@dataclass
-class Length:
-    """How long, and what happens on the way. One of epochs, steps and minutes."""
-
-    epochs: float | None = None
-    steps: int | None = None
-    minutes: float | None = None  # of training; turned into steps by measuring first
-    seed: int = 0
-    precision: Literal["auto", "32", "bf16", "16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
-    devices: int | None = None  # all GPUs, or one process on a CPU, where None
-    nodes: int = 1
-    probe_every: int | None = None  # steps; a quarter of the run where None
-    checkpoint_every: int | None = None  # steps; about every two minutes where None
-    log_every: int | None = None  # steps; about 200 lines a run where None
-    loggers: list[str] = field(default_factory=list)  # wandb, mlflow beside TensorBoard
-
-
-@dataclass
-class Recipe:
-    """A named run. `method` and `encoder` hold a `name` and the settings that go to its constructor."""
-
-    method: dict[str, Any] = field(default_factory=lambda: {"name": "energy"})
-    encoder: dict[str, Any] = field(default_factory=lambda: {"name": "vit_small_patch16_224"})
-    init: str | None = None  # weights to start from: timm:NAME, a run, or a file
-    data: Data = field(default_factory=Data)
-    optimiser: Optimiser = field(default_factory=Optimiser)
-    run: Length = field(default_factory=Length)
-    measured: dict[str, Any] = field(default_factory=dict)  # decided at the start of the run
-    format: int = FORMAT
-
-
-SECTIONS: dict[str, type] = {"data": Data, "optimiser": Optimiser, "run": Length}
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -124,7 +57,7 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
     if settings.get("format", FORMAT) != FORMAT:
         raise InputError(f"recipe: format {settings['format']}; this version reads format {FORMAT}")
     method, encoder = names_known(settings)
-    _only_known("method", method, ["name", *method_settings(method["name"])])
+    _only_known(f"method {method['name']}", method, ["name", *method_settings(method["name"])])
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
@@ -137,12 +70,6 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
         parsed = parser.parse_object(given, defaults=True).as_dict()
     except Exception as error:
         raise InputError(f"recipe: {one_line(error)}") from error
-    lengths = [name for name in ("epochs", "steps", "minutes") if parsed["run"][name] is not None]
-    if len(lengths) > 1:
-        raise InputError(f"give one of --epochs, --steps and --minutes, not {' and '.join(lengths)}")
-    for name in lengths:
-        if parsed["run"][name] <= 0:
-            raise InputError(f"run.{name}: {parsed['run'][name]}; it must be above 0")
     recipe = Recipe(
         method={"name": method["name"], **(parsed.get("method") or {})},
         encoder=encoder,
@@ -153,7 +80,7 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
         measured=dict(settings.get("measured") or {}),
     )
     recipe.data.image_size = tuple(recipe.data.image_size)  # pyright: ignore[reportAttributeAccessIssue]
-    _in_range(recipe)
+    check(recipe)
     return recipe
 
 
@@ -165,8 +92,8 @@ def names_known(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         InputError: an unknown name; the known ones are listed.
     """
     _only_known("recipe", settings, [f.name for f in fields(Recipe)])
-    method = dict(settings.get("method") or {"name": "energy"})
-    encoder = dict(settings.get("encoder") or {"name": "vit_small_patch16_224"})
+    method = dict(settings.get("method") or {"name": AnyMethod.name})
+    encoder = dict(settings.get("encoder") or {"name": AnyEncoder.name})
     for section, value in (("method", method), ("encoder", encoder)):
         if not isinstance(value.get("name"), str):
             raise InputError(f"{section}: has no name")
@@ -201,23 +128,6 @@ def _word(value: Any, words: list[str]) -> Any:
     if isinstance(value, bool):
         written = ("on", "true", "yes") if value else ("off", "false", "no")
     return next((word for word in words if word in written), value)
-
-
-def _in_range(recipe: Recipe) -> None:
-    optimiser, data = recipe.optimiser, recipe.data
-    for name, value, low in (
-        ("optimiser.batch_size", optimiser.batch_size, 1),
-        ("optimiser.accumulation", optimiser.accumulation, 1),
-        ("data.channels", data.channels, 1),
-        ("data.workers", data.workers, 0),
-        ("data.image_size", min(data.image_size), 4),
-    ):
-        if value < low:
-            raise InputError(f"{name}: {value}; it must be at least {low}")
-    if optimiser.batch_size % optimiser.accumulation:
-        raise InputError(
-            f"optimiser.accumulation: {optimiser.accumulation} does not divide the batch of {optimiser.batch_size}"
-        )
 
 
 def _only_known(where: str, given: Mapping[str, Any], known: list[str]) -> None:

@@ -19,9 +19,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from underpaint.config import Recipe
 from underpaint.errors import InputError
 from underpaint.files import append_lines, read_lines, replacing_folder, write_json, write_text
-from underpaint.recipes.recipe import Recipe, plain, stored_recipe
+from underpaint.recipes.recipe import plain, stored_recipe
 
 
 class Run:

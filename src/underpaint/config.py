@@ -1,0 +1,163 @@
+"""Every setting of a run, declared once: type, default, unit, bounds and a line of help. Imports nothing heavy."""
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal
+
+from underpaint.errors import InputError
+
+FORMAT = 1  # of a recipe
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    unset: str = "",
+    low: int | float | None = None,
+    above: int | float | None = None,
+    high: int | float | None = None,
+    below: int | float | None = None,
+) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+        default: taken where nothing is said.
+        help: what it is.
+        unit: what it is counted in.
+        unset: what is meant where the default is None.
+        low, above, high, below: at least, above, at most, below: bounds of the number, or of each of several.
+    """
+    bounds = {"at least": low, "above": above, "at most": high, "below": below}
+    said = {"help": help, "unit": unit, "unset": unset, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    return field(default=default, metadata=said)
+
+
+@dataclass
+class AnyMethod:
+    """What the flags of the command line say of a method; its other settings are the arguments of its class."""
+
+    name: str = setting("energy", "'underpaint methods' lists them")
+    mask_ratio: float | None = setting(None, "share that is hidden", unset="the method's own", above=0, below=1)
+
+
+@dataclass
+class AnyEncoder:
+    """What the flags say of an encoder; its other settings are those of `timm.create_model`."""
+
+    name: str = setting("vit_small_patch16_224", "any timm name")
+    patch_size: int | None = setting(None, "side of a patch", unit="pixels", unset="the encoder's own", low=1)
+
+
+@dataclass
+class Data:
+    """What is read, and how it is cut."""
+
+    path: str | None = setting(None, "the images")
+    labels: str | None = setting(None, "labelled images for the probes, where they lie apart", unset="the images")
+    groups: str | None = setting(
+        None, "regular expression; images of one group (patient, slide) stay on one side of a hold-out", unset="none"
+    )
+    all_images: bool = setting(False, "also train on the images that are held out to judge by, without their labels")
+    image_size: tuple[int, int] = setting((224, 224), "height and width, N or HxW", unit="pixels", low=4)
+    channels: int = setting(3, "of the images", low=1)
+    crop_scale: tuple[float, float] = setting(
+        (0.2, 1.0), "share of the area that a random crop covers", above=0, high=1
+    )
+    flip: bool = setting(True, "mirror half of the crops")
+    cache_limit: float = setting(2.0, "up to which a set is kept decoded", unit="GiB", low=0)
+    max_pixels: int = setting(200_000_000, "larger images are skipped", unit="pixels", low=1)
+    nodata: float | None = setting(None, "value of missing pixels, beside NaN and what files say themselves")
+    workers: int = setting(0, "processes that decode images", low=0)
+
+
+@dataclass
+class Optimiser:
+    """AdamW, warm-up and cosine."""
+
+    lr: float = setting(1.5e-4, "peak learning rate", unit="per 256 images", low=0)
+    weight_decay: float = setting(0.05, "of AdamW, on what is no bias, norm or position", low=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW", low=0, below=1)
+    warmup: float = setting(0.05, "linear warm-up", unit="share of the run", low=0, high=1)
+    clip: float = setting(1.0, "largest norm of the gradient", above=0)
+    batch_size: int = setting(256, "of a step, over all devices", unit="images", low=1)
+    accumulation: int = setting(1, "parts that a batch is computed in, to save memory", low=1)
+
+
+@dataclass
+class Length:
+    """How long, and what happens on the way. One of epochs, steps and minutes."""
+
+    epochs: float | None = setting(None, "passes over the images", unset="100", above=0)
+    steps: int | None = setting(None, "optimiser steps", unset="by the epochs", above=0)
+    minutes: float | None = setting(
+        None, "of training, probes not counted; turned into steps by measuring first", unset="by the epochs", above=0
+    )
+    seed: int = setting(0, "of everything random", low=0)
+    precision: Literal["auto", "32", "bf16", "16"] = setting("auto", "of the numbers")
+    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile")
+    devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1)
+    nodes: int = setting(1, "machines", low=1)
+    probe_every: int | None = setting(None, "between probes", unit="steps", unset="a quarter of the run", low=1)
+    checkpoint_every: int | None = setting(None, "between checkpoints", unit="steps", unset="about two minutes", low=1)
+    log_every: int | None = setting(None, "between log lines", unit="steps", unset="about 200 lines a run", low=1)
+    loggers: list[str] = field(
+        default_factory=list, metadata={"help": "wandb, mlflow beside TensorBoard", "bounds": {}}
+    )
+
+
+@dataclass
+class Recipe:
+    """A named run. `method` and `encoder` hold a `name` and the settings that go to its constructor."""
+
+    method: dict[str, Any] = field(default_factory=lambda: {"name": AnyMethod.name})
+    encoder: dict[str, Any] = field(default_factory=lambda: {"name": AnyEncoder.name})
+    init: str | None = setting(None, "weights to start from: timm:NAME, a run or a file", unset="random")
+    data: Data = field(default_factory=Data)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    run: Length = field(default_factory=Length)
+    measured: dict[str, Any] = field(default_factory=dict)  # decided at the start of the run
+    format: int = FORMAT
+
+
+SECTIONS: dict[str, type] = {"data": Data, "optimiser": Optimiser, "run": Length}
+DECLARED: dict[str, type] = {"method": AnyMethod, "encoder": AnyEncoder, **SECTIONS}
+LENGTHS = ("epochs", "steps", "minutes")
+
+
+def declaration(path: str) -> Field[Any]:
+    """The field that declares a setting: `declaration("optimiser.lr")`."""
+    section, _, name = path.rpartition(".")
+    return next(each for each in fields(DECLARED[section] if section else Recipe) if each.name == name)
+
+
+def check(recipe: Recipe) -> None:
+    """Every bound that is declared, and what settings must keep to together.
+
+    Raises:
+        InputError: a value outside, by its path.
+    """
+    for path, value, bounds in _bounded(recipe):
+        tests = {"at least": value.__ge__, "above": value.__gt__, "at most": value.__le__, "below": value.__lt__}
+        if not all(tests[word](limit) for word, limit in bounds.items()):
+            raise InputError(f"{path}: {value:g}; it must be " + " and ".join(f"{w} {v:g}" for w, v in bounds.items()))
+    if len(lengths := [name for name in LENGTHS if getattr(recipe.run, name) is not None]) > 1:
+        raise InputError(f"give one of --epochs, --steps and --minutes, not {' and '.join(lengths)}")
+    batch, parts = recipe.optimiser.batch_size, recipe.optimiser.accumulation
+    if batch % parts:
+        raise InputError(f"optimiser.accumulation: {parts} does not divide the batch of {batch}")
+    if recipe.data.crop_scale[0] > recipe.data.crop_scale[1]:
+        raise InputError(f"data.crop_scale: {list(recipe.data.crop_scale)}; the lower share comes first")
+
+
+def _bounded(recipe: Recipe) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """Path, number and bounds of every number that has some."""
+    for section, kind in DECLARED.items():
+        settings = getattr(recipe, section)
+        for declared in fields(kind):
+            value = settings.get(declared.name) if isinstance(settings, dict) else getattr(settings, declared.name)
+            if (bounds := declared.metadata["bounds"]) and value is not None:
+                for number in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(number, int | float):  # timm says what else a patch size may be
+                        yield f"{section}.{declared.name}", float(number), bounds
