@@ -11,7 +11,7 @@ import timm
 import torch
 from lightning.fabric import Fabric
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import underpaint
 from underpaint.backbones import create_arguments, from_arguments, load_encoder, save_encoder, standardize_for
@@ -172,6 +172,14 @@ def test_hidden_pixels_do_not_leak(name: str) -> None:
     assert torch.equal(predict(method, changed, mask), predict(method, images, mask))
     visible = images + (1 - hidden)
     assert not torch.allclose(predict(method, visible, mask), predict(method, images, mask))  # it does see something
+
+
+@pytest.mark.quick
+@each_method
+def test_every_layer_norm_has_the_references_epsilon(name: str) -> None:
+    norms = {key: module.eps for key, module in small(name).named_modules() if isinstance(module, nn.LayerNorm)}
+    assert norms
+    assert set(norms.values()) == {1e-6}, norms
 
 
 @pytest.mark.quick

@@ -2,6 +2,7 @@
 
 import torch
 from jaxtyping import Float, Int
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class MaskedDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.head = nn.Identity() if outputs is None else nn.Linear(dim, outputs)
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(xavier)

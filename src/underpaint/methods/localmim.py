@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from underpaint.backbones import StagedBackbone
@@ -51,7 +52,7 @@ class Tap(nn.Module):
         widths = [dim // 2 ** (step + 1) for step in range({0: 0, 1: 0, 2: 1, 4: 2}[factor])]
         for number, width in enumerate(widths):
             if number:
-                steps += [nn.LayerNorm(dim), nn.GELU()]
+                steps += [LayerNorm(dim), nn.GELU()]
             steps.append(Deconvolve(dim, width))
             dim = width
         self.rescale = nn.Sequential(*steps)
@@ -170,7 +171,7 @@ class LocalMIM(MaskedMethod):
         if encoder.hierarchical:
             widths[0] = max(32, width // 2)
         # the norm of the last tap is the encoder's own final norm
-        self.norms = nn.ModuleList(nn.LayerNorm(layer.dim, eps=1e-6) for layer in layers[:-1])
+        self.norms = nn.ModuleList(LayerNorm(layer.dim) for layer in layers[:-1])
         self.decoders = nn.ModuleList(
             Tap(layer.dim, layer.grid, dim, self.decoder_depth, factor, self.wanted.width(cell, encoder.channels))
             for layer, dim, factor, cell in zip(layers, widths, factors, self.cells, strict=True)

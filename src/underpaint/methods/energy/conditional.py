@@ -82,10 +82,6 @@ class ConditionalEnergy(Descent):
         nn.init.xavier_uniform_(self.embed_hidden.weight)
         self.begin(dim, self.upper.norm)
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
-        torch.randint(1, (batch,), generator=generator)  # once the task of each image: the masks stay those of before
-        return super().sample(batch, height, width, generator)
-
     def corrupt(self, images: Float[Tensor, "b c height width"], noise: Mask) -> State:
         return (self.hidden(images, noise),)
 
