@@ -207,3 +207,11 @@ def test_files_that_hold_more_than_tensors_are_not_read(tmp_path: Path, capsys: 
     with pytest.raises(InputError, match="more than tensors"):
         read_weights(tmp_path / "sly.pth")
     assert "unpickled" not in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_the_widths_of_a_resnets_stages_are_told_from_the_channels_of_images() -> None:
+    narrow = underpaint.encoder("resnet10t", channels=[8, 8, 16, 24], in_chans=1)
+    assert (narrow.dim, narrow.channels) == (24, 1)
+    assert underpaint.encoder("resnet10t", channels=5, in_chans=3).channels == 5
+    assert narrow(torch.zeros(2, 1, 64, 64)).pooled.shape == (2, 24)

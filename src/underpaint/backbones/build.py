@@ -8,6 +8,7 @@ import difflib
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def encoder(
     *,
     image_size: int | tuple[int, int] | None = None,
     patch_size: int | None = None,
-    channels: int = 3,
+    channels: int | Sequence[int] = 3,
+    in_chans: int = 3,
     **arguments: Any,
 ) -> Backbone:
     """An untrained encoder on a timm model.
@@ -125,13 +127,17 @@ def encoder(
         name: any timm model.
         image_size: pixels, one number or (height, width); the model's own size where None.
         patch_size: pixels, for transformers.
-        channels: of the images. The widths of a ResNet's stages, which timm calls `channels` too, cannot be given here:
-            a recipe's `encoder.channels`, or `from_arguments(create_arguments(...))`, sets them.
+        channels: of the images; or, as a list, the widths of a ResNet's stages, which timm calls `channels` too.
+        in_chans: channels of the images where `channels` are widths.
         arguments: further arguments of `timm.create_model`.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if isinstance(channels, int):
+        in_chans = channels
+    else:
+        arguments["channels"] = list(channels)
     return from_arguments(
-        create_arguments(name, image_size=size, patch_size=patch_size, in_chans=channels, **arguments)
+        create_arguments(name, image_size=size, patch_size=patch_size, in_chans=in_chans, **arguments)
     )
 
 
