@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Same = TypeVar("Same")
 
 
 class Objective(NamedTuple):
@@ -24,12 +26,13 @@ class Objective(NamedTuple):
     weights: Mapping[str, Tensor] = MappingProxyType({})
 
 
+@runtime_checkable
 class Noise(Protocol):
     """What is random in a step, a row an image."""
 
-    def to(self, device: torch.device) -> "Noise": ...
+    def to(self: Same, device: torch.device) -> Same: ...
 
-    def rows(self, rows: slice) -> "Noise": ...
+    def rows(self: Same, rows: slice) -> Same: ...
 
 
 class Trainable(nn.Module):

@@ -14,7 +14,7 @@ There is one encoder and no moving average: the target is what the encoder itsel
 """
 
 from dataclasses import field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -237,6 +237,6 @@ class CAE(WordMethod):
             "from its own\nrepresentation": unpatchify(unstandardize(own, patches), self.patch_size, grid),
         }
 
-    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Mask) -> dict[str, tuple[Tensor, Tensor]]:
         words = self.target == "words"
         return super().errors(images, noise) if words else MaskedMethod.errors(self, images, noise)

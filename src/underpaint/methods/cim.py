@@ -62,7 +62,7 @@ class Corrupted(NamedTuple):
         return self.words != self.golden
 
 
-class CIM(MaskedMethod):
+class CIM(MaskedMethod[Corruption]):
     """Restore, or find, what a small generator made up.
 
     Args:

@@ -27,7 +27,7 @@ from underpaint.blocks import MaskedDecoder
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask
 from underpaint.methods.masked import MaskedMethod
-from underpaint.methods.method import Objective
+from underpaint.methods.method import Objective, Sampled
 from underpaint.patches import put, take
 from underpaint.targets import Pixels, Target, enlarge, enlargement, target_for
 
@@ -108,7 +108,7 @@ class Deconvolve(nn.Module):
         return self.linear(tokens).unflatten(-1, (4, -1))
 
 
-class LocalMIM(MaskedMethod):
+class LocalMIM(MaskedMethod[Sampled]):
     """Restore hidden patches at several scales from several depths.
 
     >>> import torch, underpaint
@@ -242,7 +242,7 @@ class LocalMIM(MaskedMethod):
 
     # --- masks and targets -----------------------------------------------------------------------------------------
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Sampled:
         return self.walk.sample(batch, height, width, generator)
 
     def levels(self, images: Float[Tensor, "b c height width"]) -> list[Float[Tensor, "b d rows columns"]]:
@@ -254,7 +254,7 @@ class LocalMIM(MaskedMethod):
     # --- the encoder, tap by tap -----------------------------------------------------------------------------------
 
     def advance(
-        self, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Any
+        self, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Sampled
     ) -> tuple[Tensor, Tensor]:
         """The encoder's state at tap `number` from that at the tap before, and the normed tokens there."""
         state, tokens = self.encoder.advance(self.walk, number, state, images, noise)
@@ -265,7 +265,7 @@ class LocalMIM(MaskedMethod):
     def forward(
         self,
         images: Float[Tensor, "b c height width"],
-        noise: Any = None,
+        noise: Sampled | None = None,
         part: int | None = None,
         carry: Any = None,
     ) -> Objective:
@@ -292,7 +292,7 @@ class LocalMIM(MaskedMethod):
         return f"{name}_{number}" if self.cells.count(self.cells[number]) > 1 else name
 
     def errors_at(
-        self, number: int, tokens: Float[Tensor, "b v d"], target: Float[Tensor, "b f rows columns"], noise: Any
+        self, number: int, tokens: Float[Tensor, "b v d"], target: Float[Tensor, "b f rows columns"], noise: Sampled
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """An image's mean squared error over hidden cells at one tap, and that of the best constant prediction."""
         tap: Any = self.decoders[number]
@@ -320,7 +320,7 @@ class LocalMIM(MaskedMethod):
             seen = tap.decoder(tokens, mask)
         return self.to_pixels(seen).float()
 
-    def painting(self, tokens: Tensor, images: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
+    def painting(self, tokens: Tensor, images: Tensor, noise: Sampled) -> tuple[Tensor, Tensor]:
         number = self.painter or 0
         mask = self.walk.mask(noise, number)
         wanted = take(Pixels()(images, [self.cells[number]])[0].flatten(2).transpose(1, 2), mask.hidden)
@@ -328,7 +328,7 @@ class LocalMIM(MaskedMethod):
 
     # --- pictures and scores ----------------------------------------------------------------------------------------
 
-    def every_tap(self, images: Float[Tensor, "b c height width"], noise: Any) -> list[Float[Tensor, "b v d"]]:
+    def every_tap(self, images: Float[Tensor, "b c height width"], noise: Sampled) -> list[Float[Tensor, "b v d"]]:
         """The normed tokens at each tap."""
         state, found = None, []
         for number in range(len(self.cells)):
@@ -336,7 +336,7 @@ class LocalMIM(MaskedMethod):
             found.append(tokens)
         return found
 
-    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Sampled) -> dict[str, tuple[Tensor, Tensor]]:
         """Each scale, against the best constant prediction for these images together."""
         taps = zip(self.every_tap(images, noise), self.levels(images), strict=True)
         return {
@@ -360,7 +360,7 @@ class LocalMIM(MaskedMethod):
 
     @torch.no_grad()
     def restore(
-        self, images: Float[Tensor, "b c height width"], noise: Any = None, task: str | None = None
+        self, images: Float[Tensor, "b c height width"], noise: Sampled | None = None, task: str | None = None
     ) -> dict[str, Tensor]:
         """Original, visible patches, and the target with the prediction in its hidden cells, at the finest scale and
         at the patch's: for HOG a stroke along the edges of each cell. All frames are enlarged alike, so that strokes

@@ -17,7 +17,7 @@ from underpaint.patches import patchify, put, take, unpatchify
 from underpaint.targets import Target, enlarge, enlargement, target_for
 
 
-class MAE(MaskedMethod):
+class MAE(MaskedMethod[Mask]):
     """Restore hidden patches from visible ones.
 
     >>> import torch, underpaint

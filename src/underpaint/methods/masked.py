@@ -9,10 +9,10 @@ from torch import Tensor
 from underpaint.backbones import Backbone
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask, Masking, Strategy, masking
-from underpaint.methods.method import Method
+from underpaint.methods.method import Method, N
 
 
-class MaskedMethod(Method):
+class MaskedMethod(Method[N]):
     """A method that hides a share of the patches, and is judged by what it makes of them.
 
     Args:
@@ -42,11 +42,11 @@ class MaskedMethod(Method):
         """The images with what is hidden at the data's mean."""
         return mask_cells(images, mask, self.masking.unit)
 
-    def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
+    def predict(self, images: Float[Tensor, "b c height width"], mask: N) -> Float[Tensor, "b h d"]:
         """What the method says of the hidden patches."""
         raise NotImplementedError
 
-    def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Tensor:
+    def targets(self, images: Float[Tensor, "b c height width"], mask: N) -> Tensor:
         """What it should say."""
         raise NotImplementedError
 
@@ -54,7 +54,7 @@ class MaskedMethod(Method):
         """What is to be beaten: the mean of the data."""
         return torch.zeros_like(target)
 
-    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def errors(self, images: Float[Tensor, "b c height width"], noise: N) -> dict[str, tuple[Tensor, Tensor]]:
         """Squared, against the trivial prediction."""
         target = self.targets(images, noise)
         left = (self.predict(images, noise) - target).square().mean((1, 2))

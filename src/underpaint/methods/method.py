@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, dataclass_transform, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,11 +12,21 @@ from torch import Tensor, nn
 from underpaint.backbones import Backbone
 from underpaint.patches import Standardize
 from underpaint.tokenizers import Tokenizer
-from underpaint.trainable import Objective, Trainable
+from underpaint.trainable import Noise, Objective, Same, Trainable
+
+
+@runtime_checkable
+class Sampled(Noise, Protocol):
+    """What a method draws for a step: it can be repeated for the images of a batch, too."""
+
+    def repeat(self: Same, batch: int) -> Same: ...
+
+
+N = TypeVar("N", bound=Sampled)
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
-class Method(Trainable):
+class Method(Trainable, Generic[N]):
     """A pretraining method around an encoder: `method(images)` is an `Objective`.
 
     A subclass without an `__init__` of its own is a dataclass: its annotated fields, after those of the classes that it
@@ -46,18 +56,18 @@ class Method(Trainable):
             nn.Module.__init__(self)
         super().__setattr__(name, value)
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
+    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> N:
         """The random part of a step for `batch` images of this size in pixels, on the CPU."""
         raise NotImplementedError
 
-    def sample_for(self, images: Float[Tensor, "b c height width"], generator: torch.Generator | None = None) -> Any:
+    def sample_for(self, images: Float[Tensor, "b c height width"], generator: torch.Generator | None = None) -> N:
         """The same for these images, on their device."""
         return self.sample(len(images), images.shape[2], images.shape[3], generator).to(images.device)
 
-    def forward(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> Objective:
+    def forward(self, images: Float[Tensor, "b c height width"], noise: N | None = None) -> Objective:
         raise NotImplementedError
 
-    def noise_for(self, inputs: Float[Tensor, "b c height width"], count: int, generator: torch.Generator) -> Any:
+    def noise_for(self, inputs: Float[Tensor, "b c height width"], count: int, generator: torch.Generator) -> N:
         return self.sample(count, inputs.shape[2], inputs.shape[3], generator)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -70,7 +80,7 @@ class Method(Trainable):
         groups = param_groups_weight_decay(self, weight_decay, no_weight_decay_list=listed)
         return [{**group, "lr": lr} for group in groups]
 
-    def parts(self, images: Float[Tensor, "b c height width"], noise: Any = None) -> Iterator[Objective]:
+    def parts(self, images: Float[Tensor, "b c height width"], noise: N | None = None) -> Iterator[Objective]:
         """The parts of the loss one by one; backpropagate each before asking for the next, and memory is that of one."""
         if self.num_losses == 1:
             yield self(images, noise)
@@ -89,7 +99,7 @@ class Method(Trainable):
         return None
 
     def calibrate(
-        self, images: Float[Tensor, "b c height width"], noise: Any, mean: Callable[[Tensor], Tensor] = lambda x: x
+        self, images: Float[Tensor, "b c height width"], noise: N, mean: Callable[[Tensor], Tensor] = lambda x: x
     ) -> dict[str, float | list[float]]:
         """Settings that are measured on the first batch before step 0: taken over at once, and returned by name.
 
@@ -97,7 +107,7 @@ class Method(Trainable):
         """
         return {}
 
-    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def errors(self, images: Float[Tensor, "b c height width"], noise: N) -> dict[str, tuple[Tensor, Tensor]]:
         """By task: what is wrong with each image where it was corrupted, restored and trivially restored ([b] each)."""
         raise NotImplementedError
 
@@ -115,7 +125,7 @@ class Method(Trainable):
         found = [self.errors(images, noise) for noise in self.fixed_noise(images, 4)]
         return torch.stack([next(iter(tasks.values()))[0] for tasks in found]).mean(0)
 
-    def fixed_noise(self, images: Tensor, count: int) -> list[Any]:
+    def fixed_noise(self, images: Tensor, count: int) -> list[N]:
         """The noise of `count` steps, the same at every call, for scores and pictures that can be compared."""
         generator = torch.Generator().manual_seed(0)
         batch, _, height, width = images.shape

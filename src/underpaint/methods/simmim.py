@@ -17,7 +17,7 @@ from underpaint.methods.method import Objective
 from underpaint.patches import patchify, put, take, unpatchify
 
 
-class SimMIM(MaskedMethod):
+class SimMIM(MaskedMethod[Mask]):
     """Restore hidden patches in place.
 
     >>> import torch, underpaint

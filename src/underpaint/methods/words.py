@@ -14,7 +14,7 @@ from underpaint.patches import Standardize
 from underpaint.tokenizers import KMeansPatches, Tokenizer, codebook_size_for, load_tokenizer
 
 
-class WordMethod(MaskedMethod):
+class WordMethod(MaskedMethod[Mask]):
     """A method whose targets are words, one a patch of the encoder.
 
     Without a tokenizer's file it has k-means over patches, which is still to be fitted to the training images;
@@ -90,7 +90,7 @@ class WordMethod(MaskedMethod):
             "restored": self.spoken(images, predicted),
         }
 
-    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def errors(self, images: Float[Tensor, "b c height width"], noise: Mask) -> dict[str, tuple[Tensor, Tensor]]:
         """Cross-entropy, against that of always saying words by their frequency."""
         words = self.targets(images, noise)
         left = cross_entropies(self.predict(images, noise), words).mean(1)

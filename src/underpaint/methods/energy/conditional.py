@@ -11,7 +11,7 @@ The upper blocks are narrow and thrown away. Only they are differentiated twice;
 backward, on the visible patches.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,18 +20,11 @@ from torch import Tensor, nn
 from underpaint.backbones import TokenBackbone
 from underpaint.blocks import MaskedDecoder
 from underpaint.masking import Mask, hidden_map
-from underpaint.methods.energy.descent import Descent, State
+from underpaint.methods.energy.descent import Descent, Given, State
 from underpaint.patches import patchify, put, standardize, take, unpatchify, unstandardize
 
 
-class Given(NamedTuple):
-    """The encoder's tokens of the visible patches."""
-
-    latent: Float[Tensor, "b v d"]
-    mask: Mask
-
-
-class ConditionalEnergy(Descent):
+class ConditionalEnergy(Descent[Mask]):
     """Restore hidden patches by steps down their energy, given the visible ones.
 
     >>> import torch, underpaint
@@ -93,7 +86,8 @@ class ConditionalEnergy(Descent):
         visible = self.encoder.embed(images, noise.visible)
         return Given(self.encoder.encode(visible, noise.visible).tokens, noise)
 
-    def tokens(self, *state: Tensor, given: Given) -> Float[Tensor, "b h d"]:
+    def tokens(self, *state: Tensor, given: Given | None = None) -> Float[Tensor, "b h d"]:
+        assert given is not None
         hidden = take(self._patches(state[0]), given.mask.hidden)
         return self.upper(given.latent, given.mask, self.embed_hidden(hidden))
 

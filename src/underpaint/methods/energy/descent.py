@@ -11,7 +11,7 @@ For n = 0 .. N-1, from x_0 = corrupt(x):
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,14 +19,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from underpaint.masking import Mask
 from underpaint.methods.masked import MaskedMethod
-from underpaint.methods.method import Objective
+from underpaint.methods.method import N, Objective
 
 State = tuple[Tensor, ...]  # what the gradient changes: images first
 SMALLEST_STEP = 1e-4
 
 
-class Descent(MaskedMethod):
+class Given(NamedTuple):
+    """What an energy of hidden patches is conditioned on: the encoder's tokens of the visible ones."""
+
+    latent: Float[Tensor, "b v d"]
+    mask: Mask
+
+
+class Descent(MaskedMethod[N]):
     """A method whose energy restores what was corrupted.
 
     Args:
@@ -61,36 +69,36 @@ class Descent(MaskedMethod):
 
     # --- what a method says of itself ------------------------------------------------------------------------------
 
-    def corrupt(self, images: Float[Tensor, "b c height width"], noise: Any) -> State:
+    def corrupt(self, images: Float[Tensor, "b c height width"], noise: N) -> State:
         raise NotImplementedError
 
-    def target(self, images: Float[Tensor, "b c height width"], noise: Any) -> Float[Tensor, "b c height width"]:
+    def target(self, images: Float[Tensor, "b c height width"], noise: N) -> Float[Tensor, "b c height width"]:
         """What is to be restored."""
         return images
 
-    def restored_fully(self, images: Float[Tensor, "b c height width"], noise: Any) -> State:
+    def restored_fully(self, images: Float[Tensor, "b c height width"], noise: N) -> State:
         """The state that is to be reached."""
         return (self.target(images, noise),)
 
-    def given(self, images: Float[Tensor, "b c height width"], noise: Any) -> Any:
+    def given(self, images: Float[Tensor, "b c height width"], noise: N) -> Given | None:
         """What the energy is conditioned on."""
         return None
 
-    def tokens(self, *state: Tensor, given: Any = None) -> Float[Tensor, "b n d"]:
+    def tokens(self, *state: Tensor, given: Given | None = None) -> Float[Tensor, "b n d"]:
         """What the energy is read from."""
         raise NotImplementedError
 
-    def counted(self, squares: Float[Tensor, "b c height width"], noise: Any) -> Float[Tensor, "b c height width"]:
+    def counted(self, squares: Float[Tensor, "b c height width"], noise: N) -> Float[Tensor, "b c height width"]:
         """The squared errors of what was corrupted; 0 elsewhere."""
         raise NotImplementedError
 
-    def shown(self, state: State, images: Float[Tensor, "b c height width"], noise: Any) -> Tensor:
+    def shown(self, state: State, images: Float[Tensor, "b c height width"], noise: N) -> Tensor:
         """A state as pictures."""
         return state[0]
 
     # --- the energy and one step down ------------------------------------------------------------------------------
 
-    def energy(self, *state: Tensor, given: Any = None) -> Float[Tensor, "b"]:
+    def energy(self, *state: Tensor, given: Given | None = None) -> Float[Tensor, "b"]:
         """One scalar an image."""
         read = self.head(self.tokens(*state, given=given))
         read = read if read.dtype == torch.float64 else read.float()
@@ -98,7 +106,7 @@ class Descent(MaskedMethod):
             return 0.5 * read.square().sum((1, 2))
         return read.mean((1, 2)) if self.readout == "mean" else read.sum((1, 2))
 
-    def slopes(self, state: State, given: Any = None) -> tuple[State, Float[Tensor, "b"]]:
+    def slopes(self, state: State, given: Given | None = None) -> tuple[State, Float[Tensor, "b"]]:
         """dE/dx of all that changes, itself differentiable, and the energy."""
 
         def summed(*changed: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,11 +125,11 @@ class Descent(MaskedMethod):
         three = zip(state, self.step_sizes(), slopes, strict=True)
         return tuple(variable - size * slope for variable, size, slope in three)
 
-    def step(self, state: State, noise: Any) -> State:
+    def step(self, state: State, noise: N) -> State:
         return self.moved(state, self.slopes(state, self.given(state[0], noise))[0])
 
     @torch.no_grad()
-    def restored(self, images: Float[Tensor, "b c height width"], noise: Any) -> list[State]:
+    def restored(self, images: Float[Tensor, "b c height width"], noise: N) -> list[State]:
         """The corrupted images, and what each step makes of them."""
         states = [self.corrupt(images, noise)]
         for _ in range(self.steps):
@@ -130,14 +138,14 @@ class Descent(MaskedMethod):
 
     # --- the loss, step by step ------------------------------------------------------------------------------------
 
-    def losses(self, state: State, target: Float[Tensor, "b c height width"], noise: Any) -> Float[Tensor, "b"]:
+    def losses(self, state: State, target: Float[Tensor, "b c height width"], noise: N) -> Float[Tensor, "b"]:
         """Smooth L1 (beta 1) of an image's pixels."""
         return functional.smooth_l1_loss(state[0], target, reduction="none").mean((1, 2, 3))
 
     def forward(
         self,
         images: Float[Tensor, "b c height width"],
-        noise: Any = None,
+        noise: N | None = None,
         part: int | None = None,
         carry: Any = None,
     ) -> Objective:
@@ -153,7 +161,7 @@ class Descent(MaskedMethod):
             loss = loss + objective.loss
         return Objective(loss, objective.terms, weights=objective.weights)
 
-    def _exact(self, images: Tensor, noise: Any, part: int, carry: Any) -> Objective:
+    def _exact(self, images: Tensor, noise: N, part: int, carry: Any) -> Objective:
         """Step number `part`, from what the step before it reached."""
         state, target = carry or (self.corrupt(images, noise), self.target(images, noise))
         slopes, energy = self.slopes(state, self.given(state[0], noise))
@@ -165,7 +173,7 @@ class Descent(MaskedMethod):
         loss = self.losses(moved, target, noise).mean()
         return Objective(loss, terms, (detached(moved), target), weights)
 
-    def _difference(self, images: Tensor, noise: Any, part: int, carry: Any) -> Objective:
+    def _difference(self, images: Tensor, noise: N, part: int, carry: Any) -> Objective:
         """Two parts a step, each with the memory of one ordinary forward and backward.
 
         With w = step_size * d loss / d x_{n+1}, the gradient for the weights is that of -<w, dE/dx_n>: of
@@ -202,13 +210,13 @@ class Descent(MaskedMethod):
 
     # --- what is told of it ----------------------------------------------------------------------------------------
 
-    def by_task(self, noise: Any) -> dict[str, Float[Tensor, "b"] | float]:
+    def by_task(self, noise: N) -> dict[str, Float[Tensor, "b"] | float]:
         """By the name of its error: 1 for the images that have a task."""
         return {"error": 1.0}
 
     @torch.no_grad()
     def terms(
-        self, corrupted: State, target: Tensor, noise: Any, restored: State, slopes: State, energy: Tensor
+        self, corrupted: State, target: Tensor, noise: N, restored: State, slopes: State, energy: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms of a step, and the weights of those that some images have and others not.
 
@@ -228,11 +236,11 @@ class Descent(MaskedMethod):
             terms[name] = (left * those).sum() / weights[name].clamp_min(torch.finfo(left.dtype).tiny)
         return {name: value.detach() for name, value in terms.items()}, weights
 
-    def left(self, state: State, target: Tensor, noise: Any) -> Float[Tensor, "b"]:
+    def left(self, state: State, target: Tensor, noise: N) -> Float[Tensor, "b"]:
         """The squared error on what was corrupted."""
         return self.counted((state[0] - target).square(), noise).mean((1, 2, 3))
 
-    def errors(self, images: Float[Tensor, "b c height width"], noise: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def errors(self, images: Float[Tensor, "b c height width"], noise: N) -> dict[str, tuple[Tensor, Tensor]]:
         """After restoring, and after doing nothing."""
         states, target = self.restored(images, noise), self.target(images, noise)
         return {"mask": (self.left(states[-1], target, noise), self.left(states[0], target, noise))}
@@ -240,7 +248,7 @@ class Descent(MaskedMethod):
     def calibrate(
         self,
         images: Float[Tensor, "b c height width"],
-        noise: Any,
+        noise: N,
         mean: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> dict[str, float | list[float]]:
         if self.calibrated:
@@ -256,13 +264,13 @@ class Descent(MaskedMethod):
         found = [float(log_size.detach().exp()) for log_size in self.log_step_sizes]
         return {"step_size": found[0] if len(found) == 1 else found}
 
-    def fixed(self, images: Tensor, task: str | None) -> Any:
+    def fixed(self, images: Tensor, task: str | None) -> N:
         """The noise of a picture."""
         return self.fixed_noise(images, 1)[0]
 
     @torch.no_grad()
     def restore(
-        self, images: Float[Tensor, "b c height width"], noise: Any = None, task: str | None = None
+        self, images: Float[Tensor, "b c height width"], noise: N | None = None, task: str | None = None
     ) -> dict[str, Tensor]:
         """Original, corrupted, each step, and how far a step moves each pixel of the original itself, bright where
         it is most. Of a mixture, the images have its tasks in turn."""

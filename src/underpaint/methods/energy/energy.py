@@ -21,7 +21,7 @@ from torch.nn import functional
 from underpaint.backbones import Backbone, TokenBackbone
 from underpaint.corruptions import AddNoise, Corruption, Downsample, Gray, Hide, Shuffle
 from underpaint.masking import masking, repeated, some_rows, to_device
-from underpaint.methods.energy.descent import Descent, State
+from underpaint.methods.energy.descent import Descent, Given, State
 from underpaint.patches import patchify, take, unpatchify, weighted_mean
 
 CORRUPTIONS: dict[str, Callable[["Energy"], Corruption]] = {
@@ -44,7 +44,7 @@ class Corrupting(NamedTuple):
     repeat = repeated
 
 
-class Energy(Descent):
+class Energy(Descent[Corrupting]):
     """Restore corrupted images by steps down the gradient of an energy.
 
     >>> import torch, underpaint
@@ -153,7 +153,7 @@ class Energy(Descent):
     def restored_fully(self, images: Float[Tensor, "b c height width"], noise: Corrupting) -> State:
         return (images,) if self.places is None else (images, self.places.expand(len(images), -1, -1))
 
-    def tokens(self, *state: Tensor, given: Any = None) -> Float[Tensor, "b n d"]:
+    def tokens(self, *state: Tensor, given: Given | None = None) -> Float[Tensor, "b n d"]:
         images, *positions = state
         if not positions and self.readout != "class":
             return self.encoder(images).patches
