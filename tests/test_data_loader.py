@@ -21,6 +21,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from underpaint.data import (
     Batch,
+    Crops,
     ImageSet,
     Unreadable,
     centre_boxes,
@@ -64,7 +65,8 @@ def load(data: Path, **options) -> ImageSet:
 
 
 def first(images: ImageSet, count: int = 5, **options) -> list[Batch]:
-    batches = train_batches(images, **{"size": SIZE, "batch_size": 8, "seed": 1, **options})
+    reading = {name: options.pop(name) for name in ("first_batch", "workers", "on_skip") if name in options}
+    batches = train_batches(Crops(images, **{"size": SIZE, "batch_size": 8, "seed": 1, **options}), **reading)
     taken = list(itertools.islice(batches, count))
     batches.close()  # type: ignore[attr-defined]
     return taken
@@ -183,13 +185,11 @@ def test_centre_boxes():
 
 
 def test_cache_holds_the_images(tmp_path, cache):
-    progress = []
-    images = load(write_images(tmp_path), on_progress=lambda done, total: progress.append((done, total)))
+    images = load(write_images(tmp_path))
     assert images.cached
     assert len(images) == 24
     assert images.names[0] == "000.png"
     assert (images.scaling.low, images.scaling.high) == ((0,) * 3, (255,) * 3)
-    assert progress[-1] == (24, 24)
     for n in range(24):
         original = np.asarray(Image.open(tmp_path / images.names[n]))
         raw = images.raw(n)
@@ -230,9 +230,12 @@ def test_cache_is_used_again_and_made_again(tmp_path, cache, monkeypatch):
     assert len(list(cache.iterdir())) == 2  # a changed file makes another set
 
 
-def test_workers_build_the_same_cache(tmp_path):
-    data = write_images(tmp_path / "data", 70)
-    one, two = (load(data, workers=w, cache_dir=tmp_path / f"cache{w}") for w in (0, 2))
+def test_workers_build_the_same_cache(tmp_path, monkeypatch):
+    data, made = write_images(tmp_path / "data", 70), []
+    for workers in (0, 2):
+        monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / f"cache{workers}"))
+        made.append(load(data, workers=workers))
+    one, two = made
     assert all(np.array_equal(one.raw(n), two.raw(n)) for n in range(70))
 
 
@@ -263,15 +266,17 @@ def test_no_readable_image_is_an_input_error(tmp_path, cache_limit):
         load(tmp_path, cache_limit=cache_limit)
 
 
-def test_unwritable_cache_falls_back_to_memory(tmp_path):
+def test_unwritable_cache_falls_back_to_memory(tmp_path, cache, monkeypatch):
     data = write_images(tmp_path / "data")
     (tmp_path / "file").touch()
-    images = load(data, cache_dir=tmp_path / "file" / "below")
+    monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / "file" / "below"))
+    images = load(data)
     assert images.cached
     assert "held in memory" in images.notes[0]
-    assert_same(first(images), first(load(data)))
-    streamed = load(data, cache_limit=0.0, cache_dir=tmp_path / "file" / "below")
+    streamed = load(data, cache_limit=0.0)
     assert "measures again" in streamed.notes[1]
+    monkeypatch.setenv("UNDERPAINT_CACHE", str(cache))
+    assert_same(first(images), first(load(data)))
 
 
 def test_deep_and_float_images_are_scaled_once(tmp_path):
@@ -362,7 +367,7 @@ def test_ranks_rows_make_up_the_batch(images):
         assert batch.samples == left.samples + right.samples
         torch.testing.assert_close(batch.images, torch.cat([left.images, right.images]), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="batch_size 8"):
-        train_batches(images, size=SIZE, batch_size=8, seed=0, world=3)
+        Crops(images, size=SIZE, batch_size=8, seed=0, world=3)
 
 
 def test_a_pickled_set_gives_the_same(images):

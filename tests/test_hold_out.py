@@ -18,7 +18,7 @@ from underpaint.backbones import Backbone, create_arguments, from_arguments
 from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features
 from underpaint.cli import main
-from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
+from underpaint.data import Crops, ImageSet, Source, load_images, open_source, pretraining_indices
 from underpaint.evaluate import probes as probes_module
 from underpaint.evaluate.base import Context
 from underpaint.evaluate.baselines import raw_pixels
@@ -41,9 +41,9 @@ class Seen:
         self.judged: list[list[str]] = []
         batches, of, load = prepare.train_batches, ProbeSuite.of, NearestNeighbours.load
 
-        def noted_batches(images: ImageSet, **given: Any) -> Any:
-            for batch in batches(images, **given):
-                self.trained |= {images.names[k] for k in batch.samples}
+        def noted_batches(crops: Crops, **given: Any) -> Any:
+            for batch in batches(crops, **given):
+                self.trained |= {crops.images.names[k] for k in batch.samples}
                 yield batch
 
         def noted_of(*given: Any) -> ProbeSuite:

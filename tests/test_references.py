@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from underpaint.backbones import create_arguments, from_arguments, save_encoder
-from underpaint.data import load_images, open_source, train_batches
+from underpaint.data import Crops, load_images, open_source, train_batches
 from underpaint.data.annotations import Instances
 from underpaint.errors import InputError
 from underpaint.evaluate.base import Context
@@ -395,7 +395,7 @@ def test_the_first_loss_of_fine_tuning_is_that_by_hand(
     with torch.no_grad():
         model.head.weight.normal_(std=0.9)
         model.head.bias.zero_()
-    with closing(train_batches(part.images, size=(32, 32), batch_size=12, seed=0, crop_scale=(0.08, 1.0))) as batches:
+    with closing(train_batches(Crops(part.images, (32, 32), 12, 0, crop_scale=(0.08, 1.0)))) as batches:
         batch = next(batches)
     y = F.one_hot(torch.from_numpy(part.labels_of(batch.samples)), 3) * 0.9 + 0.1 / 3
     x, y = mixed_by_hand((batch.images - 0.5) / 0.25, y, mixup, cutmix)

@@ -18,7 +18,7 @@ from underpaint import tokenizers
 from underpaint.backbones import TokenBackbone
 from underpaint.cli import main
 from underpaint.config import Data
-from underpaint.data import load_images, open_source, train_batches
+from underpaint.data import Crops, load_images, open_source, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluate.pyramid import Pyramid
 from underpaint.inference import load_method
@@ -158,7 +158,7 @@ def test_saying_words_by_frequency_gains_nothing_over_the_baseline(tmp_path: Pat
     data = Data(image_size=(32, 32), crop_scale=(0.4, 1.0))
     cpu, length = torch.device("cpu"), Duration(1)
     make_ready(tokenizer, Making(images, data, 20, 0, cpu, tmp_path / "words", length))
-    batches = train_batches(images, size=(32, 32), batch_size=60, seed=1, crop_scale=(0.4, 1.0))
+    batches = train_batches(Crops(images, (32, 32), 60, 1, crop_scale=(0.4, 1.0)))
     with closing(batches):
         crops = [tokenizer.encode(next(batches).images).flatten() for _ in range(20)]
     learned = np.bincount(torch.cat(crops[:10]).numpy(), minlength=64) + 1

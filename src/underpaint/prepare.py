@@ -21,6 +21,7 @@ from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import (
     Batch,
+    Crops,
     ImageSet,
     Source,
     copies,
@@ -83,20 +84,17 @@ class Session:
     ) -> Generator[Batch, None, None]:
         """The training batches of this process from step `first` on."""
         data, fabric = self.recipe.data, self.fabric
-        return train_batches(
+        crops = Crops(
             self.images,
-            size=data.image_size,
-            batch_size=self.recipe.optimiser.batch_size,
-            seed=seed,
-            first_batch=first,
-            workers=data.workers,
+            data.image_size,
+            self.recipe.optimiser.batch_size,
+            seed,
             crop_scale=data.crop_scale,
             flip=data.flip,
             rank=fabric.global_rank,
             world=fabric.world_size,
-            device=fabric.device,
-            on_skip=on_skip,
         )
+        return train_batches(crops, first_batch=first, workers=data.workers, device=fabric.device, on_skip=on_skip)
 
     def first_batches(self, count: int) -> list[Batch]:
         with closing(self.batches(0, self.recipe.run.seed)) as batches:

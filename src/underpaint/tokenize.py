@@ -15,7 +15,7 @@ from torch import Tensor
 
 from underpaint.config import Data
 from underpaint.console import say
-from underpaint.data import ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
+from underpaint.data import Crops, ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
 from underpaint.report.figures.pictures import sheet
 from underpaint.tokenizers import (
@@ -68,19 +68,10 @@ class Making:
     def crops(self, first: int, seed: int) -> Generator[Tensor, None, None]:
         """Random crops in [0, 1], from batch `first` on, of all images but those that judge."""
         count = len(self.images)
-        batches = train_batches(
-            self.images,
-            size=self.settings.image_size,
-            batch_size=self.batch_size,
-            seed=seed,
-            indices=[k for k in range(count) if k % HELD_OUT or count < HELD_OUT],
-            first_batch=first,
-            workers=self.settings.workers,
-            crop_scale=self.settings.crop_scale,
-            flip=self.settings.flip,
-            device=self.device,
-        )
-        with closing(batches):
+        indices = [k for k in range(count) if k % HELD_OUT or count < HELD_OUT]
+        data = self.settings
+        crops = Crops(self.images, data.image_size, self.batch_size, seed, indices, data.crop_scale, data.flip)
+        with closing(train_batches(crops, first_batch=first, workers=data.workers, device=self.device)) as batches:
             for batch in batches:
                 yield batch.images
 

@@ -5,7 +5,7 @@ from underpaint.data.copies import copies, same_place
 from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
 from underpaint.data.decode import Unreadable, decode, read_header
 from underpaint.data.images import ImageSet, load_images, measure_scaling, settle_scaling
-from underpaint.data.loader import Batch, eval_batches, fair_batches, steps_per_epoch, train_batches
+from underpaint.data.loader import Batch, Crops, eval_batches, fair_batches, steps_per_epoch, train_batches
 from underpaint.data.open import open_source
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.data.sources.base import Entry, Source
@@ -13,6 +13,7 @@ from underpaint.data.splits import labelled_indices, pretraining_indices, split_
 
 __all__ = [
     "Batch",
+    "Crops",
     "Entry",
     "ImageSet",
     "Scaling",

@@ -175,9 +175,7 @@ def load_images(
     channels: int = 3,
     cache_limit: float = 2.0,
     max_pixels: int = MAX_PIXELS,
-    cache_dir: Path | None = None,
     workers: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
     scaling: Scaling | None = None,
     nodata: float | None = None,
 ) -> ImageSet:
@@ -188,9 +186,7 @@ def load_images(
         channels: of every image: 1 and 3 convert between grey and colour, other numbers must be the files' own.
         cache_limit: GiB; a set estimated to be larger is streamed.
         max_pixels: larger images are refused.
-        cache_dir: place of the cache; default `$UNDERPAINT_CACHE` or `~/.cache/underpaint`.
         workers: processes that decode.
-        on_progress: called with (images done, images in all) while the cache is written.
         scaling: that of the images that an encoder was pretrained on, for all that it meets later; measured on these
             images where None.
         nodata: where it is measured, a value that stands for missing pixels.
@@ -202,7 +198,7 @@ def load_images(
         raise InputError(f"{source.location}: no images to load")
     indices = list(indices)
     limit = 2 * min(size)
-    root = cache_root(cache_dir)
+    root = cache_root()
     key = _key(source, indices, channels, limit, max_pixels, scaling or nodata)
     allowed = cache_limit * 2**30
     # the same images may be there with a scaling that was measured on them
@@ -214,14 +210,12 @@ def load_images(
             if each == key or stored_scaling(stored["decoding"]["scaling"]) == scaling:
                 return _from_store(source, indices, folder, stored)
     headers = _headers(source, indices, max_pixels)
-    notes: list[str] = []
-    sample = None
     if scaling is None:
         decoding, sample, notes = _measure(source, indices, headers, channels, max_pixels, limit, nodata)
     else:
         if len(scaling.low) != channels:
             raise InputError(f"{source.location}: wanted with {channels} channels; the encoder has {len(scaling.low)}")
-        decoding = Decoding(channels, max_pixels, limit, scaling)
+        decoding, sample, notes = Decoding(channels, max_pixels, limit, scaling), None, []
     sizes = [_cached_bytes(header, decoding) for header in headers]
     estimate = float(np.mean(sizes)) * len(indices) if sizes else 0.0
     statistics = None
@@ -229,7 +223,7 @@ def load_images(
         statistics = _statistics_of_pixels(sample or _pixel_sample(source, indices, decoding), decoding.scaling)
     if estimate > allowed:
         return _stream(source, indices, decoding, root / f"{key}-streamed", estimate, statistics, notes)
-    return _build(source, indices, decoding, root / key, estimate, statistics, notes, workers, on_progress)
+    return _build(source, indices, decoding, root / key, estimate, statistics, notes, workers)
 
 
 def measure_scaling(
@@ -470,12 +464,11 @@ def _build(
     statistics: Statistics | None,
     notes: list[str],
     workers: int,
-    on_progress: Callable[[int, int], None] | None,
 ) -> ImageSet:
     """Decode every image once, into a file where the cache folder can be written, else into memory."""
 
     def decode_into(write: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
-        return _decode_all(source, indices, decoding, workers, on_progress, write)
+        return _decode_all(source, indices, decoding, workers, write)
 
     try:
         with replacing_folder(folder, durable=False) as partial:
@@ -530,7 +523,6 @@ def _decode_all(
     indices: list[int],
     decoding: Decoding,
     workers: int,
-    on_progress: Callable[[int, int], None] | None,
     write: Callable[[np.ndarray], Any],
 ) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
     """Give every readable image to `write`, in order; shapes [n, 3], places among `indices`, and what was skipped."""
@@ -548,8 +540,6 @@ def _decode_all(
                 shapes.append(result.shape)
                 kept.append(done)
             done += 1
-        if on_progress is not None:
-            on_progress(done, len(indices))
     if not kept:
         raise _none_readable(source, skipped)
     return np.asarray(shapes, dtype=np.int64), kept, skipped

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -46,45 +47,23 @@ def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
 
 
 def train_batches(
-    images: ImageSet,
+    crops: "Crops",
     *,
-    size: tuple[int, int],
-    batch_size: int,
-    seed: int,
-    indices: Sequence[int] | None = None,
     first_batch: int = 0,
     workers: int = 0,
-    crop_scale: tuple[float, float] = (0.2, 1.0),
-    flip: bool = True,
-    rank: int = 0,
-    world: int = 1,
     device: str | torch.device = "cpu",
     on_skip: Callable[[dict[str, str]], None] | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless batches of random crops. Close the iterator to end the workers.
 
-    Each epoch is a permutation by (seed, epoch) cut into whole batches, the rest dropped; a set smaller than the
-    batch goes on in the next epoch's permutation within a batch.
-
     Args:
-        size: height and width, in pixels.
-        batch_size: of the global batch, over all ranks.
-        indices: which images; default all.
         first_batch: the number of the first batch given; a resumed run starts here, nothing is replayed.
         workers: processes that read ahead; the batches do not depend on it.
-        crop_scale: range of a crop's share of the image's area.
-        rank, world: this process gets rows rank * batch_size / world and on of each batch.
         on_skip: told {"path", "reason"} once for each file of a streamed set that cannot be decoded; another sample,
             drawn by (seed, epoch, sample), stands in for it.
-
-    Raises:
-        ValueError: `batch_size` is not a multiple of `world`.
     """
-    if batch_size % world or batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is not a multiple of the {world} processes")
-    chosen = np.arange(len(images)) if indices is None else np.asarray(indices)
-    prepare = _TrainRows(images, chosen, size, batch_size, seed, crop_scale, flip, rank, world)
-    return _batches(prepare, itertools.count(first_batch), images, size, workers, torch.device(device), on_skip)
+    numbers = itertools.count(first_batch)
+    return _batches(crops, numbers, crops.images, crops.size, workers, torch.device(device), on_skip)
 
 
 def fair_batches(
@@ -148,29 +127,41 @@ def _batches(
             yield Batch(images.scaling.unit(cropped), cutouts.samples)
 
 
-class _TrainRows:
-    """This rank's cut-outs of batch k."""
+@dataclass
+class Crops:
+    """Which crops of which images a batch holds, a function of its number; called with it, what this process reads.
 
-    def __init__(
-        self,
-        images: ImageSet,
-        indices: np.ndarray,
-        size: tuple[int, int],
-        batch_size: int,
-        seed: int,
-        scale: tuple[float, float],
-        flip: bool,
-        rank: int,
-        world: int,
-    ):
-        self._images = images
-        self._indices = indices
-        self._size = size
-        self._batch_size = batch_size
-        self._seed = seed
-        self._scale = scale
-        self._flip = flip
-        self._rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    Each epoch is a permutation by (seed, epoch) cut into whole batches, the rest dropped; a set smaller than the
+    batch goes on in the next epoch's permutation within a batch.
+
+    Attributes:
+        size: height and width, in pixels.
+        batch_size: of the global batch, over all ranks.
+        indices: which images; default all.
+        crop_scale: range of a crop's share of the image's area.
+        flip: whether half of the crops are mirrored.
+        rank, world: this process gets rows rank * batch_size / world and on of each batch.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of `world`.
+    """
+
+    images: ImageSet
+    size: tuple[int, int]
+    batch_size: int
+    seed: int
+    indices: Sequence[int] | None = None
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world or self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {self.world} processes")
+        self._chosen = np.arange(len(self.images)) if self.indices is None else np.asarray(self.indices)
+        each = self.batch_size // self.world
+        self._rows = slice(self.rank * each, (self.rank + 1) * each)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __call__(self, batch: int) -> _Cutouts:
@@ -178,24 +169,24 @@ class _TrainRows:
 
         def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return draw_crops(
-                self._seed, epochs[rows], chosen, sizes, scale=self._scale, flip=self._flip, target=self._size
+                self.seed, epochs[rows], chosen, sizes, scale=self.crop_scale, flip=self.flip, target=self.size
             )
 
         def stand_ins(row: int) -> Iterator[int]:
             return self._stand_ins(int(epochs[row]), int(samples[row]))
 
-        return _cut(self._images, samples, self._size, draw, stand_ins)
+        return _cut(self.images, samples, self.size, draw, stand_ins)
 
     def _stand_ins(self, epoch: int, sample: int) -> Iterator[int]:
         """What is tried in place of a sample: others in each epoch, so that no image counts for two throughout."""
-        generator = np.random.default_rng([self._seed % 2**64, epoch, sample])
+        generator = np.random.default_rng([self.seed % 2**64, epoch, sample])
         for _ in range(REPLACEMENTS):
-            yield int(self._indices[generator.integers(len(self._indices))])
-        raise InputError(f"{self._images.names[sample]} and {REPLACEMENTS} images drawn in its place cannot be read")
+            yield int(self._chosen[generator.integers(len(self._chosen))])
+        raise InputError(f"{self.images.names[sample]} and {REPLACEMENTS} images drawn in its place cannot be read")
 
     def _samples(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and sample of each of this rank's rows."""
-        count, size = len(self._indices), self._batch_size
+        count, size = len(self._chosen), self.batch_size
         if count >= size:
             epoch, step = divmod(batch, count // size)
             order = self._permutation(epoch)[step * size : (step + 1) * size]
@@ -208,8 +199,8 @@ class _TrainRows:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, epoch]))
-            self._order = (epoch, self._indices[generator.permutation(len(self._indices))])
+            generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
+            self._order = (epoch, self._chosen[generator.permutation(len(self._chosen))])
         return self._order[1]
 
 

@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from underpaint.backbones import PatchBackbone
 from underpaint.backbones.build import fill, with_drop_path
 from underpaint.backbones.swin import Swin
-from underpaint.data import Batch, eval_batches, train_batches
+from underpaint.data import Batch, Crops, eval_batches, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluate.base import Context, Kept, Row
 from underpaint.evaluate.bundle import EncoderBundle
@@ -207,17 +207,10 @@ class FineTuned(Task[Batch]):
         )
 
     def batches(self, first: int) -> Generator[Batch, None, None]:
-        return train_batches(
-            self.split.images,
-            size=self.bundle.size,
-            batch_size=self.size,
-            seed=self.seed,
-            indices=self.split.indices,
-            first_batch=first,
-            workers=0 if self.split.images.cached else WORKERS,
-            crop_scale=self.config.crop_scale,
-            device=self.bundle.standardize.mean.device,
-        )
+        images, scale = self.split.images, self.config.crop_scale
+        crops = Crops(images, self.bundle.size, self.size, self.seed, self.split.indices, scale)
+        workers, device = 0 if images.cached else WORKERS, self.bundle.standardize.mean.device
+        return train_batches(crops, first_batch=first, workers=workers, device=device)
 
     def loss(self, batch: Batch, step: int) -> Float[Tensor, ""]:
         self.step = step

@@ -30,9 +30,9 @@ class Reader(Protocol):
     def read(self, index: int) -> bytes: ...
 
 
-def cache_root(cache_dir: Path | None = None) -> Path:
-    """The folder of caches: the argument, else `$UNDERPAINT_CACHE`, else `~/.cache/underpaint`."""
-    return cache_dir or Path(os.environ.get("UNDERPAINT_CACHE") or Path.home() / ".cache" / "underpaint")
+def cache_root() -> Path:
+    """The folder of caches: `$UNDERPAINT_CACHE`, else `~/.cache/underpaint`."""
+    return Path(os.environ.get("UNDERPAINT_CACHE") or Path.home() / ".cache" / "underpaint")
 
 
 class Source:
