@@ -43,44 +43,29 @@ def check(
         InputError: as `open_source`.
     """
     source = open_source(data, groups=groups)
-    examine = _Examine(source, max_pixels)
-    unreadable: list[dict[str, str]] = []
-    sizes: list[tuple[int, int]] = []
-    channels: Counter[str] = Counter()
-    dtypes: Counter[str] = Counter()
+    chunks = ordered_map(_Examine(source, max_pixels), range(math.ceil(len(source.entries) / CHUNK)), workers)
+    seen = dict(enumerate(result for results in chunks for result in results))
+    names = [entry.name for entry in source.entries]
+    known = {index: result for index, result in seen.items() if not isinstance(result, str)}
+    channels = Counter(str(count) for _, count, _, _, _ in known.values())
+    dtypes = Counter(dtype for _, _, dtype, _, _ in known.values())
     digests: dict[bytes, list[int]] = {}
-    hashes: dict[int, int] = {}
-    flat: list[str] = []
-    index = 0
-    for results in ordered_map(examine, range(math.ceil(len(source.entries) / CHUNK)), workers):
-        for result in results:
-            name = source.entries[index].name
-            if isinstance(result, str):
-                unreadable.append({"path": name, "reason": result})
-            else:
-                size, count, dtype, digest, bits = result
-                sizes.append(size)
-                channels[str(count)] += 1
-                dtypes[dtype] += 1
-                digests.setdefault(digest, []).append(index)
-                if bits is None:
-                    flat.append(name)
-                elif len(hashes) < HASHED:
-                    hashes[index] = bits
-            index += 1
+    for index, (_, _, _, digest, _) in known.items():
+        digests.setdefault(digest, []).append(index)
     same = [group for group in digests.values() if len(group) > 1]
     copies = {i for group in same for i in group[1:]}
+    hashes = dict([(i, bits) for i, (*_, bits) in known.items() if bits is not None][:HASHED])
     numbers = [i for i in hashes if i not in copies]
     near = near_groups(np.asarray([hashes[i] for i in numbers], dtype=np.uint64))
     near = [[numbers[p] for p in group] for group in near]
-    heights, widths = ([size[axis] for size in sizes] for axis in (0, 1))
+    heights, widths = ([size[axis] for size, *_ in known.values()] for axis in (0, 1))
     labels = Counter(entry.label for entry in source.entries if entry.label is not None)
     classes = source.classes or []
     return {
         "location": source.location,
         "notes": source.notes,
         "images": len(source.entries),
-        "readable": len(sizes),
+        "readable": len(known),
         "height": _range(heights),
         "width": _range(widths),
         "channels": dict(channels),
@@ -88,14 +73,14 @@ def check(
         "scaling": _scaling(source, channels, dtypes, max_pixels),
         "splits": dict(Counter(entry.split or "none" for entry in source.entries)),
         "classes": {name: labels[n] for n, name in enumerate(classes)},
-        "unreadable": unreadable,
+        "unreadable": [{"path": names[i], "reason": why} for i, why in seen.items() if isinstance(why, str)],
         "left_out": source.skipped,
         "duplicates": _names(source, same),
         "duplicates_across_splits": _across(source, same),
         "near_duplicates": _names(source, near),
         "near_duplicates_across_splits": _across(source, near),
         "compared": len(hashes),
-        "flat": flat,
+        "flat": [names[i] for i, (*_, bits) in known.items() if bits is None],
     }
 
 

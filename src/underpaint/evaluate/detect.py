@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -220,14 +220,7 @@ def letterbox(
         scale = float(np.exp(generator.uniform(math.log(low), math.log(min(1.0, 2 * low)))))
         mirrored = bool(generator.random() < 0.5)
     tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
-    drawn = None
-    if masks:
-        empty = np.zeros((height, width), np.uint8)
-        drawn = torch.from_numpy(
-            np.stack([mask_of(s, height, width) if s is not None else empty for s in objects.segments])
-            if objects.segments
-            else np.zeros((0, height, width), np.uint8)
-        )
+    drawn = _masks_of(objects, height, width) if masks else None
     if scale != 1:
         image = F.interpolate(image[None], (tall, wide), mode="bilinear", antialias=True, align_corners=False)[0]
         boxes = boxes * torch.tensor([wide / width, tall / height] * 2)
@@ -260,6 +253,15 @@ def letterbox(
             )
     image = F.pad(image, (0, size[1] - seen_wide, 0, size[0] - seen_tall))
     return image, target, scale
+
+
+def _masks_of(objects: Instances, height: int, width: int) -> UInt8[Tensor, "k h w"]:
+    """Of all objects, 0 and 1; of one without a mask, nothing."""
+    masks = np.zeros((len(objects.segments), height, width), np.uint8)
+    for mask, segment in zip(masks, objects.segments, strict=True):
+        if segment is not None:
+            mask[:] = mask_of(segment, height, width)
+    return torch.from_numpy(masks)
 
 
 @torch.no_grad()

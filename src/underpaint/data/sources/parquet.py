@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -69,71 +69,75 @@ def _image_column(schema: pa.Schema, path: Path) -> pa.Field:
     return next((field for field in fits if field.name in ("image", "img", "jpg", "png")), fits[0])
 
 
-def list_parquet(paths: list[Path], root: Path) -> Listing:
-    paths = sorted(paths)
-    names: list[str] = []
-    fallbacks: list[str] = []
-    splits: list[str | None] = []
-    stamps: list[str] = []
-    rows: list[tuple[int, int]] = []
-    labels: list[Any] = []
-    others: list[dict[str, list[Any]]] = []
-    class_names: list[str] | None = None
-    total = 0
-    column = ""
-    folders = split_folders([path.relative_to(root).as_posix() for path in paths])
-    for number, path in enumerate(paths):
+class _Table(NamedTuple):
+    """A file without its images."""
+
+    column: str  # of the images
+    names: list[str | None]  # as the rows say
+    labels: list[Any]
+    numbers: dict[str, list[Any]]  # every numeric column
+    classes: list[str] | None
+    size: int  # bytes of the images
+
+    @classmethod
+    def of(cls, path: Path) -> "_Table":
+        """Raises InputError: it cannot be read, or has no images."""
         try:
             file = pq.ParquetFile(path)
-            schema = file.schema_arrow
+            schema, count = file.schema_arrow, file.metadata.num_rows
             field = _image_column(schema, path)
-            if column and field.name != column:
-                raise InputError(f"{path}: its image column is {field.name!r}, that of {paths[0]} is {column!r}")
-            column = field.name
-            wanted = [f"{column}.path"] if pa.types.is_struct(field.type) and "path" in _fields(field) else []
-            wanted += ["label"] if "label" in schema.names else []
+            named = pa.types.is_struct(field.type) and "path" in _fields(field)
             numeric = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
-            wanted += [name for name in numeric if name != "label"]
+            wanted = [name for name in dict.fromkeys(["label", *numeric]) if name in schema.names]
+            wanted += [f"{field.name}.path"] if named else []
             table = file.read(columns=wanted) if wanted else None
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from error
-        count = file.metadata.num_rows
-        for group in range(file.metadata.num_row_groups):
-            group_columns = file.metadata.row_group(group)
-            total += sum(
-                group_columns.column(c).total_uncompressed_size
-                for c in range(group_columns.num_columns)
-                if group_columns.column(c).path_in_schema.split(".")[0] == column
-            )
-        class_names = class_names or _class_names(schema)
-        relative = path.relative_to(root)
-        stem = relative.with_suffix("").as_posix()
-        known = table.column(column) if table is not None and column in table.column_names else None
-        given = [item["path"] if item else None for item in known.to_pylist()] if known is not None else [None] * count
-        split = split_of_file(relative.as_posix(), folders)
-        fallbacks += [f"{stem}/{row}" for row in range(count)]
-        names += [name or f"{stem}/{row}" for row, name in enumerate(given)]
-        splits += [split] * count
-        stamps += [stamp_of(path)] * count
-        rows += [(number, row) for row in range(count)]
-        has_labels = table is not None and "label" in table.column_names
-        labels += table.column("label").to_pylist() if table is not None and has_labels else [None] * count
-        others.append({name: table.column(name).to_pylist() for name in numeric} if table is not None else {})
+        read = {} if table is None else {name: table.column(name).to_pylist() for name in table.column_names}
+        names = [item["path"] if item else None for item in read[field.name]] if named else [None] * count
+        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+        chunks = [group.column(k) for group in groups for k in range(group.num_columns)]
+        ours = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == field.name]
+        size = sum(chunk.total_uncompressed_size for chunk in ours)
+        labels = read.get("label", [None] * count)
+        return cls(field.name, names, labels, {name: read[name] for name in numeric}, _class_names(schema), size)
+
+
+def list_parquet(paths: list[Path], root: Path) -> Listing:
+    paths = sorted(paths)
+    tables = [_Table.of(path) for path in paths]
+    column = tables[0].column
+    for path, table in zip(paths, tables, strict=True):
+        if table.column != column:
+            raise InputError(f"{path}: its image column is {table.column!r}, that of {paths[0]} is {column!r}")
+    places = [path.relative_to(root) for path in paths]
+    folders = split_folders([place.as_posix() for place in places])
+    rows = [(number, row) for number, table in enumerate(tables) for row in range(len(table.names))]
+    fallbacks = [f"{places[number].with_suffix('').as_posix()}/{row}" for number, row in rows]
+    names = [tables[number].names[row] or name for (number, row), name in zip(rows, fallbacks, strict=True)]
     if len(set(names)) < len(names):  # paths that repeat, in several files or in one
         names = fallbacks
     notes: list[str] = []
-    classified, classes = column_labels(labels, class_names, notes)
+    class_names = next((table.classes for table in tables if table.classes), None)
+    labels, classes = column_labels([label for table in tables for label in table.labels], class_names, notes)
     # a label of classes is none of the numbers; one of measured values is, if it is the only column
-    shared = [name for name in others[0] if all(name in each for each in others) and not (name == "label" and classes)]
-    columns = {name: [value for each in others for value in each[name]] for name in shared}
+    shared = [name for name in tables[0].numbers if all(name in table.numbers for table in tables)]
+    shared = [name for name in shared if not (name == "label" and classes)]
+    columns = {name: [value for table in tables for value in table.numbers[name]] for name in shared}
     number, numbers = numbers_of(columns, len(names), notes)
-    entries = [Entry(*item) for item in zip(names, splits, classified, numbers, strict=True)]
+    splits, stamps = [split_of_file(place.as_posix(), folders) for place in places], [stamp_of(path) for path in paths]
+    entries = [
+        Entry(name, splits[file], label, value)
+        for name, (file, _), label, value in zip(names, rows, labels, numbers, strict=True)
+    ]
     reader: Reader = _RowReader([str(path) for path in paths], column, rows)
-    if total > IN_MEMORY:
+    if sum(table.size for table in tables) > IN_MEMORY:
         reader = _copy_rows(paths, column, notes)
     kind = "parquet file" if len(paths) == 1 else f"{len(paths)} parquet files"
     place = "\n".join(str(path.resolve()) for path in paths)
-    return Listing(kind, place, entries, stamps, reader, classes, notes, [], len(paths), number)
+    return Listing(
+        *(kind, place, entries, [stamps[file] for file, _ in rows], reader, classes, notes, [], len(paths), number)
+    )
 
 
 def _fields(field: pa.Field) -> list[str]:
