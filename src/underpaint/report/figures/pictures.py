@@ -16,8 +16,7 @@ from underpaint.files import replacing
 
 def to_rgb(images: Float[Tensor, "b c height width"]) -> np.ndarray:
     """Images in [0, 1] to uint8 [b, height, width, 3]; of many channels the first three are shown."""
-    shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    return (shown.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (rgb(images).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def sheet(
@@ -49,17 +48,17 @@ def sheet(
 
 def _with_legend(canvas: Image.Image, legend: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
     font, line, box = ImageFont.load_default(13), 20, 12
-    places, x, y = [], 6, canvas.height + 4
+    corners, x, y = [], 6, canvas.height + 4
     for name, _ in legend:
         wide = box + 6 + round(font.getlength(name)) + 16
         if x + wide > canvas.width and x > 6:
             x, y = 6, y + line
-        places.append((x, y))
+        corners.append((x, y))
         x += wide
     made = Image.new("RGB", (canvas.width, y + line + 2), "white")
     made.paste(canvas, (0, 0))
     pen = ImageDraw.Draw(made)
-    for (name, colour), (left, top) in zip(legend, places, strict=True):
+    for (name, colour), (left, top) in zip(legend, corners, strict=True):
         pen.rectangle((left, top + 2, left + box, top + 2 + box), fill=colour)
         pen.text((left + box + 6, top), name, fill="black", font=font)
     return made
@@ -92,9 +91,10 @@ def colours(classes: int) -> UInt8[np.ndarray, "k three"]:
     return np.array([*(np.array(made) * 255), *[(0, 0, 0)] * (256 - classes)]).astype(np.uint8)
 
 
-def rgb(image: Float[Tensor, "c h w"]) -> Float[Tensor, "3 h w"]:
+def rgb(images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b 3 h w"]:
     """Three channels to be looked at."""
-    return image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
+    first = images[..., :1, :, :].expand(*images.shape[:-3], 3, -1, -1)
+    return images[..., :3, :, :] if images.shape[-3] >= 3 else first
 
 
 def legend_of(names: list[str]) -> list[tuple[str, tuple[int, int, int]]]:
