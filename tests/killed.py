@@ -10,6 +10,7 @@ from typing import Any
 
 from underpaint.cli import main
 from underpaint.evaluate.probes import ProbeSuite
+from underpaint.methods.method import Method
 from underpaint.train.run_folder import Run
 from underpaint.train.speed import TINY_FACTOR
 from underpaint.train.stepper import Stepper
@@ -39,11 +40,12 @@ def half_a_checkpoint(run: Run, step: int, *_: Any) -> None:
 
 
 def stepping(function: Any) -> Any:
-    """`function` in place of the steps of a training, those that are only measured before it left as they are."""
+    """`function` in place of a pretraining's steps; those measured before it and a tokenizer's are left as they are."""
     real = Stepper.step
 
     def step(current: Stepper, batch: Any, number: int, factor: float) -> Any:
-        return (real if factor == TINY_FACTOR else function)(current, batch, number, factor)
+        pretrains = isinstance(current.task, Method) and factor != TINY_FACTOR
+        return (function if pretrains else real)(current, batch, number, factor)
 
     return step
 

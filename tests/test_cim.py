@@ -340,7 +340,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_enhancers_of_other_families(name: str, objective: Any) -> None:
     size = OTHERS[name].get("image_size", 32)
     encoder = underpaint.encoder(name, **OTHERS[name])
-    method = CIM(encoder, objective, codebook_size=64, generator_dim=32, image_size=(size, size))
+    method = CIM(encoder, objective=objective, codebook_size=64, generator_dim=32, image_size=(size, size))
     method.generator.tokenizer.ready = True
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     method(images).loss.backward()

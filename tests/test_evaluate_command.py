@@ -28,6 +28,7 @@ from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separa
 from underpaint.evaluate.splits import Split
 from underpaint.evaluate.trained import Task
 from underpaint.pretraining import pretrain
+from underpaint.seeds import ROLLED_BACK
 from underpaint.train import cadence
 from underpaint.train.fit import Fitting, Trained, fit_task
 from underpaint.train.run_folder import Run
@@ -99,10 +100,10 @@ class Toy(Task[Tensor]):
     def optimiser(self) -> torch.optim.Optimizer:
         return create_optimizer_v2(self.network, opt=self.optimised, lr=0.1)
 
-    def batches(self, first: int) -> Generator[Tensor, None, None]:
+    def batches(self, first: int, seed: int) -> Generator[Tensor, None, None]:
         step = first
         while True:
-            yield torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+            yield torch.randn(16, 4, generator=torch.Generator().manual_seed(1000 * seed + step))
             step += 1
 
     def loss(self, batch: Tensor, step: int) -> Tensor:
@@ -163,6 +164,14 @@ def test_a_loop_refuses_other_settings_and_stops_where_nothing_is_finite(tmp_pat
         next(broken.network.parameters()).fill_(float("nan"))
     with pytest.raises(NotFinite, match="not finite from the first step on"):
         broken.run(tmp_path / "two", Duration(50))
+
+
+@pytest.mark.quick
+def test_batches_after_a_roll_back_are_others() -> None:
+    toy = Toy()
+    (step, first), (again, second) = next(toy.numbered(3, 0)), next(toy.numbered(3, ROLLED_BACK))
+    assert step == again == 3
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.quick

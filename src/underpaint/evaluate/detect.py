@@ -429,7 +429,7 @@ class DetectionTask(Task[list[Example]]):
         duration = Duration(config.steps, context.options.minutes)
         super().__init__(network.to(context.device), config.batch_size, duration, Schedule(config.warmup))
         self.own, self.bundle, self.data, self.config = [encoder], bundle, data, config  # a list: it is in the network
-        self.masks, self.seed = found.masks, context.options.seed
+        self.masks = found.masks
         self.numbers = {category: number for number, category in enumerate(found.categories, start=1)}
         self.annotated = [k for k in data.indices if (~data.annotations.objects(k).crowd).any()]
 
@@ -437,7 +437,7 @@ class DetectionTask(Task[list[Example]]):
         config = self.config
         return two_rates(self.network, self.own[0], config.lr, config.encoder_lr, config.weight_decay)
 
-    def batches(self, first: int) -> Generator[list[Example], None, None]:
+    def batches(self, first: int, seed: int) -> Generator[list[Example], None, None]:
         def sample(generator: np.random.Generator) -> list[Example]:
             batch = []
             for index in generator.choice(self.annotated, self.size).tolist():
@@ -447,7 +447,7 @@ class DetectionTask(Task[list[Example]]):
                 batch.append((image, target))
             return batch
 
-        return sampled_batches(sample, self.seed, first)
+        return sampled_batches(sample, seed, first)
 
     def loss(self, batch: list[Example], step: int) -> Float[Tensor, ""]:
         device = self.bundle.standardize.mean.device

@@ -172,7 +172,7 @@ class FineTuned(Task[Batch]):
         super().__init__(network, size, Duration(steps, context.options.minutes), schedule)
         self.labels = {label: number for number, label in enumerate(labels)}
         self.average = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-        self.bundle, self.split, self.config, self.seed = bundle, train, config, context.options.seed
+        self.bundle, self.split, self.config = bundle, train, config
         self.clip = config.clip
         self.step = 0  # of the last loss
         mixes = config.mixup or config.cutmix
@@ -206,9 +206,9 @@ class FineTuned(Task[Batch]):
             betas=config.betas,
         )
 
-    def batches(self, first: int) -> Generator[Batch, None, None]:
+    def batches(self, first: int, seed: int) -> Generator[Batch, None, None]:
         images, scale = self.split.images, self.config.crop_scale
-        crops = Crops(images, self.bundle.size, self.size, self.seed, self.split.indices, scale)
+        crops = Crops(images, self.bundle.size, self.size, seed, self.split.indices, scale)
         workers, device = 0 if images.cached else WORKERS, self.bundle.standardize.mean.device
         return train_batches(crops, first_batch=first, workers=workers, device=device)
 

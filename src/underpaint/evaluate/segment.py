@@ -303,7 +303,7 @@ class SegmentationTask(Task[tuple[Tensor, Tensor]]):
         schedule = Schedule(config.warmup, power=config.power)
         super().__init__(network, config.batch_size, Duration(config.steps, share), schedule)
         self.own, self.head, self.config, self.bundle = [own], head, config, bundle  # a list: it is part of the network
-        self.split, self.seed = data.train, context.options.seed
+        self.split = data.train
         self.mean = bundle.standardize.mean.flatten().cpu()
 
     def optimiser(self) -> torch.optim.Optimizer:
@@ -312,13 +312,13 @@ class SegmentationTask(Task[tuple[Tensor, Tensor]]):
             return two_rates(self.network, self.own[0], config.lr, config.encoder_lr, config.weight_decay)
         return two_rates(self.network, self.own[0], config.lr * LINEAR_RATE, None, config.weight_decay)
 
-    def batches(self, first: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def batches(self, first: int, seed: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         def sample(generator: np.random.Generator) -> tuple[Tensor, Tensor]:
             pairs = [self.split.read(int(k)) for k in generator.integers(0, len(self.split), self.size)]
             pieces = [crop_of(pair, self.bundle.size, self.config.scale, generator, self.mean) for pair in pairs]
             return torch.stack([piece[0] for piece in pieces]), torch.stack([piece[1] for piece in pieces])
 
-        return sampled_batches(sample, self.seed, first)
+        return sampled_batches(sample, seed, first)
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> Float[Tensor, ""]:
         images, labels = (part.to(self.bundle.standardize.mean.device) for part in batch)

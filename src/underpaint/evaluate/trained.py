@@ -37,8 +37,8 @@ class Task(Trainable, Generic[Batch]):
         self.network, self.size, self.duration, self.schedule = network, size, duration, schedule
 
     @abstractmethod
-    def batches(self, first: int) -> Generator[Batch, None, None]:
-        """From the step `first` on; each is a function of its step."""
+    def batches(self, first: int, seed: int) -> Generator[Batch, None, None]:
+        """From the step `first` on; each is a function of seed and step. The seed moves on after a roll-back."""
 
     @abstractmethod
     def loss(self, batch: Batch, step: int) -> Float[Tensor, ""]:
@@ -55,7 +55,7 @@ class Task(Trainable, Generic[Batch]):
 
     def numbered(self, first: int, seed: int) -> Generator[tuple[int, Batch], None, None]:
         """Batches with their steps."""
-        with closing(self.batches(first)) as source:
+        with closing(self.batches(first, seed)) as source:
             yield from enumerate(source, start=first)
 
 
