@@ -9,20 +9,22 @@ test image, with the spread of the seeds. Where OUT holds runs they are gone on 
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from underpaint.compare.statistics import Arm, difference, spread, standing
-from underpaint.evaluate.features import features_of
-from underpaint.evaluate.knn import knn
-from underpaint.evaluate.linear import linear
-from underpaint.evaluate.probes import ProbeSuite
+from underpaint.comparison.statistics import Arm, difference, spread, standing
+from underpaint.evaluation.features import features_of
+from underpaint.evaluation.knn import knn
+from underpaint.evaluation.linear import linear
+from underpaint.evaluation.probes import ProbeSuite
 from underpaint.inference import load_method
 from underpaint.methods.energy import TASKS
 from underpaint.prepare import build, open_data
 from underpaint.pretraining import pretrain
+from underpaint.recipes.request import named
 
 
 def probed(judge: ProbeSuite, encoder: Any, standardize: Any) -> dict[str, np.ndarray]:
@@ -50,16 +52,13 @@ def main() -> None:
     minutes: dict[str, list[float]] = {}
     for seed in range(given.seeds):
         for task in given.tasks:
-            run = pretrain(
-                given.data,
-                given.out / f"{task}-{seed}",
-                recipe=given.recipe,
-                settings={"method.corruption": task},
-                steps=given.steps,
-                seed=seed,
-                probe_every=given.steps,
-                stop_at=1e9,  # as a comparison does: no judging at the end
+            recipe = named(given.recipe)
+            recipe.method["corruption"] = task
+            recipe.run = replace(
+                recipe.run, steps=given.steps, epochs=None, minutes=None, seed=seed, probe_every=given.steps
             )
+            # as a comparison does: no judging at the end
+            run = pretrain(given.data, given.out / f"{task}-{seed}", recipe, stop_at=1e9)
             method, standardize, recipe = load_method(run.path)
             images, judge = open_data(recipe, lambda text: None)
             judge.seed = 0  # the same draws and probes for all

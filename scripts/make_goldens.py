@@ -87,9 +87,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method, encoder
 def train_case(name: str, folder: Path) -> dict[str, Any]:
     """Twenty steps of a case below `folder`: the loss of each, and the digest of the state."""
     import torch
+    from asking import pretrain
     from conftest import word_file, write_pictures
-
-    from underpaint.pretraining import pretrain
 
     pictures = folder / "pictures"
     if not pictures.is_dir():
@@ -141,8 +140,8 @@ def evaluate_task(task: str, folder: Path) -> dict[str, Any]:
     from conftest import write_pictures
     from scenes import write_scenes
 
-    from underpaint.evaluate.options import Options
-    from underpaint.evaluate.runner import evaluate
+    from underpaint.evaluation.options import Options
+    from underpaint.evaluation.runner import evaluate
 
     if not (folder / "mae-pixels" / "encoder.json").is_file():
         train_case("mae-pixels", folder)
@@ -165,9 +164,8 @@ def evaluate_task(task: str, folder: Path) -> dict[str, Any]:
 def compare_methods(name: str, folder: Path) -> dict[str, Any]:
     """What compare.json holds, by path."""
     import torch
+    from asking import compare
     from conftest import write_pictures
-
-    from underpaint.compare.run import compare
 
     if not (folder / "answered").is_dir():
         write_pictures(folder / "answered", 90, seed=1)

@@ -1,10 +1,12 @@
 """Small images that the tests make."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import CommandLine
 from PIL import Image
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -39,6 +41,14 @@ def write_pictures(folder: Path, count: int, classes: int = 3, size: int = 32, s
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """90 pictures of 32 px in three classes."""
     return write_pictures(tmp_path_factory.mktemp("pictures"), 90)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """Runs commands in processes of their own."""
+    made = CommandLine(tmp_path_factory.mktemp("server"))
+    yield made
+    made.close()
 
 
 def word_file(pictures: Path) -> Path:

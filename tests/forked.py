@@ -8,12 +8,13 @@ import gc
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # what commands import when they need it
 IMPORTED = (
@@ -21,9 +22,9 @@ IMPORTED = (
     "matplotlib.backends.backend_svg",
     "matplotlib.pyplot",
     "sklearn.manifold",
-    "underpaint.compare.run",
-    "underpaint.evaluate.runner",
-    "underpaint.predict",
+    "underpaint.comparison.run",
+    "underpaint.evaluation.runner",
+    "underpaint.prediction",
     "underpaint.report",
     "underpaint.tokenize",
     "underpaint.pretraining",
@@ -50,15 +51,20 @@ class CommandLine:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def __call__(self, *arguments: Any, die: tuple[str, int] | None = None) -> Ended:
-        """Run a command; with `die` it is killed at that moment (`killed.arm`)."""
+    def __call__(self, *arguments: Any, die: tuple[str, int] | None = None, processes: int = 1) -> Ended:
+        """Run a command; with `die` it is killed at that moment (`killed.arm`).
+
+        Several `processes` know of each other as those that torchrun starts. Returned are what the first one says, and
+        the first status that is not 0.
+        """
         out, error = self.folder / "stdout", self.folder / "stderr"
         request = {
             "arguments": [str(argument) for argument in arguments],
             "out": str(out),
             "error": str(error),
             "die": die,
-            "cache": os.environ["UNDERPAINT_CACHE"],
+            "environments": torchrun(processes) if processes > 1 else [{}],
+            "cache": str(self.folder / "cache"),
         }
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -76,13 +82,47 @@ class CommandLine:
         self.server.stdout.close()
 
 
-def serve() -> None:
+def torchrun(processes: int) -> list[dict[str, str]]:
+    """The environment of each of several processes on this machine, as torchrun makes it."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0}
+    shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return [{name: str(value) for name, value in each.items()} for each in ranks]
+
+
+def run(request: dict[str, Any], rank: int) -> NoReturn:
+    """A request, in a process that ends with it."""
     import killed
+
+    import underpaint.cli
+
+    status = 1
+    try:
+        for number, name in ((1, "out"), (2, "error")):
+            file = request[name] if rank == 0 else f"{request[name]}-{rank}"
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.environ.update(request["environments"][rank], UNDERPAINT_CACHE=request["cache"])
+        if request["die"]:
+            killed.arm(*request["die"])
+        sys.argv = ["underpaint", *request["arguments"]]
+        status = underpaint.cli.main(request["arguments"])
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
     import numpy as np
     import pyarrow as pa
     import torch
-
-    import underpaint.cli
 
     for name in IMPORTED:
         importlib.import_module(name)
@@ -92,27 +132,14 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                for number, name in ((1, "out"), (2, "error")):
-                    os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-                os.environ["UNDERPAINT_CACHE"] = request["cache"]
-                if request["die"]:
-                    killed.arm(*request["die"])
-                sys.argv = ["underpaint", *request["arguments"]]
-                status = underpaint.cli.main(request["arguments"])
-            except SystemExit as ended:
-                status = ended.code if isinstance(ended.code, int) else 1
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        _, ended = os.waitpid(child, 0)
-        answers.write(f"{os.waitstatus_to_exitcode(ended)}\n")
+        children = []
+        for rank in range(len(request["environments"])):
+            child = os.fork()
+            if child == 0:
+                run(request, rank)
+            children.append(child)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        answers.write(f"{next(filter(None, ended), 0)}\n")
         answers.flush()
 
 

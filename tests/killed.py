@@ -1,15 +1,10 @@
-"""Run the command line and kill this process with SIGKILL at a chosen moment.
-
-Arguments: the moment (step, save, probe, judge, term or never), the count of the event at which to die, then those of `underpaint`.
-"""
+"""This process ends with SIGKILL, or is told to end, at a chosen moment of the command that it runs."""
 
 import os
 import signal
-import sys
 from typing import Any
 
-from underpaint.cli import main
-from underpaint.evaluate.probes import ProbeSuite
+from underpaint.evaluation.probes import ProbeSuite
 from underpaint.methods.method import Method
 from underpaint.train.run_folder import Run
 from underpaint.train.speed import TINY_FACTOR
@@ -51,7 +46,7 @@ def stepping(function: Any) -> Any:
 
 
 def arm(moment: str, count: int) -> None:
-    """From here on this process ends at the `count`-th event of that kind."""
+    """From here on this process ends at the `count`-th event of that kind: step, save, probe, judge, or term."""
     if moment == "step":
         Stepper.step = stepping(dying(Stepper.step, count))
     elif moment == "save":
@@ -71,8 +66,3 @@ def arm(moment: str, count: int) -> None:
             return real(*arguments)
 
         Stepper.step = stepping(told)
-
-
-if __name__ == "__main__":
-    arm(sys.argv[1], int(sys.argv[2]))
-    sys.exit(main(sys.argv[3:]))

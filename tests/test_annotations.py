@@ -311,8 +311,8 @@ def test_a_mask_with_an_orientation_of_its_own_follows_that(tmp_path: Path) -> N
 
 
 def test_a_mask_of_another_size_than_its_image_is_refused_by_name(tmp_path: Path) -> None:
-    from underpaint.evaluate.full_res import FullResImages
-    from underpaint.evaluate.segment import VOID, MaskedSplit
+    from underpaint.evaluation.full_res import FullResImages
+    from underpaint.evaluation.segment import VOID, MaskedSplit
 
     expected = write_turned(tmp_path, size=(20, 28), drawn="stored")
     Image.new("L", (20, 20)).save(tmp_path / "masks/o6.png")
@@ -403,7 +403,7 @@ def test_a_box_without_area_is_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_annotations_of_id_0_or_of_equal_ids_count_in_the_measure(tmp_path: Path) -> None:
-    from underpaint.evaluate.detect import average_precision
+    from underpaint.evaluation.detect import average_precision
 
     for number, ids in enumerate([(0, 1), (5, 5)]):
         root = write_coco(tmp_path / str(number), "train.json", "a.png", "b.png")

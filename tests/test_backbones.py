@@ -10,8 +10,8 @@ import underpaint
 from underpaint.backbones import TokenBackbone, create_arguments, from_arguments, save_encoder
 from underpaint.backbones.build import fill, init_from, read_weights
 from underpaint.errors import InputError
-from underpaint.evaluate.bundle import open_bundle
-from underpaint.evaluate.finetune import classifier
+from underpaint.evaluation.bundle import open_bundle
+from underpaint.evaluation.finetune import classifier
 from underpaint.patches import Standardize
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2}

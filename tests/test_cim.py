@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import pretrain
 from conftest import write_pictures
 from lightning.fabric import Fabric
 from safetensors.torch import load_file
@@ -22,7 +23,6 @@ from underpaint.methods import CIM
 from underpaint.methods.cim import Corruption, auroc
 from underpaint.patches import Standardize, patchify
 from underpaint.prepare import stepper_for
-from underpaint.pretraining import pretrain
 from underpaint.recipes.recipe import checked
 from underpaint.targets import sliding_window, window_moments
 from underpaint.tokenizers import ConvTokenizer

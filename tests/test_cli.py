@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import pretrain
 from PIL import Image
 
 from underpaint.cli import main, parser
-from underpaint.pretraining import pretrain
+from underpaint.config import COMPARED, FLAGS, declaration
 
 # argparse has no public way to the names of its subcommands
 COMMANDS = next(list(action.choices) for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
@@ -23,6 +24,43 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Any) -> No
         parser().parse_args([command, "--help"])
     assert ended.value.code == 0
     assert f"example: underpaint {command}" in capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
+
+
+@pytest.mark.quick
+def test_the_flags_are_those_that_were_promised() -> None:
+    """To add one is to promise it for good: here, in docs/interface.md, and in the table."""
+    assert set(FLAGS) == {
+        *("method", "mask_ratio", "encoder", "patch_size", "image_size", "init"),
+        *("labels", "groups", "all_images", "workers"),
+        *("lr", "weight_decay", "warmup", "batch_size"),
+        *("epochs", "steps", "minutes", "seed", "precision", "devices", "nodes", "probe_every", "checkpoint_every"),
+    }
+    assert set(FLAGS) - set(COMPARED) == {"method", "epochs", "steps", "minutes", "seed", "probe_every"}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_is_documented_and_tells_its_unit(name: str, capsys: Any) -> None:
+    flag, declared = f"--{name.replace('_', '-')}", declaration(FLAGS[name])
+    rows = (Path(__file__).parents[1] / "docs" / "interface.md").read_text().splitlines()
+    assert f"`{flag}" in next(row for row in rows if row.startswith("| `underpaint pretrain"))
+    for command in ["pretrain", *["compare"] * (name in COMPARED)]:
+        with pytest.raises(SystemExit):
+            parser().parse_args([command, "--help"])
+        said = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+        told = said[said.index(f" {flag} ") :]
+        assert told.index(declared.metadata["help"].split()[0]) < len(flag) + 40
+        assert declared.metadata["unit"] in told
+
+
+@pytest.mark.quick
+def test_help_shows_defaults_and_units(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["pretrain", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--lr LR peak learning rate [per 256 images] (default: 0.00015)" in said
+    assert "[pixels] (default: 224x224)" in said
+    assert "[steps] (default: a quarter of the run)" in said
 
 
 @pytest.mark.quick
@@ -45,8 +83,10 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Any) -> No
         (["pretrain", "DATA", "--out", "OUT", "--image-size", "30"], "16 px does not divide an image of 30x30"),
         (["pretrain", "DATA", "--out", "OUT", "--epochs", "1", "--steps", "2"], "not allowed with"),
         (["pretrain", "DATA", "--out", "OUT", "--steps", "-2"], "must be above 0"),
+        (["pretrain", "DATA", "--out", "OUT", "--lr", "-1"], "optimiser.lr: -1; it must be at least 0"),
+        (["pretrain", "DATA", "--out", "OUT", "--warmup", "many"], "argument --warmup: invalid float value: 'many'"),
         (["pretrain", "DATA", "--out", "OUT", "--batch-size", "0"], "must be at least 1"),
-        (["pretrain", "DATA", "--out", "OUT", "--encoder", "resnet18"], "without batch norm"),
+        (["pretrain", "DATA", "--out", "OUT", "--method", "energy", "--encoder", "resnet18"], "without batch norm"),
         (
             ["pretrain", "DATA", "--out", "OUT", "--set", "encoder.fc_norm=true"],
             "cannot be used: this vision transformer",

@@ -153,13 +153,6 @@ def unlabelled(labelled: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    made = CommandLine(tmp_path_factory.mktemp("server"))
-    yield made
-    made.close()
-
-
 def worked(ended: Ended) -> Ended:
     assert ended.status == 0, ended.error
     assert "Traceback" not in ended.error

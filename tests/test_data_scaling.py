@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
-import yaml
+from asking import pretrain
 from PIL import Image
 
 from underpaint.backbones import describe_encoder
@@ -31,7 +30,6 @@ from underpaint.data import (
 from underpaint.data.scaling import weighted_quantiles
 from underpaint.errors import InputError
 from underpaint.prepare import build, open_data
-from underpaint.pretraining import pretrain
 from underpaint.recipes.recipe import checked, override, plain
 from underpaint.tokenizers import tokenizer_scaling
 from underpaint.train.run_folder import Run
@@ -204,16 +202,6 @@ def test_weights_to_start_from_bring_their_deviation_only_with_their_range(
     _, standardize, _, matched = build(checked(settings), other)
     np.testing.assert_allclose(standardize.std.flatten(), other.std, rtol=1e-6)
     assert "its images had another range" in matched
-
-
-def test_a_run_of_before_the_range_was_kept_is_not_resumed_on_16_bit(run: Path, deep: Path, tmp_path: Path) -> None:
-    older = tmp_path / "older"
-    shutil.copytree(run, older)
-    kept = yaml.safe_load((older / "recipe.yaml").read_text())
-    del kept["measured"]["scaling"]
-    (older / "recipe.yaml").write_text(yaml.safe_dump(kept))
-    with pytest.raises(InputError, match="did not record the range of its images; start another"):
-        pretrain(deep, older, recipe=str(older / "recipe.yaml"), steps=5)
 
 
 @pytest.mark.quick

@@ -10,8 +10,8 @@ from PIL import Image
 from underpaint import demo_images
 from underpaint.demo_images import PHOTOGRAPHS, write_demo_images
 from underpaint.errors import InputError
-from underpaint.evaluate.baselines import hog, raw_pixels
-from underpaint.evaluate.knn import knn
+from underpaint.evaluation.baselines import hog, raw_pixels
+from underpaint.evaluation.knn import knn
 
 
 @pytest.mark.quick

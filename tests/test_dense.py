@@ -20,7 +20,7 @@ import underpaint
 from underpaint.data import open_source
 from underpaint.data.annotations import Instances, coco_annotations, masks_of
 from underpaint.errors import InputError
-from underpaint.evaluate.detect import (
+from underpaint.evaluation.detect import (
     AnchorConfig,
     Boxed,
     Detect,
@@ -33,8 +33,8 @@ from underpaint.evaluate.detect import (
     letterbox,
     mask_of,
 )
-from underpaint.evaluate.pyramid import Pyramid, sliding
-from underpaint.evaluate.segment import (
+from underpaint.evaluation.pyramid import Pyramid, sliding
+from underpaint.evaluation.segment import (
     VOID,
     SegmentConfig,
     confusion_of,
@@ -222,11 +222,11 @@ def test_images_without_a_known_pixel_or_an_object_change_no_measure() -> None:
 @pytest.mark.quick
 def test_a_test_part_without_answers_is_refused(scenes: Path) -> None:
     from underpaint.data.annotations import CocoAnnotations, Masks
-    from underpaint.evaluate.base import Context
-    from underpaint.evaluate.bundle import EncoderBundle
-    from underpaint.evaluate.full_res import FullResImages
-    from underpaint.evaluate.options import Options
-    from underpaint.evaluate.segment import MaskedSplit, pixels_of_classes
+    from underpaint.evaluation.base import Context
+    from underpaint.evaluation.bundle import EncoderBundle
+    from underpaint.evaluation.full_res import FullResImages
+    from underpaint.evaluation.options import Options
+    from underpaint.evaluation.segment import MaskedSplit, pixels_of_classes
 
     source = open_source(scenes)
     boxes = coco_annotations(scenes, source)

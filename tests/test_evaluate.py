@@ -16,18 +16,18 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from underpaint.errors import InputError
-from underpaint.evaluate import features as features_module
-from underpaint.evaluate.attentive import AttentiveProbe, attentive, heads_of, normalized
-from underpaint.evaluate.baselines import hog, luma, majority, raw_pixels
-from underpaint.evaluate.features import Features, extract
-from underpaint.evaluate.knn import knn
-from underpaint.evaluate.linear import linear
-from underpaint.evaluate.outliers import separation
-from underpaint.evaluate.probes import Labelled, probe_features
-from underpaint.evaluate.rank import effective_rank
-from underpaint.evaluate.results import Probe, means, paired_difference, redraw
-from underpaint.evaluate.segment import confusion_of, measures
-from underpaint.evaluate.splits import hold_out, stratified
+from underpaint.evaluation import features as features_module
+from underpaint.evaluation.attentive import AttentiveProbe, attentive, heads_of, normalized
+from underpaint.evaluation.baselines import hog, luma, majority, raw_pixels
+from underpaint.evaluation.features import Features, extract
+from underpaint.evaluation.knn import knn
+from underpaint.evaluation.linear import linear
+from underpaint.evaluation.outliers import separation
+from underpaint.evaluation.probes import Labelled, probe_features
+from underpaint.evaluation.rank import effective_rank
+from underpaint.evaluation.results import Probe, means, paired_difference, redraw
+from underpaint.evaluation.segment import confusion_of, measures
+from underpaint.evaluation.splits import hold_out, stratified
 
 Made = tuple[Tensor, np.ndarray, Tensor, np.ndarray]
 
@@ -184,7 +184,7 @@ def test_knn_is_that_of_scikit_learn(k: int):
 def test_knn_in_chunks(monkeypatch: pytest.MonkeyPatch):
     data = made()
     whole = knn(*data)
-    monkeypatch.setattr(import_module("underpaint.evaluate.knn"), "CHUNK", 1000)
+    monkeypatch.setattr(import_module("underpaint.evaluation.knn"), "CHUNK", 1000)
     np.testing.assert_array_equal(knn(*data).correct, whole.correct)
 
 
@@ -247,7 +247,7 @@ def test_attentive_does_not_depend_on_the_evaluation_batch(monkeypatch: pytest.M
     x, y, test_x, test_y = made_tokens()
     whole = attentive(x, y, test_x, test_y, epochs=3)
     # one image at a time
-    monkeypatch.setattr(import_module("underpaint.evaluate.attentive"), "EVALUATION_TOKENS", 1)
+    monkeypatch.setattr(import_module("underpaint.evaluation.attentive"), "EVALUATION_TOKENS", 1)
     single = attentive(x, y, test_x, test_y, epochs=3)
     np.testing.assert_array_equal(whole.correct, single.correct)
     assert whole.chosen == single.chosen

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from asking import pretrain
 from conftest import write_pictures
 from PIL import Image
 from scenes import write_scenes
@@ -22,12 +23,11 @@ import underpaint
 from underpaint.cli import main
 from underpaint.data import load_images, open_source
 from underpaint.errors import InputError, NotFinite
-from underpaint.evaluate.bundle import open_bundle
-from underpaint.evaluate.features import features_of, stored_features
-from underpaint.evaluate.outliers import mahalanobis, neighbour_distance, separation
-from underpaint.evaluate.splits import Split
-from underpaint.evaluate.trained import Task
-from underpaint.pretraining import pretrain
+from underpaint.evaluation.bundle import open_bundle
+from underpaint.evaluation.features import features_of, stored_features
+from underpaint.evaluation.outliers import mahalanobis, neighbour_distance, separation
+from underpaint.evaluation.splits import Split
+from underpaint.evaluation.trained import Task
 from underpaint.seeds import ROLLED_BACK
 from underpaint.train import cadence
 from underpaint.train.fit import Fitting, Trained, fit_task

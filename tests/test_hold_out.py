@@ -19,11 +19,11 @@ from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features
 from underpaint.cli import main
 from underpaint.data import Crops, ImageSet, Source, load_images, open_source, pretraining_indices
-from underpaint.evaluate import probes as probes_module
-from underpaint.evaluate.base import Context
-from underpaint.evaluate.baselines import raw_pixels
-from underpaint.evaluate.frozen import NearestNeighbours
-from underpaint.evaluate.probes import ProbeSuite
+from underpaint.evaluation import probes as probes_module
+from underpaint.evaluation.base import Context
+from underpaint.evaluation.baselines import raw_pixels
+from underpaint.evaluation.frozen import NearestNeighbours
+from underpaint.evaluation.probes import ProbeSuite
 from underpaint.methods import Method
 from underpaint.patches import Standardize
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import pretrain
 from test_methods import photographs, small
 from test_swin import swin
 from torch import nn
@@ -20,7 +21,6 @@ from underpaint.methods.localmim import LocalMIM, Tap
 from underpaint.methods.simmim import SimMIM
 from underpaint.patches import take, unpatchify
 from underpaint.prepare import build
-from underpaint.pretraining import pretrain
 
 
 def local(depth: int = 8, size: tuple[int, int] = (32, 32), patch: int = 8, **settings: Any) -> LocalMIM:
@@ -267,7 +267,7 @@ def test_swin_overfits_one_batch() -> None:
     for method in (swin_method(), SimMIM(swin())):
         noise = fixed(method, images)
         optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
-        for _ in range(150):
+        for _ in range(200):
             optimiser.zero_grad()
             method(images, noise).loss.backward()
             optimiser.step()

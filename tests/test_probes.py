@@ -12,7 +12,7 @@ from conftest import write_pictures
 
 import underpaint
 from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
-from underpaint.evaluate.probes import ProbeSuite
+from underpaint.evaluation.probes import ProbeSuite
 from underpaint.patches import Standardize
 
 SIZE = (16, 16)

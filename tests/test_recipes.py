@@ -82,7 +82,7 @@ def test_bad_recipes_are_named(settings: dict[str, Any], said: str) -> None:
 )
 def test_words_are_taken_as_they_are_written_on_the_command_line(written: str, meant: Any, tmp_path: Path) -> None:
     path, value = parser().parse_args(["pretrain", "x", "--out", "y", "--set", written]).set[0]
-    settings = plain(checked({}))
+    settings = plain(checked({"method": {"name": "energy"}}))
     override(settings, path, value)
     section, name = path.split(".")
     assert plain(checked(settings))[section][name] == meant
@@ -113,8 +113,7 @@ def test_settings_are_the_constructors_arguments() -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_twenty_steps_of_each_tiny_recipe(name: str, tmp_path: Path) -> None:
     import numpy as np
-
-    from underpaint.pretraining import pretrain
+    from asking import pretrain
 
     rng = np.random.default_rng(0)
     for k in range(64):

@@ -26,14 +26,14 @@ from underpaint.backbones import create_arguments, from_arguments, save_encoder
 from underpaint.data import Crops, load_images, open_source, train_batches
 from underpaint.data.annotations import Instances
 from underpaint.errors import InputError
-from underpaint.evaluate.base import Context
-from underpaint.evaluate.bundle import EncoderBundle, open_bundle
-from underpaint.evaluate.detect import Detect, DetectConfig, detected, letterbox, mask_of
-from underpaint.evaluate.finetune import FineTune, FineTuning
-from underpaint.evaluate.options import Options
-from underpaint.evaluate.runner import judge
-from underpaint.evaluate.segment import VOID, Segment, SegmentConfig, crop_of, sliding_window_inference
-from underpaint.evaluate.splits import Split
+from underpaint.evaluation.base import Context
+from underpaint.evaluation.bundle import EncoderBundle, open_bundle
+from underpaint.evaluation.detect import Detect, DetectConfig, detected, letterbox, mask_of
+from underpaint.evaluation.finetune import FineTune, FineTuning
+from underpaint.evaluation.options import Options
+from underpaint.evaluation.runner import judge
+from underpaint.evaluation.segment import VOID, Segment, SegmentConfig, crop_of, sliding_window_inference
+from underpaint.evaluation.splits import Split
 from underpaint.methods import LocalMIM
 from underpaint.patches import Standardize
 from underpaint.tokenizers import ConvTokenizer, DallE, KMeansPatches, _nearest

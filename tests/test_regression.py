@@ -22,8 +22,8 @@ from underpaint.backbones import create_arguments, from_arguments, save_encoder
 from underpaint.cli import main
 from underpaint.data import open_source
 from underpaint.errors import InputError
-from underpaint.evaluate.regression import PENALTIES, ridge
-from underpaint.evaluate.results import bootstrap
+from underpaint.evaluation.regression import PENALTIES, ridge
+from underpaint.evaluation.results import bootstrap
 from underpaint.patches import Standardize
 
 

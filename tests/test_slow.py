@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from asking import pretrain
 from test_methods import photographs, small
 
 from underpaint.methods import METHODS
-from underpaint.pretraining import pretrain
 
 pytestmark = pytest.mark.slow
 

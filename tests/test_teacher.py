@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from asking import pretrain
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,7 +22,6 @@ from underpaint.masking import Mask
 from underpaint.methods import METHODS, Objective
 from underpaint.methods.masked import MaskedMethod
 from underpaint.patches import take
-from underpaint.pretraining import pretrain
 from underpaint.train.run_folder import Run
 
 

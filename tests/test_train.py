@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import pretrain
 from conftest import word_file, write_pictures
+from forked import CommandLine
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
@@ -24,7 +26,6 @@ from underpaint import load_encoder, pretraining
 from underpaint.cli import main
 from underpaint.errors import InputError, NotFinite
 from underpaint.methods import METHODS, Objective
-from underpaint.pretraining import pretrain
 from underpaint.seeds import ROLLED_BACK
 from underpaint.train.run_folder import Run, training_state
 from underpaint.train.schedules import Schedule
@@ -103,22 +104,14 @@ def test_the_same_recipe_repeats_the_run(pictures: Path, tmp_path: Path) -> None
     assert metrics(other.path) != metrics(first.path)
 
 
-def start(moment: str, count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, killed at a moment."""
-    command = [sys.executable, str(Path(__file__).with_name("killed.py")), moment, str(count), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-
-
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, pictures: Path, server: CommandLine) -> dict[str, Path]:
     """A run of each method that nothing ended early."""
     runs = {}
     for name in METHODS:
         runs[name] = tmp_path_factory.mktemp("unbroken") / name
-        done = start("never", 0, *resumable(name, pictures, runs[name]))
-        assert done.returncode == 0, done.stderr
+        done = server(*resumable(name, pictures, runs[name]))
+        assert done.status == 0, done.error
     return runs
 
 
@@ -147,16 +140,16 @@ def resumable(name: str, pictures: Path, out: Path) -> list[str]:
     ],
 )
 def test_killed_at_any_moment_is_never_killed(
-    name: str, moment: str, count: int, pictures: Path, unbroken: dict[str, Path], tmp_path: Path
+    name: str, moment: str, count: int, pictures: Path, unbroken: dict[str, Path], server: CommandLine, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    died = start(moment, count, *resumable(name, pictures, out))
-    assert died.returncode == -9, died.stderr
+    died = server(*resumable(name, pictures, out), die=(moment, count))
+    assert died.status == -9, died.error
     assert len(metrics(out)) < len(metrics(unbroken[name]))
-    resumed = start("never", 0, *resumable(name, pictures, out))
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = server(*resumable(name, pictures, out))
+    assert resumed.status == 0, resumed.error
     if (name, moment) != ("cae", "probe"):
-        began = int(resumed.stdout.partition("going on from step ")[2].partition(" ")[0])
+        began = int(resumed.out.partition("going on from step ")[2].partition(" ")[0])
         assert began > 0
     assert metrics(out) == metrics(unbroken[name])
     ours, theirs = last_state(out), last_state(unbroken[name])
@@ -167,33 +160,49 @@ def test_killed_at_any_moment_is_never_killed(
 
 
 @pytest.mark.xdist_group("unbroken")
-def test_sigterm_saves_first_and_goes_on_from_there(pictures: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
+def test_sigterm_saves_first_and_goes_on_from_there(
+    pictures: Path, unbroken: dict[str, Path], server: CommandLine, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    stopped = start("term", 8, *resumable("energy", pictures, out))
-    assert stopped.returncode == 143, stopped.stderr
-    assert "interrupted" in stopped.stderr
+    stopped = server(*resumable("energy", pictures, out), die=("term", 8))
+    assert stopped.status == 143, stopped.error
+    assert "interrupted" in stopped.error
     found = Run(out).load()
     assert found is not None
     step = found[1]["step"]
     assert step > 0
-    resumed = start("never", 0, *resumable("energy", pictures, out))
-    assert f"going on from step {step} of 12" in resumed.stdout
+    resumed = server(*resumable("energy", pictures, out))
+    assert f"going on from step {step} of 12" in resumed.out
     assert metrics(out) == metrics(unbroken["energy"])
     assert torch.equal(last_state(out)["method.head.weight"], last_state(unbroken["energy"])["method.head.weight"])
 
 
 @pytest.mark.xdist_group("unbroken")
-def test_two_processes_make_the_loss_of_one(pictures: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
-    for name, alone in unbroken.items():
-        out = tmp_path / name
-        done = start("never", 0, *resumable(name, pictures, out), "--devices", "2")
-        assert done.returncode == 0, done.stderr
-        for ours, theirs in zip(metrics(out), metrics(alone), strict=True):
-            if ours["loss"] is not None:
-                # weights whose gradient is rounding noise (a key's bias) drift apart under AdamW, without effect
-                first = ours["step"] == 2
-                assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5 if first else 2e-4)
-                assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4 if first else 2e-3)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_two_processes_make_the_loss_of_one(
+    name: str, pictures: Path, unbroken: dict[str, Path], server: CommandLine, tmp_path: Path
+) -> None:
+    done = server(*resumable(name, pictures, tmp_path / name), "--devices", "2", processes=2)
+    assert done.status == 0, done.error
+    same_losses(tmp_path / name, unbroken[name])
+
+
+@pytest.mark.xdist_group("unbroken")
+def test_a_run_starts_its_other_processes_itself(pictures: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "underpaint.cli", *resumable("mae", pictures, tmp_path / "run"), "--devices", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    same_losses(tmp_path / "run", unbroken["mae"])
+
+
+def same_losses(two: Path, one: Path) -> None:
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        if ours["loss"] is not None:
+            # weights whose gradient is rounding noise (a key's bias) drift apart under AdamW, without effect
+            first = ours["step"] == 2
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5 if first else 2e-4)
+            assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4 if first else 2e-3)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(pictures: Path, tmp_path: Path, capsys: Any) -> None:

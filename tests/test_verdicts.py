@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from asking import pretrain
 from torch import Tensor
 
 import underpaint.prepare
 from underpaint.masking import Mask, random_mask
 from underpaint.methods import METHODS, Method, Objective
-from underpaint.pretraining import pretrain
 from underpaint.report import Verdict, verdict
 
 SETTINGS: dict[str, Any] = {

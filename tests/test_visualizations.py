@@ -16,9 +16,9 @@ import underpaint
 from underpaint.backbones import Backbone
 from underpaint.backbones.protocols import Features
 from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
-from underpaint.evaluate import visualizations
-from underpaint.evaluate.probes import ProbeSuite
-from underpaint.evaluate.visualizations import Colours, on_grid, plane, same_label, small, write_visualizations
+from underpaint.evaluation import visualizations
+from underpaint.evaluation.probes import ProbeSuite
+from underpaint.evaluation.visualizations import Colours, on_grid, plane, same_label, small, write_visualizations
 from underpaint.patches import Standardize
 
 STANDARDIZE = Standardize([0.5] * 3, [0.25] * 3)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from asking import pretrain
 from conftest import write_pictures
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,14 +21,13 @@ from underpaint.cli import main
 from underpaint.config import Data
 from underpaint.data import Crops, load_images, open_source, train_batches
 from underpaint.errors import InputError
-from underpaint.evaluate.pyramid import Pyramid
+from underpaint.evaluation.pyramid import Pyramid
 from underpaint.inference import load_method
 from underpaint.masking import Mask, block_mask
 from underpaint.methods import CAE, BEiT
 from underpaint.methods.cae import Regress
 from underpaint.methods.words import frequency_losses
 from underpaint.patches import Standardize, patchify, unpatchify
-from underpaint.pretraining import pretrain
 from underpaint.tokenize import Making, make_ready
 from underpaint.tokenizers import (
     ConvTokenizer,

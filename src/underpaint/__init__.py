@@ -3,12 +3,20 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from underpaint.config import Recipe
 from underpaint.errors import InputError, NotFinite
 from underpaint.methods import METHODS
 
 if TYPE_CHECKING:
     from underpaint.backbones import encoder, load_encoder, standardize_for
+    from underpaint.comparison.run import compare
+    from underpaint.evaluation.options import Options
+    from underpaint.evaluation.runner import evaluate
+    from underpaint.inference import restore, score
     from underpaint.methods import CAE, CIM, MAE, BEiT, ConditionalEnergy, Energy, LocalMIM, Method, Objective, SimMIM
+    from underpaint.prediction import embed, predict
+    from underpaint.pretraining import pretrain
+    from underpaint.recipes.request import named as recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,19 +32,40 @@ __all__ = [
     "Method",
     "NotFinite",
     "Objective",
+    "Options",
+    "Recipe",
     "SimMIM",
+    "compare",
+    "embed",
     "encoder",
+    "evaluate",
     "load_encoder",
+    "predict",
+    "pretrain",
+    "recipe",
+    "restore",
+    "score",
     "standardize_for",
 ]
+# where what is imported lazily lies; all else are methods
+ROOMS = {
+    **dict.fromkeys(("encoder", "load_encoder", "standardize_for"), "backbones"),
+    **dict.fromkeys(("restore", "score"), "inference"),
+    **dict.fromkeys(("embed", "predict"), "prediction"),
+    "compare": "comparison.run",
+    "evaluate": "evaluation.runner",
+    "Options": "evaluation.options",
+    "pretrain": "pretraining",
+    "recipe": "recipes.request",
+}
 
 
 def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is asked for (PEP 562): help and complaints need none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "backbones" if name in ("encoder", "load_encoder", "standardize_for") else "methods"
-    return getattr(importlib.import_module(f"underpaint.{room}"), name)
+    room = importlib.import_module(f"underpaint.{ROOMS.get(name, 'methods')}")
+    return getattr(room, "named" if name == "recipe" else name)
 
 
 def __dir__() -> list[str]:

@@ -3,15 +3,17 @@
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import Field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
 
 import underpaint
+from underpaint.config import COMPARED, FLAGS, LENGTHS, declaration
 from underpaint.errors import InputError, NotFinite
-from underpaint.evaluate import EVALUATIONS, known
+from underpaint.evaluation import EVALUATIONS, known
 from underpaint.files import place_of
 from underpaint.methods import LISTED
 
@@ -21,6 +23,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; '{self.prog} --help' lists what there is")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown where there are some."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, []) else action.help
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -46,73 +55,126 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of every command; each command's function is its `run` default."""
-    top = _Parser(prog="underpaint", description=underpaint.__doc__)
-    top.add_argument("--version", action="version", version=underpaint.__version__)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+class _Command(NamedTuple):
+    """What `--help` says of a command, its arguments, and what it does."""
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
-    ) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=f"example: underpaint {example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        made.set_defaults(run=run)
-        return made
+    text: str
+    example: str
+    takes: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
 
-    made = command(
-        "demo", _demo, "pretrain, judge and report on crops of photographs, no download", "demo --out runs/demo"
+
+def _add_flags(made: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Flags as they are declared, and `--set`; what is not said comes from the recipe."""
+    length = made.add_mutually_exclusive_group() if set(LENGTHS) <= set(names) else made
+    for name in names:
+        declared = declaration(FLAGS[name])
+        flag = f"--{name.replace('_', '-')}"
+        told: dict[str, Any] = {"help": _told(declared), "default": argparse.SUPPRESS}
+        if declared.type is bool:
+            made.add_argument(flag, action="store_true", **told)
+        elif get_origin(declared.type) is Literal:
+            made.add_argument(flag, choices=get_args(declared.type), **told)
+        else:
+            (length if name in LENGTHS else made).add_argument(flag, type=_kind(declared.type), **told)
+    made.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="PATH=VALUE", help="any value of the recipe"
     )
+
+
+def _kind(annotation: Any) -> Callable[[str], Any]:
+    """What makes a setting from a word of the command line."""
+    if get_origin(annotation) is tuple:
+        return _size
+    return next(kind for kind in (int, float, str) if annotation is kind or kind in get_args(annotation))
+
+
+def _told(declared: Field[Any]) -> str:
+    """A setting's help, unit and default."""
+    said, default = declared.metadata, declared.default
+    words = f"{said['help']} [{said['unit']}]" if said["unit"] else said["help"]
+    if default is None:
+        default = said["unset"]
+    elif isinstance(default, tuple):
+        default = "x".join(map(str, default))
+    return words if default is False else f"{words} (default: {default})"
+
+
+def _run_at(folder: Path) -> None:
+    """Complain of a folder that holds no run."""
+    if not (folder / "recipe.yaml").is_file():
+        raise InputError(f"{folder}: no recipe.yaml here, so it is not a run folder")
+
+
+def _encoder_at(text: str) -> None:
+    """Complain of an encoder that is neither `timm:NAME` nor anything on disk."""
+    if not text.startswith("timm:") and not Path(text).exists():
+        raise InputError(f"{text}: no such encoder; expected a run folder, an exported file or timm:NAME")
+
+
+def _demo_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("--out", type=Path, required=True, help="the run folder")
 
-    made = command(
-        "pretrain",
-        _pretrain,
-        "pretrain an encoder on a folder of images; go on where the run exists",
-        "pretrain photos/ --out runs/first --method mae --image-size 64 --patch-size 8 --minutes 30",
-    )
+
+def _demo(given: argparse.Namespace) -> None:
+    from underpaint.demo import demo
+
+    demo(given.out)
+
+
+def _pretrain_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("data", help="folder, .zip, .tar, parquet, hf:NAME[:SPLIT] or wds:PATTERN")
     made.add_argument("--out", type=Path, required=True, help="the run folder")
-    given: dict[str, Any] = {"default": argparse.SUPPRESS}  # what is not said comes from the recipe
-    made.add_argument("--recipe", help="a shipped name ('underpaint recipes') or a YAML file", **given)
-    made.add_argument("--method", help=f"{', '.join(LISTED)} (default energy)", **given)
-    length = made.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, help="passes over the images (default 100)", **given)
-    length.add_argument("--steps", type=int, help="optimiser steps", **given)
-    length.add_argument("--minutes", type=float, help="of training, probes not counted", **given)
-    made.add_argument("--seed", type=int, help="of everything random (default 0)", **given)
-    made.add_argument("--probe-every", type=int, help="steps (default: a quarter of the run)", **given)
-    _shared(made, given)
+    made.add_argument("--recipe", help="a shipped name ('underpaint recipes') or a YAML file")
+    _add_flags(made, FLAGS)
 
-    made = command(
-        "restore",
-        _restore,
-        "a picture: original, corrupted, restored",
-        "restore runs/first a.jpg b.jpg --out sheet.png",
-    )
+
+def _pretrain(given: argparse.Namespace) -> None:
+    from underpaint.recipes.request import asked, foresee
+
+    flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
+    recipe, settings = given.recipe, dict(given.set)
+    foresee(given.data, recipe, flags, settings)
+    from underpaint.pretraining import pretrain
+
+    pretrain(given.data, given.out, asked(given.out, recipe, flags, settings))
+
+
+def _restore_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("run_folder", metavar="RUN", type=Path)
     made.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
     made.add_argument("--out", type=Path, required=True, help="a PNG file")
     made.add_argument("--corruption", help="one of those that the run was trained on (default: all in turn)")
 
-    made = command(
-        "score", _score, "rank images by energy or restoration error", "score runs/first photos/ --out scores.csv"
-    )
+
+def _restore(given: argparse.Namespace) -> None:
+    _run_at(given.run_folder)
+    from underpaint.inference import restore
+
+    restore(given.run_folder, given.images, given.out, corruption=given.corruption)
+    print(given.out)
+
+
+def _score_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("run_folder", metavar="RUN", type=Path)
     made.add_argument("data", help="images, as for pretrain")
     made.add_argument("--out", type=Path, required=True, help="a CSV file: path, score, rank; most unusual first")
 
-    made = command(
-        "compare",
-        _compare,
-        "several methods under the same wall-clock on your images, then one table and one page",
-        "compare photos/ --methods mae,energy --minutes 30 --image-size 64 --patch-size 8 --out runs/which",
-    )
+
+def _score(given: argparse.Namespace) -> None:
+    _run_at(given.run_folder)
+    place_of(given.data)
+    from underpaint.inference import score
+
+    rows = score(given.run_folder, given.data)
+    with open(given.out, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "score", "rank"])
+        writer.writerows((path, f"{value:.6g}", rank) for rank, (path, value) in enumerate(rows, start=1))
+    print(f"{given.out}: {len(rows)} images, most unusual first")
+
+
+def _compare_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("data", help="images, as for pretrain")
     made.add_argument("--out", type=Path, required=True, help="a folder; where it holds this comparison, go on")
     made.add_argument(
@@ -120,17 +182,25 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--minutes", type=float, required=True, help="of training, for each method with each seed")
     made.add_argument("--seeds", type=int, default=2, help="how often each method is trained")
-    made.add_argument(
-        "--recipe", help="where encoder and data settings come from: a shipped name or a YAML file", **given
-    )
-    _shared(made, given)
+    made.add_argument("--recipe", help="where encoder and data settings come from: a shipped name or a YAML file")
+    _add_flags(made, COMPARED)
 
-    made = command(
-        "evaluate",
-        _evaluate,
-        "what an encoder is worth on your answered images, beside the same one untrained",
-        "evaluate runs/first --data labelled/ --task knn,linear --out runs/worth",
-    )
+
+def _compare(given: argparse.Namespace) -> None:
+    from underpaint.recipes.request import foresee, recipe_named
+
+    flags = {name: getattr(given, name) for name in COMPARED if hasattr(given, name)}
+    for entry in given.methods:
+        recipe_named(entry)
+    foresee(given.data, given.recipe, flags, dict(given.set))
+    from underpaint.comparison.plan import recipes_of
+    from underpaint.comparison.run import compare
+
+    recipes = recipes_of(given.methods, given.recipe, flags, dict(given.set))
+    compare(given.data, given.out, recipes, given.minutes, seeds=given.seeds)
+
+
+def _evaluate_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
     made.add_argument("--data", required=True, help="images with class labels, masks or boxes")
     made.add_argument("--task", required=True, type=_names, help=f"{', '.join(EVALUATIONS)}: a,b,c")
@@ -148,154 +218,13 @@ def parser() -> argparse.ArgumentParser:
         "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="any setting of the training"
     )
 
-    made = command(
-        "predict",
-        _predict,
-        "use a trained classifier, segmenter or detector",
-        "predict runs/worth/finetune photos/ --out predicted",
-    )
-    made.add_argument("trained", metavar="DIR", type=Path, help="a folder of evaluate, or that of one of its tasks")
-    made.add_argument("images", help="images, as for pretrain")
-    made.add_argument("--out", type=Path, required=True, help="a folder: a table, masks or COCO json, and pictures")
-
-    made = command("embed", _embed, "a feature vector an image", "embed runs/first photos/ --out vectors.parquet")
-    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
-    made.add_argument("data", help="images, as for pretrain")
-    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
-    made.add_argument("--out", type=Path, required=True, help="a parquet file: path, vector")
-
-    made = command(
-        "tokenizer",
-        _tokenizer,
-        "fit or train a tokenizer: images to and from visual words",
-        "tokenizer photos/ --kind kmeans --image-size 64 --stride 8 --out words.safetensors",
-    )
-    made.add_argument("data", help="images, as for pretrain")
-    made.add_argument("--out", type=Path, required=True, help="a .safetensors file; a .json and a picture beside it")
-    made.add_argument("--kind", default="kmeans", help="kmeans, fsq or vq")
-    made.add_argument("--image-size", type=_size, default=(224, 224), help="pixels, N or HxW")
-    made.add_argument("--stride", type=int, default=16, help="pixels of a word: the encoder's patch size")
-    made.add_argument("--codebook-size", type=int, help="words (default: by the image size)")
-    made.add_argument("--channels", type=int, default=3, help="of the images")
-    made.add_argument("--minutes", type=float, help="of training, for fsq and vq (default: 5,000 steps)")
-    made.add_argument("--groups", metavar="REGEX", help="as for pretrain, so that the same images are held out")
-    made.add_argument("--seed", type=int, default=0, help="of everything random")
-
-    made = command(
-        "report", _report, "write the HTML page of a run, an evaluation or a comparison", "report runs/first"
-    )
-    made.add_argument("run_folder", metavar="RUN|DIR", type=Path)
-
-    made = command("check", _check, "what would be read, and how it was understood; no training", "check photos/")
-    made.add_argument("data", help="images, as for pretrain")
-
-    command("methods", _methods, "the pretraining methods, a line each", "methods")
-    command("recipes", _recipes, "the shipped recipes, a line each", "recipes")
-    return top
-
-
-def _shared(made: argparse.ArgumentParser, given: dict[str, Any]) -> None:
-    """What `pretrain` and `compare` both take."""
-    made.add_argument("--encoder", help="any timm name (default vit_small_patch16_224)", **given)
-    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default 224)", **given)
-    made.add_argument("--patch-size", type=int, help="pixels (default: the encoder's own)", **given)
-    made.add_argument("--batch-size", type=int, help="images a step, over all devices (default 256)", **given)
-    made.add_argument(
-        "--set", type=_setting, action="append", default=[], metavar="PATH=VALUE", help="any value of the recipe"
-    )
-    made.add_argument("--init", help="weights to start from: timm:NAME, a run or a file", **given)
-    made.add_argument("--labels", help="labelled images for the probes", **given)
-    made.add_argument("--groups", metavar="REGEX", help="images of one group stay on one side of a hold-out", **given)
-    made.add_argument(
-        "--all-images",
-        action="store_true",
-        help="also train on the images held out to judge by, without their labels",
-        **given,
-    )
-    made.add_argument("--checkpoint-every", type=int, help="steps (default: about two minutes)", **given)
-    made.add_argument("--devices", type=int, help="GPUs, or processes on a CPU (default: all GPUs, or 1)", **given)
-    made.add_argument("--nodes", type=int, help="machines (default 1)", **given)
-    made.add_argument("--precision", choices=("auto", "32", "bf16", "16"), help="(default auto)", **given)
-    made.add_argument("--workers", type=int, help="processes that decode images (default 0)", **given)
-
-
-def _run_at(folder: Path) -> None:
-    """Complain of a folder that holds no run."""
-    if not (folder / "recipe.yaml").is_file():
-        raise InputError(f"{folder}: no recipe.yaml here, so it is not a run folder")
-
-
-def _encoder_at(text: str) -> None:
-    """Complain of an encoder that is neither `timm:NAME` nor anything on disk."""
-    if not text.startswith("timm:") and not Path(text).exists():
-        raise InputError(f"{text}: no such encoder; expected a run folder, an exported file or timm:NAME")
-
-
-def _demo(given: argparse.Namespace) -> None:
-    from underpaint.demo import demo
-
-    demo(given.out)
-
-
-def _pretrain(given: argparse.Namespace) -> None:
-    from underpaint.recipes.request import FLAGS, foresee
-
-    flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
-    recipe, settings = getattr(given, "recipe", None), dict(given.set)
-    foresee(given.data, recipe, flags, settings)
-    from underpaint.pretraining import pretrain
-
-    pretrain(given.data, given.out, recipe=recipe, settings=settings, **flags)
-
-
-def _restore(given: argparse.Namespace) -> None:
-    _run_at(given.run_folder)
-    from underpaint.inference import restore
-
-    restore(given.run_folder, given.images, given.out, corruption=given.corruption)
-    print(given.out)
-
-
-def _score(given: argparse.Namespace) -> None:
-    _run_at(given.run_folder)
-    place_of(given.data)
-    from underpaint.inference import score
-
-    rows = score(given.run_folder, given.data)
-    with open(given.out, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "score", "rank"])
-        writer.writerows((path, f"{value:.6g}", rank) for rank, (path, value) in enumerate(rows, start=1))
-    print(f"{given.out}: {len(rows)} images, most unusual first")
-
-
-def _compare(given: argparse.Namespace) -> None:
-    from underpaint.recipes.request import FLAGS, foresee, recipe_named
-
-    flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name) and name != "minutes"}
-    for entry in given.methods:
-        recipe_named(entry)
-    foresee(given.data, getattr(given, "recipe", None), flags, dict(given.set))
-    from underpaint.compare.run import compare
-
-    compare(
-        given.data,
-        given.out,
-        methods=given.methods,
-        minutes=given.minutes,
-        seeds=given.seeds,
-        recipe=getattr(given, "recipe", None),
-        settings=dict(given.set),
-        **flags,
-    )
-
 
 def _evaluate(given: argparse.Namespace) -> None:
     place_of(given.data)
     _encoder_at(given.encoder)
     known(given.task)
-    from underpaint.evaluate.options import Options
-    from underpaint.evaluate.runner import evaluate
+    from underpaint.evaluation.options import Options
+    from underpaint.evaluation.runner import evaluate
 
     options = Options(
         image_size=given.image_size,
@@ -312,20 +241,46 @@ def _evaluate(given: argparse.Namespace) -> None:
     evaluate(given.encoder, given.data, given.task, given.out, options)
 
 
+def _predict_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument("trained", metavar="DIR", type=Path, help="a folder of evaluate, or that of one of its tasks")
+    made.add_argument("images", help="images, as for pretrain")
+    made.add_argument("--out", type=Path, required=True, help="a folder: a table, masks or COCO json, and pictures")
+
+
 def _predict(given: argparse.Namespace) -> None:
     place_of(given.images)
-    from underpaint.predict import predict
+    from underpaint.prediction import predict
 
     predict(given.trained, given.images, given.out)
+
+
+def _embed_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument("data", help="images, as for pretrain")
+    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
+    made.add_argument("--out", type=Path, required=True, help="a parquet file: path, vector")
 
 
 def _embed(given: argparse.Namespace) -> None:
     place_of(given.data)
     _encoder_at(given.encoder)
-    from underpaint.predict import embed
+    from underpaint.prediction import embed
 
     count = embed(given.encoder, given.data, given.out, image_size=given.image_size)
     print(f"{given.out}: {count} images")
+
+
+def _tokenizer_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument("data", help="images, as for pretrain")
+    made.add_argument("--out", type=Path, required=True, help="a .safetensors file; a .json and a picture beside it")
+    made.add_argument("--kind", default="kmeans", help="kmeans, fsq or vq")
+    made.add_argument("--image-size", type=_size, default=(224, 224), help="pixels, N or HxW")
+    made.add_argument("--stride", type=int, default=16, help="pixels of a word: the encoder's patch size")
+    made.add_argument("--codebook-size", type=int, help="words (default: by the image size)")
+    made.add_argument("--channels", type=int, default=3, help="of the images")
+    made.add_argument("--minutes", type=float, help="of training, for fsq and vq (default: 5,000 steps)")
+    made.add_argument("--groups", metavar="REGEX", help="as for pretrain, so that the same images are held out")
+    made.add_argument("--seed", type=int, default=0, help="of everything random")
 
 
 def _tokenizer(given: argparse.Namespace) -> None:
@@ -336,12 +291,20 @@ def _tokenizer(given: argparse.Namespace) -> None:
     make_tokenizer(given.data, given.out, words, minutes=given.minutes, groups=given.groups, seed=given.seed)
 
 
+def _report_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run_folder", metavar="RUN|DIR", type=Path)
+
+
 def _report(given: argparse.Namespace) -> None:
     if not any((given.run_folder / name).is_file() for name in ("compare.json", "results.json")):
         _run_at(given.run_folder)
     from underpaint.report import write_report
 
     print(write_report(given.run_folder))
+
+
+def _check_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument("data", help="images, as for pretrain")
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -361,6 +324,81 @@ def _recipes(_: argparse.Namespace) -> None:
 
     for name, recipe in RECIPES.items():
         print(f"{name:<26} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+
+
+COMMANDS = {
+    "demo": _Command(
+        "pretrain, judge and report on crops of photographs, no download", "demo --out runs/demo", _demo_takes, _demo
+    ),
+    "pretrain": _Command(
+        "pretrain an encoder on a folder of images; go on where the run exists",
+        "pretrain photos/ --out runs/first --method mae --image-size 64 --patch-size 8 --minutes 30",
+        _pretrain_takes,
+        _pretrain,
+    ),
+    "restore": _Command(
+        "a picture: original, corrupted, restored",
+        "restore runs/first a.jpg b.jpg --out sheet.png",
+        _restore_takes,
+        _restore,
+    ),
+    "score": _Command(
+        "rank images by energy or restoration error", "score runs/first photos/ --out scores.csv", _score_takes, _score
+    ),
+    "compare": _Command(
+        "several methods under the same wall-clock on your images, then one table and one page",
+        "compare photos/ --methods mae,energy --minutes 30 --image-size 64 --patch-size 8 --out runs/which",
+        _compare_takes,
+        _compare,
+    ),
+    "evaluate": _Command(
+        "what an encoder is worth on your annotated images, beside the same one untrained",
+        "evaluate runs/first --data labelled/ --task knn,linear --out runs/worth",
+        _evaluate_takes,
+        _evaluate,
+    ),
+    "predict": _Command(
+        "use a trained classifier, segmenter or detector",
+        "predict runs/worth/finetune photos/ --out predicted",
+        _predict_takes,
+        _predict,
+    ),
+    "embed": _Command(
+        "a feature vector an image", "embed runs/first photos/ --out vectors.parquet", _embed_takes, _embed
+    ),
+    "tokenizer": _Command(
+        "fit or train a tokenizer: images to and from visual words",
+        "tokenizer photos/ --kind kmeans --image-size 64 --stride 8 --out words.safetensors",
+        _tokenizer_takes,
+        _tokenizer,
+    ),
+    "report": _Command(
+        "write the HTML page of a run, an evaluation or a comparison", "report runs/first", _report_takes, _report
+    ),
+    "check": _Command(
+        "what would be read, and how it was understood; no training", "check photos/", _check_takes, _check
+    ),
+    "methods": _Command("the pretraining methods, a line each", "methods", lambda made: None, _methods),
+    "recipes": _Command("the shipped recipes, a line each", "recipes", lambda made: None, _recipes),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command; each command's function is its `run` default."""
+    top = _Parser(prog="underpaint", description=underpaint.__doc__)
+    top.add_argument("--version", action="version", version=underpaint.__version__)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (text, example, takes, run) in COMMANDS.items():
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example: underpaint {example}",
+            formatter_class=_Help,
+        )
+        takes(made)
+        made.set_defaults(run=run)
+    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

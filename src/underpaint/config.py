@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from underpaint.errors import InputError
 
-FORMAT = 1  # of a recipe
+FORMAT = 2  # of a recipe
 
 
 def setting(
@@ -38,7 +38,7 @@ def setting(
 class AnyMethod:
     """What the flags of the command line say of a method; its other settings are the arguments of its class."""
 
-    name: str = setting("energy", "'underpaint methods' lists them")
+    name: str = setting("localmim", "of pretraining; 'underpaint methods' lists them")
     mask_ratio: float | None = setting(None, "share that is hidden", unset="the method's own", above=0, below=1)
 
 
@@ -50,7 +50,7 @@ class AnyEncoder:
     patch_size: int | None = setting(None, "side of a patch", unit="pixels", unset="the encoder's own", low=1)
 
 
-@dataclass
+@dataclass(slots=True)
 class Data:
     """What is read, and how it is cut."""
 
@@ -72,7 +72,7 @@ class Data:
     workers: int = setting(0, "processes that decode images", low=0)
 
 
-@dataclass
+@dataclass(slots=True)
 class Optimiser:
     """AdamW, warm-up and cosine."""
 
@@ -85,7 +85,7 @@ class Optimiser:
     accumulation: int = setting(1, "parts that a batch is computed in, to save memory", low=1)
 
 
-@dataclass
+@dataclass(slots=True)
 class Length:
     """How long, and what happens on the way. One of epochs, steps and minutes."""
 
@@ -107,7 +107,7 @@ class Length:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Recipe:
     """A named run. `method` and `encoder` hold a `name` and the settings that go to its constructor."""
 
@@ -124,6 +124,35 @@ class Recipe:
 SECTIONS: dict[str, type] = {"data": Data, "optimiser": Optimiser, "run": Length}
 DECLARED: dict[str, type] = {"method": AnyMethod, "encoder": AnyEncoder, **SECTIONS}
 LENGTHS = ("epochs", "steps", "minutes")
+
+# flag of the command line -> path in the recipe; all else by --set
+FLAGS = {
+    "method": "method.name",
+    "mask_ratio": "method.mask_ratio",
+    "encoder": "encoder.name",
+    "patch_size": "encoder.patch_size",
+    "image_size": "data.image_size",
+    "labels": "data.labels",
+    "groups": "data.groups",
+    "all_images": "data.all_images",
+    "workers": "data.workers",
+    "lr": "optimiser.lr",
+    "weight_decay": "optimiser.weight_decay",
+    "warmup": "optimiser.warmup",
+    "batch_size": "optimiser.batch_size",
+    "init": "init",
+    "epochs": "run.epochs",
+    "steps": "run.steps",
+    "minutes": "run.minutes",
+    "seed": "run.seed",
+    "precision": "run.precision",
+    "devices": "run.devices",
+    "nodes": "run.nodes",
+    "probe_every": "run.probe_every",
+    "checkpoint_every": "run.checkpoint_every",
+}
+# those of `compare`, which decides the others itself
+COMPARED = [name for name in FLAGS if name not in ("method", *LENGTHS, "seed", "probe_every")]
 
 
 def declaration(path: str) -> Field[Any]:

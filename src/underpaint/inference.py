@@ -9,14 +9,12 @@ from underpaint.backbones import load_encoder, scaling_for, standardize_for
 from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import (
-    Scaling,
     Unreadable,
     centre_boxes,
     crop_resize,
     eval_batches,
     load_images,
     open_source,
-    read_header,
     settle_scaling,
 )
 from underpaint.data.images import Decoding, decode_as
@@ -56,12 +54,12 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
     if corruption is not None and corruption not in method.tasks:
         raise InputError(f"--corruption {corruption}: this run was trained on {', '.join(method.tasks)}")
     size, channels = recipe.data.image_size, method.encoder.channels
-    stored = scaling_for(run)
+    scaling = scaling_for(run)
+    assert scaling is not None  # a run has recorded it
     rows = []
     for image in images:
         try:
             data = Path(image).read_bytes()
-            scaling = stored or _as_recorded(recipe, read_header(data).dtype)
             array = decode_as(data, Decoding(channels, recipe.data.max_pixels, 2 * min(size), scaling), None)
         except OSError as error:
             raise InputError(f"{image}: {error.strerror}; give image files") from error
@@ -74,14 +72,12 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
     sheet({caption: standardize.inverse(frame) for caption, frame in frames.items()}, Path(out))
 
 
-def _as_recorded(recipe: Recipe, dtype: str) -> Scaling:
-    """Of a run that recorded one range for all channels, and no type: that of the image is taken to be it."""
-    (low, high), count = recipe.measured["value_range"], recipe.data.channels
-    return Scaling(dtype, (dtype,), (low,) * count, (high,) * count, (0.5,) * count)
-
-
 def score(run: str | Path, data: str | Path) -> list[tuple[str, float]]:
-    """Each image's path and score, most unusual first."""
+    """Each image's path and its energy, or the method's own restoration error; most unusual first.
+
+    Raises:
+        InputError: no run there, or no images that can be read.
+    """
     method, standardize, recipe = load_method(run)
     size = recipe.data.image_size
     source = open_source(data)

@@ -34,7 +34,7 @@ from underpaint.data import (
     train_batches,
 )
 from underpaint.errors import InputError, NotFinite
-from underpaint.evaluate.probes import ProbeSuite
+from underpaint.evaluation.probes import ProbeSuite
 from underpaint.methods import METHODS, Method
 from underpaint.patches import Standardize
 from underpaint.recipes.recipe import method_options

@@ -2,10 +2,9 @@
 
 import copy
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,10 +14,10 @@ from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import Batch
 from underpaint.errors import InputError
-from underpaint.evaluate.visualizations import write_visualizations
+from underpaint.evaluation.visualizations import write_visualizations
 from underpaint.methods import Restores
 from underpaint.prepare import Session, build, decide, open_data, schedule_of, silent, warm_again
-from underpaint.recipes.request import FLAGS, resolve
+from underpaint.recipes.request import settled
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
 from underpaint.signals import watched_signals
@@ -35,39 +34,30 @@ from underpaint.train.stepper import Stepper
 def pretrain(
     data: str | Path,
     out: str | Path,
+    recipe: str | Recipe | None = None,
     *,
-    recipe: str | None = None,
-    settings: Mapping[str, Any] | None = None,
     stop_at: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    **flags: Any,
 ) -> Run:
     """Pretrain an encoder on the images in `data`; where `out` holds a run, go on with it.
 
     Args:
         data: a folder, archive, parquet file, `hf:NAME[:SPLIT]` or `wds:PATTERN`.
         out: the run folder.
-        recipe: a shipped name or a YAML file.
-        settings: any values of the recipe by path, `{"method.mask_ratio": 0.6}`.
+        recipe: every setting, as `underpaint.recipe` gives them to be changed; the name of a shipped recipe, or a YAML
+            file (that of a run repeats it). That of the run, else the defaults, where None.
         stop_at: seconds of training in all after which this call ends, with a probe and a checkpoint; the next call
             goes on. A comparison trains its methods in turn so, and judges them itself. `minutes` are then minutes on
             the clock, which the schedule follows, and no number of steps.
         clock: seconds, by which a run is timed; another one makes what a clock decides repeatable.
-        flags: the common ones by short name: method, encoder, patch_size, image_size, labels, groups,
-            all_images, workers, batch_size, init, epochs, steps, minutes, seed, precision, devices, nodes, probe_every,
-            checkpoint_every.
 
     Raises:
         InputError: settings or data that cannot be used, in one line.
         NotFinite: the loss stayed not finite; the last good checkpoint is kept.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    if unknown := sorted(set(flags) - set(FLAGS)):
-        raise InputError(f"pretrain: no argument '{unknown[0]}'; there are: {', '.join(FLAGS)}")
-    if isinstance(size := flags.get("image_size"), int):
-        flags["image_size"] = (size, size)
     run = Run(out)
-    chosen, resumed = _resolved(data, run, recipe, settings or {}, flags)
+    chosen, resumed = settled(data, run.path, recipe)
     session = _session(run, chosen, resumed, stop_at, clock)
     untrained = copy.deepcopy(session.method.encoder)
     with _advice(chosen), watched_signals():
@@ -79,21 +69,6 @@ def pretrain(
             _judge(session, untrained.to(session.fabric.device))
     session.fabric.barrier()
     return run
-
-
-def _resolved(
-    data: str | Path, run: Run, recipe: str | None, settings: Mapping[str, Any], flags: dict[str, Any]
-) -> tuple[Recipe, bool]:
-    """The recipe that a call asks for, and whether its run goes on from an earlier start."""
-    if unknown := sorted(set(flags) - set(FLAGS)):
-        raise InputError(f"pretrain: no argument '{unknown[0]}'; there are: {', '.join(FLAGS)}")
-    if isinstance(size := flags.get("image_size"), int):
-        flags["image_size"] = (size, size)
-    chosen, resumed = resolve(data, run.path, recipe, flags, settings)
-    if not resumed:
-        for name in ("tokenizer", "steps_before", "warm_again"):  # of the run that this recipe is from
-            chosen.measured.pop(name, None)
-    return chosen, resumed
 
 
 def _session(run: Run, recipe: Recipe, resumed: bool, stop_at: float | None, clock: Callable[[], float]) -> Session:
@@ -112,8 +87,6 @@ def _session(run: Run, recipe: Recipe, resumed: bool, stop_at: float | None, clo
     method, standardize, arguments, matched = build(recipe, images, run)
     if matched:
         shout(matched)
-    if resumed and "scaling" not in recipe.measured and not images.scaling.plain:
-        raise InputError(f"--out {run.path}: holds a run that did not record the range of its images; start another")
     recipe.measured["scaling"] = images.scaling.stored()
     if main:
         run.create(recipe)

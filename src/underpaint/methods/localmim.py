@@ -136,7 +136,7 @@ class LocalMIM(MaskedMethod[Sampled]):
         pixel_head: a linear map from the decoder of the tap at the patch's scale to pixels, for pictures; it trains
             nothing below it.
         images_per_mask: how many consecutive images share a mask (Swin).
-        pool_seed: of the masks that these are drawn from (Swin); a run's own seed, else 0, where None.
+        seed: of the masks that these are drawn from (Swin); a run's own seed, else 0, where None.
 
     Raises:
         TypeError: an encoder of another kind.
@@ -153,7 +153,7 @@ class LocalMIM(MaskedMethod[Sampled]):
     stop_gradient: bool = False
     pixel_head: bool = False
     images_per_mask: int = 64
-    pool_seed: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         encoder = self.encoder
@@ -162,7 +162,7 @@ class LocalMIM(MaskedMethod[Sampled]):
         self.wanted = target_for(self.target, bins=self.bins)
         self.hide((encoder.stride, encoder.stride), encoder.image_size)
         taps, scales = self._fitting(encoder)
-        self.walk = encoder.walk(self.masking, taps, self.images_per_mask, self.pool_seed or 0)
+        self.walk = encoder.walk(self.masking, taps, self.images_per_mask, self.seed or 0)
         layers = self.walk.layers
         self.cells = scales or [layer.stride for layer in layers]
         factors = [layer.stride // cell for layer, cell in zip(layers, self.cells, strict=True)]

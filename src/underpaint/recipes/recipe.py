@@ -14,6 +14,12 @@ from underpaint.config import FORMAT, SECTIONS, AnyEncoder, AnyMethod, Data, Len
 from underpaint.errors import InputError
 from underpaint.methods import METHODS
 
+# what has another name since format 1
+RENAMED = (
+    "hidden_ratio to mask_ratio, standardize_targets to norm_pix_loss, vocabulary to codebook_size, cell to "
+    "mask_patch_size, optimiser.rate to optimiser.lr, energy's context: visible to method conditional-energy"
+)
+
 
 def plain(recipe: Recipe) -> dict[str, Any]:
     """A recipe as nested dicts, lists, numbers and strings."""
@@ -54,8 +60,11 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
         InputError: an unknown name (the known ones are listed) or a value of the wrong type.
     """
     settings = copy.deepcopy(dict(settings))
-    if settings.get("format", FORMAT) != FORMAT:
-        raise InputError(f"recipe: format {settings['format']}; this version reads format {FORMAT}")
+    if (found := settings.get("format", FORMAT)) != FORMAT:
+        raise InputError(
+            f"recipe: format {found}; this version reads format {FORMAT}: pretrain anew, or write `format: {FORMAT}` and "
+            f"rename {RENAMED} in a recipe of your own"
+        )
     method, encoder = names_known(settings)
     _only_known(f"method {method['name']}", method, ["name", *method_settings(method["name"])])
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
@@ -63,6 +72,8 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
         parser.add_class_arguments(kind, section)
     parser.add_class_arguments(METHODS[method["name"]], "method", skip={"encoder"})
     given = {section: _worded(settings.get(section) or {}, kind) for section, kind in SECTIONS.items()}
+    if isinstance(side := given["data"].get("image_size"), int):
+        given["data"]["image_size"] = (side, side)
     given["method"] = _worded(
         {key: value for key, value in method.items() if key != "name"}, METHODS[method["name"]].__init__
     )
@@ -104,11 +115,6 @@ def names_known(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return method, encoder
 
 
-def as_written(settings: Mapping[str, Any]) -> Recipe:
-    """The recipe of a run or a comparison that was begun: before there was a choice, it trained on every image."""
-    return checked({**settings, "data": {"all_images": True, **(settings.get("data") or {})}})
-
-
 def _worded(given: Mapping[str, Any], annotated: Any) -> dict[str, Any]:
     """Settings as they were written, where one of a few words is asked for: YAML reads `off` as a boolean, `32` as a
     number, and so does whoever writes `--set run.compile=off`."""
@@ -145,19 +151,16 @@ def one_line(error: Exception) -> str:
 def stored_recipe(folder: Path) -> Recipe | None:
     """The recipe of a run folder; None where there is none."""
     file = folder / "recipe.yaml"
-    return as_written(yaml.safe_load(file.read_text())) if file.is_file() else None
+    return checked(yaml.safe_load(file.read_text())) if file.is_file() else None
 
 
 def method_options(recipe: Recipe, tokenizer: Path | None = None) -> dict[str, Any]:
-    """What the method's class is called with: the recipe's settings, what was calibrated, the image size where the method
-    asks for it (an encoder without positions does not know it), the run's seed where it draws more than weights, and a
-    run's own `tokenizer` once it is there."""
+    """What the method's class is called with: the recipe's settings; image size and seed are the run's where the method
+    asks for them and none are given; and a run's own `tokenizer`, once it is there."""
     options = {key: value for key, value in recipe.method.items() if key != "name"}
-    options |= {key: recipe.measured[key] for key in ("step_size", "position_step") if key in recipe.measured}
-    if "image_size" in options and options["image_size"] is None:
-        options["image_size"] = recipe.data.image_size
-    if "pool_seed" in options and options["pool_seed"] is None:
-        options["pool_seed"] = recipe.run.seed
+    for name, value in (("image_size", recipe.data.image_size), ("seed", recipe.run.seed)):
+        if name in options and options[name] is None:
+            options[name] = value
     if tokenizer is not None and tokenizer.is_file():
         options["tokenizer"] = str(tokenizer)
     return options

@@ -1,4 +1,4 @@
-"""What a call asks for: a recipe with flags and settings laid over it, checked against the run that is there."""
+"""What is asked for: a recipe with flags and settings laid over it, checked against the run that is there."""
 
 import copy
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
+from underpaint.config import FLAGS, LENGTHS, Recipe
 from underpaint.errors import InputError
 from underpaint.files import place_of
 from underpaint.methods import METHODS
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import (
-    Recipe,
     checked,
     differences,
     names_known,
@@ -22,28 +22,6 @@ from underpaint.recipes.recipe import (
     stored_recipe,
 )
 
-# flag of the command line and keyword of `pretrain` -> place in the recipe
-FLAGS = {
-    "method": "method.name",
-    "encoder": "encoder.name",
-    "patch_size": "encoder.patch_size",
-    "image_size": "data.image_size",
-    "labels": "data.labels",
-    "groups": "data.groups",
-    "all_images": "data.all_images",
-    "workers": "data.workers",
-    "batch_size": "optimiser.batch_size",
-    "init": "init",
-    "epochs": "run.epochs",
-    "steps": "run.steps",
-    "minutes": "run.minutes",
-    "seed": "run.seed",
-    "precision": "run.precision",
-    "devices": "run.devices",
-    "nodes": "run.nodes",
-    "probe_every": "run.probe_every",
-    "checkpoint_every": "run.checkpoint_every",
-}
 DEFAULT_EPOCHS = 100
 
 
@@ -66,12 +44,12 @@ def read_recipe(name: str) -> dict[str, Any]:
 def laid_over(base: Mapping[str, Any], flags: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Plain settings with those of a call laid over them; a length that is given takes the place of another."""
     chosen = copy.deepcopy(dict(base))
-    if any(flags.get(name) is not None for name in ("epochs", "steps", "minutes")):
-        for name in ("epochs", "steps", "minutes"):
+    if any(flags.get(name) is not None for name in LENGTHS):
+        for name in LENGTHS:
             chosen["run"][name] = None
-    for name, value in flags.items():
-        if value is not None:
-            override(chosen, FLAGS[name], value)
+    for name, path in FLAGS.items():  # in this order: another method has other settings
+        if flags.get(name) is not None:
+            override(chosen, path, flags[name])
     for path, value in settings.items():
         override(chosen, path, value)
     return chosen
@@ -104,23 +82,52 @@ def recipe_named(entry: str) -> str | None:
     )
 
 
-def resolve(
-    data: str | Path, out: Path, recipe: str | None, flags: Mapping[str, Any], settings: Mapping[str, Any]
-) -> tuple[Recipe, bool]:
-    """The recipe of a run, and whether it goes on from an earlier start.
+def asked(out: Path, recipe: str | None, flags: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
+    """What a command asks for: its recipe, that of the run in `out`, or the defaults, with flags and settings over it.
+
+    Raises:
+        InputError: settings that cannot be.
+    """
+    base = read_recipe(recipe) if recipe else plain(stored_recipe(out) or Recipe())
+    chosen = laid_over(base, flags, settings)
+    if chosen != base:
+        chosen["measured"] = {}  # measured for other settings
+    return checked(chosen)
+
+
+def named(name: str) -> Recipe:
+    """The recipe of a method (its defaults), a shipped one, or that of a YAML file. To be changed and trained:
+
+    >>> recipe = named("mae-tiny-32")
+    >>> recipe.optimiser.lr, recipe.run.minutes = 1e-3, 30.0
+    >>> recipe.method["mask_ratio"]
+    0.75
+
+    Raises:
+        InputError: none has that name.
+    """
+    recipe = checked({"method": {"name": name}} if name in METHODS else read_recipe(name))
+    recipe.measured = {}
+    return recipe
+
+
+def settled(data: str | Path, out: Path, recipe: str | Recipe | None) -> tuple[Recipe, bool]:
+    """The recipe of a run on these images, and whether it goes on from an earlier start.
 
     Raises:
         InputError: settings that differ from those of the run that is to be resumed, each in a line.
     """
     stored = stored_recipe(out)
-    base = read_recipe(recipe) if recipe else plain(stored or checked({}))
-    chosen = laid_over(base, flags, settings)
+    given = read_recipe(recipe) if isinstance(recipe, str) else plain(recipe or stored or Recipe())
+    chosen = copy.deepcopy(given)
     chosen["data"]["path"] = str(data)
-    if all(chosen["run"][name] is None for name in ("epochs", "steps", "minutes")):
+    if all(chosen["run"][name] is None for name in LENGTHS):
         chosen["run"]["epochs"] = DEFAULT_EPOCHS
     if stored is None:
-        if chosen != base:
-            chosen["measured"] = {}  # measured for other settings or other data
+        if chosen != given:
+            chosen["measured"] = {}  # measured on other data
+        for name in ("tokenizer", "steps_before", "warm_again"):  # of the run that this recipe is from
+            chosen["measured"].pop(name, None)
         return checked(chosen), False
     chosen["measured"] = plain(stored)["measured"]
     result = checked(chosen)
@@ -129,7 +136,7 @@ def resolve(
             f"--out {out}: holds a run with other settings ({'; '.join(changed)}); "
             "give its own settings to go on, or another path"
         )
-    lengths = [[getattr(each.run, name) for name in ("epochs", "steps", "minutes")] for each in (stored, result)]
+    lengths = [[getattr(each.run, name) for name in LENGTHS] for each in (stored, result)]
     if lengths[0] != lengths[1] and "steps" in result.measured:
         result.measured.setdefault("steps_before", result.measured.pop("steps"))
     return result, True

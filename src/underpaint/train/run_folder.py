@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from underpaint import __version__
 from underpaint.config import Recipe
 from underpaint.errors import InputError
 from underpaint.files import append_lines, read_lines, replacing_folder, write_json, write_text
@@ -150,19 +152,11 @@ def restore_state(task: nn.Module, optimiser: torch.optim.Optimizer, tensors: Ma
 
 def environment() -> dict[str, Any]:
     """Versions, device, threads and the command line."""
-    import lightning
-    import timm
-    import torchvision
-
-    import underpaint
-
     described = {
-        "underpaint": underpaint.__version__,
+        "underpaint": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "lightning": lightning.__version__,
+        **{name: version(name) for name in ("torchvision", "timm", "lightning")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),

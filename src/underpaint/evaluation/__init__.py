@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING
 from underpaint.errors import InputError
 
 if TYPE_CHECKING:
-    from underpaint.evaluate.base import AnyEvaluation
+    from underpaint.evaluation.base import AnyEvaluation
 
 # by the name that `--task` takes: the class, and what it says in a line
 EVALUATIONS: dict[str, tuple[str, str]] = {
-    "knn": ("underpaint.evaluate.frozen:NearestNeighbours", "classes of the nearest images by pooled features"),
-    "linear": ("underpaint.evaluate.frozen:LinearProbe", "logistic regression on pooled features"),
-    "attentive": ("underpaint.evaluate.frozen:AttentiveProbing", "one query over the patch tokens (arXiv 2202.03026)"),
-    "finetune": ("underpaint.evaluate.finetune:FineTune", "the whole network trained on class labels"),
-    "segment": ("underpaint.evaluate.segment:Segment", "a linear head and UperNet on index masks"),
-    "detect": ("underpaint.evaluate.detect:Detect", "Faster or Mask R-CNN on COCO boxes and masks of objects"),
-    "regression": ("underpaint.evaluate.regression:Regression", "ridge regression of a number on pooled features"),
-    "outliers": ("underpaint.evaluate.outliers:Outliers", "telling other images (--against) from those of the data"),
+    "knn": ("underpaint.evaluation.frozen:NearestNeighbours", "classes of the nearest images by pooled features"),
+    "linear": ("underpaint.evaluation.frozen:LinearProbe", "logistic regression on pooled features"),
+    "attentive": (
+        "underpaint.evaluation.frozen:AttentiveProbing",
+        "one query over the patch tokens (arXiv 2202.03026)",
+    ),
+    "finetune": ("underpaint.evaluation.finetune:FineTune", "the whole network trained on class labels"),
+    "segment": ("underpaint.evaluation.segment:Segment", "a linear head and UperNet on index masks"),
+    "detect": ("underpaint.evaluation.detect:Detect", "Faster or Mask R-CNN on COCO boxes and masks of objects"),
+    "regression": ("underpaint.evaluation.regression:Regression", "ridge regression of a number on pooled features"),
+    "outliers": ("underpaint.evaluation.outliers:Outliers", "telling other images (--against) from those of the data"),
 }
 
 

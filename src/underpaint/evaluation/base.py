@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from underpaint.console import say
 from underpaint.data import ImageSet, Source, split_indices
 from underpaint.errors import InputError
-from underpaint.evaluate.baselines import hog, raw_pixels
-from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.features import Features, pixel_features, stored_features
-from underpaint.evaluate.keep import Saved
-from underpaint.evaluate.options import Options
-from underpaint.evaluate.results import Measured
-from underpaint.evaluate.splits import Split, stratified
+from underpaint.evaluation.baselines import hog, raw_pixels
+from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.features import Features, pixel_features, stored_features
+from underpaint.evaluation.keep import Saved
+from underpaint.evaluation.options import Options
+from underpaint.evaluation.results import Measured
+from underpaint.evaluation.splits import Split, stratified
 from underpaint.train.fit import changed
 
 ENCODER, UNTRAINED = "encoder", "untrained"  # the encoder that is judged, and the same choices with random weights

@@ -22,26 +22,24 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from timm.models import is_model_in_modules
 
 from underpaint.backbones import Backbone, load_encoder, standardize_for
-from underpaint.compare.statistics import Arm, Kind, difference, standing
-from underpaint.compare.verdict import verdict
-from underpaint.compare.worker import turn
+from underpaint.comparison.plan import FORMAT, Plan, planned, recipes_of, store
+from underpaint.comparison.statistics import Arm, Kind, difference, standing
+from underpaint.comparison.verdict import verdict
+from underpaint.comparison.worker import turn
 from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import ImageSet
 from underpaint.errors import InputError
-from underpaint.evaluate.probes import SHOTS, ProbeSuite, Worth
-from underpaint.evaluate.results import Probe
-from underpaint.evaluate.visualizations import write_visualizations
+from underpaint.evaluation.probes import SHOTS, ProbeSuite, Worth
+from underpaint.evaluation.results import Probe
+from underpaint.evaluation.visualizations import write_visualizations
 from underpaint.files import replacing, write_json, write_text
 from underpaint.inference import load_method
-from underpaint.methods import METHODS, Restores
+from underpaint.methods import Restores
 from underpaint.prepare import build, open_data
-from underpaint.recipes import RECIPES
-from underpaint.recipes.recipe import checked, differences, override, plain
-from underpaint.recipes.request import FLAGS, read_recipe, recipe_named
+from underpaint.recipes.recipe import checked, plain
 from underpaint.report import verdict as verdict_of_run
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
@@ -51,63 +49,30 @@ from underpaint.signals import Interrupted, watched_signals
 from underpaint.tokenizers import tokenizer_scaling
 from underpaint.train.run_folder import Run, environment
 
-ROUNDS = (2, 6)  # least and most turns a method has: a point of its curve after each, a minute apart or more
 DRAWS = 5  # of the labelled images, where few are used
 FLOORS = {"raw_pixels": "raw pixels", "hog": "HOG"}  # what needs no network, by the names of its rows
-TINY = 64  # pixels: up to here the shipped small recipe of a method serves
-FORMAT = 2  # 1 held out other images, and drew other few labels
-
-
-@dataclass
-class Plan:
-    """What is to be trained, and what could not be."""
-
-    recipes: dict[str, Recipe]  # by method
-    left_out: dict[str, str]  # reason by method
-    seeds: list[int]
-    minutes: float
-
-    @property
-    def rounds(self) -> int:
-        return int(min(max(self.minutes, ROUNDS[0]), ROUNDS[1]))
-
-    def stored(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "minutes": self.minutes,
-            "seeds": self.seeds,
-            "left_out": self.left_out,
-            "methods": {name: plain(recipe) for name, recipe in self.recipes.items()},
-        }
 
 
 def compare(
     data: str | Path,
     out: str | Path,
-    *,
-    methods: Sequence[str],
+    methods: Sequence[str] | Mapping[str, Recipe],
     minutes: float,
+    *,
     seeds: int = 2,
-    recipe: str | None = None,
-    settings: Mapping[str, Any] | None = None,
     clock: Callable[[], float] | None = None,
-    **flags: Any,
 ) -> dict[str, Any]:
     """Compare methods on the images in `data`; where `out` holds this comparison, go on with it.
 
     Args:
         data: as for `pretrain`.
         out: a folder for the runs, `compare.json` and `report.html`.
-        methods: names of methods, of shipped recipes, or of YAML files. A recipe gives its method and optimiser; a
-            method alone gets its shipped recipe for small images, or its defaults.
+        methods: recipes by the name of their row, which differ in `method` and `optimiser` only; or names of methods,
+            of shipped recipes, or of YAML files, as `recipes_of` makes recipes of them.
         minutes: of training each method has with each seed.
         seeds: how often each method is trained.
-        recipe: where encoder and data settings come from: a shipped name or a YAML file.
-        settings: any values of the recipe by path, for all methods alike.
         clock: seconds, to time training by in place of the machine's clock, which makes a comparison repeatable; turns
             are then taken in this process, where alone it can be read.
-        flags: those of `pretrain` by short name, for all methods alike: encoder, patch_size, image_size, labels,
-            groups, all_images, workers, batch_size, init, precision, devices, nodes.
 
     Returns:
         What `compare.json` holds.
@@ -117,9 +82,10 @@ def compare(
         Interrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
     folder = Path(out)
-    plan = _plan(str(data), methods, float(minutes), seeds, recipe, settings or {}, flags)
+    recipes = methods if isinstance(methods, Mapping) else recipes_of(methods)
+    plan = planned(str(data), recipes, float(minutes), seeds)
     images, judge = _images(plan)
-    _store(folder, plan)
+    store(folder, plan)
     arms = len(plan.recipes)
     say(
         f"{arms} methods x {seeds} seeds x {minutes:g} minutes: {arms * seeds * minutes:g} minutes of training, "
@@ -177,88 +143,6 @@ def _images(plan: Plan) -> tuple[ImageSet, ProbeSuite]:
     return images, judge
 
 
-def _plan(
-    data: str,
-    methods: Sequence[str],
-    minutes: float,
-    seeds: int,
-    recipe: str | None,
-    settings: Mapping[str, Any],
-    flags: Mapping[str, Any],
-) -> Plan:
-    own = ("method", "epochs", "steps", "minutes", "seed", "probe_every")
-    usable = [name for name in FLAGS if name not in own]
-    if unknown := sorted(set(flags) - set(usable)):
-        raise InputError(f"compare: no argument '{unknown[0]}'; there are: {', '.join(usable)}")
-    if not methods:
-        raise InputError("--methods: give at least one of " + ", ".join(METHODS))
-    if minutes <= 0 or seeds < 1:
-        raise InputError(f"--minutes {minutes:g} --seeds {seeds}: minutes must be above 0 and seeds at least 1")
-    base = read_recipe(recipe) if recipe else plain(checked({}))
-    if isinstance(size := flags.get("image_size"), int):
-        flags = {**flags, "image_size": (size, size)}
-    recipes: dict[str, Recipe] = {}
-    for entry in methods:
-        chosen = {"encoder": dict(base["encoder"]), "data": dict(base["data"]), "init": base["init"], "run": {}}
-        size = flags.get("image_size") or chosen["data"]["image_size"]
-        encoder = flags.get("encoder") or settings.get("encoder.name") or chosen["encoder"]["name"]
-        theirs = _settings_of(entry, min(size), encoder)
-        chosen |= {"method": theirs["method"], "optimiser": theirs["optimiser"]}
-        for name, value in flags.items():
-            if value is not None:
-                override(chosen, FLAGS[name], value)
-        for path, value in settings.items():
-            override(chosen, path, value)
-        chosen["data"]["path"] = data
-        # turns decide when to look and when to save
-        chosen["run"] |= {"epochs": None, "steps": None, "minutes": minutes, "probe_every": 10**9}
-        name = Path(entry).stem
-        if name in recipes:
-            raise InputError(f"--methods: {name} is named twice")
-        recipes[name] = checked(chosen)
-    return Plan(recipes, {}, list(range(seeds)), minutes)
-
-
-def _settings_of(entry: str, side: int, encoder: str) -> dict[str, Any]:
-    """The recipe that an entry of `--methods` means; a method without one for this size and kind of encoder (the tuned
-    ones are for plain ViTs) gets its defaults."""
-    named, small = recipe_named(entry), f"{entry}-tiny-32"
-    if named is not None:
-        return read_recipe(named)
-    tuned = side <= TINY and small in RECIPES and is_model_in_modules(encoder, ["vision_transformer", "deit"])
-    return read_recipe(small) if tuned else plain(checked({"method": {"name": entry}}))
-
-
-def _store(folder: Path, plan: Plan) -> None:
-    """Write the plan down, or make sure that the one written down is the same; it may have fewer seeds."""
-    file = folder / "compare.yaml"
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not file.is_file()):
-        raise InputError(f"--out {folder}: exists and is not a comparison; choose another path")
-    if file.is_file():
-        stored = yaml.safe_load(file.read_text())
-        changed = [] if stored["minutes"] == plan.minutes else [f"minutes: {stored['minutes']:g} there"]
-        if stored["format"] != FORMAT:
-            changed.insert(0, f"format: {stored['format']} there, {FORMAT} here, which is judged by other images")
-        if set(stored["methods"]) != set(plan.recipes):
-            changed.append(f"methods: {', '.join(stored['methods'])} there")
-        for name in set(stored["methods"]) & set(plan.recipes):
-            lines = differences(checked(stored["methods"][name]), plan.recipes[name])
-            changed += [f"{name}: {line}" for line in lines]
-        if len(stored["seeds"]) > len(plan.seeds):
-            changed.append(f"seeds: {len(stored['seeds'])} there, and they cannot become fewer")
-        if changed:
-            raise InputError(
-                f"--out {folder}: holds another comparison ({'; '.join(changed)}); give its own settings to go on, "
-                "or another path"
-            )
-    try:
-        for place in ("runs", "recipes", "judged", "pictures"):
-            (folder / place).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be made: {error.strerror}") from error
-    write_text(file, yaml.safe_dump(plan.stored(), sort_keys=False))
-
-
 # --- training in turns ----------------------------------------------------------------------------------------------
 
 
@@ -305,7 +189,7 @@ def _turn(
 
 def _process(told: Path, received: Sequence[int]) -> int:
     """A turn in a process of its own; returns its exit status."""
-    command = [sys.executable, "-m", "underpaint.compare.worker", str(told)]
+    command = [sys.executable, "-m", "underpaint.comparison.worker", str(told)]
     status, passed = None, False
     # it ends when the pipe does; the terminal's Ctrl-C comes here only, and is passed on once
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:

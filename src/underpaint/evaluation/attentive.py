@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from underpaint.errors import InputError
-from underpaint.evaluate.results import Probe
-from underpaint.evaluate.splits import Labels, as_task, hold_out
+from underpaint.evaluation.results import Probe
+from underpaint.evaluation.splits import Labels, as_task, hold_out
 
 RATES = (1e-3, 3e-3, 1e-2)  # of AdamW, at their highest
 WEIGHT_DECAY = 0.05

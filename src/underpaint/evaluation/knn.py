@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from underpaint.evaluate.results import Probe
-from underpaint.evaluate.splits import Labels, as_task, hold_out, stratified
+from underpaint.evaluation.results import Probe
+from underpaint.evaluation.splits import Labels, as_task, hold_out, stratified
 
 CHUNK = 2**24  # similarities that are held at once
 CHOOSING = 2_000  # images of the validation part that choose k

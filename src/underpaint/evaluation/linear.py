@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from underpaint.evaluate.results import Probe
-from underpaint.evaluate.splits import Labels, as_task, hold_out, stratified
+from underpaint.evaluation.results import Probe
+from underpaint.evaluation.splits import Labels, as_task, hold_out, stratified
 
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C: weight of the summed loss against half the squared weights
 CHOOSING_TRAIN, CHOOSING_VALIDATION = 10_000, 5_000  # images that choose C

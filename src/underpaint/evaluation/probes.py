@@ -17,14 +17,14 @@ from underpaint.backbones import Backbone
 from underpaint.backbones.norms import settled
 from underpaint.data import ImageSet, Source, eval_batches, fair_batches, labelled_indices
 from underpaint.errors import InputError
-from underpaint.evaluate.attentive import attentive
-from underpaint.evaluate.baselines import hog, majority, raw_pixels
-from underpaint.evaluate.features import Features, features_of, pixel_features
-from underpaint.evaluate.knn import knn
-from underpaint.evaluate.linear import linear
-from underpaint.evaluate.rank import effective_rank
-from underpaint.evaluate.results import Probe, paired_difference
-from underpaint.evaluate.splits import Split, evenly, shots
+from underpaint.evaluation.attentive import attentive
+from underpaint.evaluation.baselines import hog, majority, raw_pixels
+from underpaint.evaluation.features import Features, features_of, pixel_features
+from underpaint.evaluation.knn import knn
+from underpaint.evaluation.linear import linear
+from underpaint.evaluation.rank import effective_rank
+from underpaint.evaluation.results import Probe, paired_difference
+from underpaint.evaluation.splits import Split, evenly, shots
 from underpaint.methods import Method
 from underpaint.patches import Standardize
 

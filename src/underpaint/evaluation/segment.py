@@ -18,14 +18,14 @@ from underpaint.console import say
 from underpaint.data import Source, split_indices
 from underpaint.data.annotations import Masks, masks_of
 from underpaint.errors import InputError
-from underpaint.evaluate.base import ENCODER, PIXELS, Context, Evaluation, Kept, Row
-from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.full_res import FullResImages
-from underpaint.evaluate.keep import Saved
-from underpaint.evaluate.plots import matrix_picture
-from underpaint.evaluate.pyramid import Pyramid, padded, sliding, tokens_to_map
-from underpaint.evaluate.results import Groups, Measured, bootstrap
-from underpaint.evaluate.trained import Task, as_tuples, sampled_batches, train, two_rates
+from underpaint.evaluation.base import ENCODER, PIXELS, Context, Evaluation, Kept, Row
+from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.full_res import FullResImages
+from underpaint.evaluation.keep import Saved
+from underpaint.evaluation.plots import matrix_picture
+from underpaint.evaluation.pyramid import Pyramid, padded, sliding, tokens_to_map
+from underpaint.evaluation.results import Groups, Measured, bootstrap
+from underpaint.evaluation.trained import Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.files import write_json
 from underpaint.patches import patchify
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread

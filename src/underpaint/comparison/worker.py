@@ -1,4 +1,4 @@
-"""One turn of one method of a comparison, in a process of its own: `python -m underpaint.compare.worker TURN.json`.
+"""One turn of one method of a comparison, in a process of its own: `python -m underpaint.comparison.worker TURN.json`.
 
 A process of its own, so that memory is measured from the same start for each method, and a method that runs out of it
 ends alone. Exit status as for the command line; the reason goes into the file that TURN.json names.
@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from underpaint.errors import InputError, NotFinite
+from underpaint.pretraining import pretrain
+from underpaint.signals import Interrupted
 
 
 def turn(plan: dict[str, Any], clock: Callable[[], float] = time.perf_counter) -> int:
     """Train until `stop_at` seconds of training by `clock` are done, or to the end."""
-    from underpaint.pretraining import pretrain
-    from underpaint.signals import Interrupted
-
     try:
-        pretrain(plan["data"], plan["out"], recipe=plan["recipe"], stop_at=float(plan["stop_at"]), clock=clock)
+        pretrain(plan["data"], plan["out"], plan["recipe"], stop_at=float(plan["stop_at"]), clock=clock)
         return 0
     except (InputError, NotFinite) as error:
         Path(plan["reason"]).write_text(" ".join(str(error).split()))

@@ -22,13 +22,13 @@ from underpaint.data import (
     split_indices,
 )
 from underpaint.errors import InputError
-from underpaint.evaluate import EVALUATIONS, evaluation, known
-from underpaint.evaluate.base import ENCODER, UNTRAINED, Context, Evaluation
-from underpaint.evaluate.bundle import EncoderBundle, open_bundle
-from underpaint.evaluate.keep import keep
-from underpaint.evaluate.options import Options
-from underpaint.evaluate.probes import SETTLING
-from underpaint.evaluate.results import Measured
+from underpaint.evaluation import EVALUATIONS, evaluation, known
+from underpaint.evaluation.base import ENCODER, UNTRAINED, Context, Evaluation
+from underpaint.evaluation.bundle import EncoderBundle, open_bundle
+from underpaint.evaluation.keep import keep
+from underpaint.evaluation.options import Options
+from underpaint.evaluation.probes import SETTLING
+from underpaint.evaluation.results import Measured
 from underpaint.files import write_json, write_text
 from underpaint.report import write_report
 from underpaint.report.results import of_evaluation
@@ -65,7 +65,7 @@ class Results(TypedDict):
 
 
 def evaluate(
-    encoder: str, data: str | Path, tasks: Sequence[str], out: str | Path, options: Options | None = None
+    encoder: str | Path, data: str | Path, tasks: Sequence[str], out: str | Path, options: Options | None = None
 ) -> Results:
     """Judge an encoder on annotated images; where `out` holds an earlier evaluation of it, go on with it.
 
@@ -85,7 +85,7 @@ def evaluate(
         InputError: an encoder, data or a task that cannot be used, in one line.
         Interrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
-    options, folder = options or Options(), Path(out)
+    encoder, options, folder = str(encoder), options or Options(), Path(out)
     _checked(tasks, options, folder)
     run = run_of(encoder)
     options = replace(options, groups=_groups(run, data, options.groups))

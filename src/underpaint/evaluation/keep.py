@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones.build import write_weights
 from underpaint.errors import InputError
-from underpaint.evaluate.bundle import EncoderBundle
+from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.files import write_json
 
 FORMAT = 1

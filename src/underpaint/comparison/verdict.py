@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from underpaint.compare.statistics import Arm, Difference, difference, standing
+from underpaint.comparison.statistics import Arm, Difference, difference, standing
 from underpaint.report.results import Tokenizer
 from underpaint.report.words import UNEQUAL, capital, listing, percent_text, points_text, span_text, time_text
 

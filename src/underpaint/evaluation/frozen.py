@@ -10,18 +10,18 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from underpaint.evaluate.attentive import AttentiveHead, attentive_head
-from underpaint.evaluate.base import ENCODER, PIXELS, Kept, NoSettings, Row
-from underpaint.evaluate.baselines import majority
-from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.classify import MAJORITY, Classification
-from underpaint.evaluate.features import Features
-from underpaint.evaluate.keep import Saved
-from underpaint.evaluate.knn import knn
-from underpaint.evaluate.linear import linear_head
-from underpaint.evaluate.probes import ProbeSuite
-from underpaint.evaluate.results import Probe
-from underpaint.evaluate.visualizations import write_visualizations
+from underpaint.evaluation.attentive import AttentiveHead, attentive_head
+from underpaint.evaluation.base import ENCODER, PIXELS, Kept, NoSettings, Row
+from underpaint.evaluation.baselines import majority
+from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.classify import MAJORITY, Classification
+from underpaint.evaluation.features import Features
+from underpaint.evaluation.keep import Saved
+from underpaint.evaluation.knn import knn
+from underpaint.evaluation.linear import linear_head
+from underpaint.evaluation.probes import ProbeSuite
+from underpaint.evaluation.results import Probe
+from underpaint.evaluation.visualizations import write_visualizations
 
 
 class LinearHead(nn.Module):

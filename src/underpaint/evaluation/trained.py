@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from underpaint.evaluate.base import Context
+from underpaint.evaluation.base import Context
 from underpaint.train.fit import Fitting, Trained, fit_task
 from underpaint.train.optim import adamw
 from underpaint.train.schedules import Duration, Schedule

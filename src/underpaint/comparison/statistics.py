@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import t as student
 
-from underpaint.evaluate.results import mean_variance
+from underpaint.evaluation.results import mean_variance
 
 # of the two-sided test; Satterthwaite's freedom is an approximation that makes up to 1.3 times as many false claims
 # with two or three seeds of unlike methods: simulated, they stay within 5 %

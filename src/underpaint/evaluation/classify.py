@@ -11,13 +11,13 @@ from torch import nn
 
 from underpaint.console import say
 from underpaint.data import Source, eval_batches
-from underpaint.evaluate.base import ENCODER, Context, Evaluation, Row, class_name
-from underpaint.evaluate.baselines import majority
-from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.keep import Saved
-from underpaint.evaluate.plots import confusion_picture, contact_sheet
-from underpaint.evaluate.results import Measured, Probe, means
-from underpaint.evaluate.splits import Split
+from underpaint.evaluation.base import ENCODER, Context, Evaluation, Row, class_name
+from underpaint.evaluation.baselines import majority
+from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.keep import Saved
+from underpaint.evaluation.plots import confusion_picture, contact_sheet
+from underpaint.evaluation.results import Measured, Probe, means
+from underpaint.evaluation.splits import Split
 from underpaint.files import replacing
 from underpaint.report.figures.pictures import to_rgb
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from underpaint.console import say
 from underpaint.data import ImageSet, Scaling, Source, Unreadable, load_images
 from underpaint.errors import InputError
-from underpaint.evaluate.bundle import EncoderBundle
+from underpaint.evaluation.bundle import EncoderBundle
 
 AS_THEY_ARE = (2**14, 2**14)  # pixels: cached images are reduced to twice the size wanted, so this reduces none
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from underpaint.data import eval_batches, open_source, split_indices
 from underpaint.errors import InputError
-from underpaint.evaluate.base import ENCODER, Context, Evaluation, NoSettings, Row
-from underpaint.evaluate.plots import histogram_picture
-from underpaint.evaluate.results import Groups, Measured, bootstrap
-from underpaint.evaluate.splits import Split
+from underpaint.evaluation.base import ENCODER, Context, Evaluation, NoSettings, Row
+from underpaint.evaluation.plots import histogram_picture
+from underpaint.evaluation.results import Groups, Measured, bootstrap
+from underpaint.evaluation.splits import Split
 from underpaint.inference import load_method
 
 NEIGHBOURS = 10

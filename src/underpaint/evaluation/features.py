@@ -21,8 +21,8 @@ from underpaint.backbones import protocols as backbones
 from underpaint.data import eval_batches
 from underpaint.data.sources.base import cache_root
 from underpaint.errors import InputError
-from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.splits import Split
+from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.splits import Split
 from underpaint.files import replacing_folder
 from underpaint.patches import Standardize
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from underpaint.errors import InputError
-from underpaint.evaluate.results import Probe
-from underpaint.evaluate.splits import Labels, as_labels
+from underpaint.evaluation.results import Probe
+from underpaint.evaluation.splits import Labels, as_labels
 
 RAW_SIDE = 32  # pixels
 ORIENTATIONS = 9  # of HOG, over 180 degrees

@@ -9,9 +9,9 @@ import torch
 from underpaint.backbones import from_arguments
 from underpaint.data import eval_batches, open_source, stored_scaling
 from underpaint.errors import InputError
-from underpaint.evaluate import EVALUATIONS, evaluation
-from underpaint.evaluate.bundle import EncoderBundle, open_bundle
-from underpaint.evaluate.keep import kept
+from underpaint.evaluation import EVALUATIONS, evaluation
+from underpaint.evaluation.bundle import EncoderBundle, open_bundle
+from underpaint.evaluation.keep import kept
 from underpaint.files import replacing
 from underpaint.patches import Standardize
 
@@ -54,14 +54,14 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
 
 
 @torch.no_grad()
-def embed(encoder: str, data: str | Path, out: str | Path, *, image_size: tuple[int, int] | None = None) -> int:
+def embed(encoder: str | Path, data: str | Path, out: str | Path, *, image_size: tuple[int, int] | None = None) -> int:
     """Write path and pooled feature vector of every image to a parquet file; how many there are.
 
     Raises:
         InputError: an encoder or data that cannot be used.
     """
     source = open_source(data)
-    bundle = open_bundle(encoder, image_size=image_size).scaled(source)
+    bundle = open_bundle(str(encoder), image_size=image_size).scaled(source)
     images, path = bundle.images(source), Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from underpaint.backbones import Backbone
 from underpaint.data import ImageSet, eval_batches
-from underpaint.evaluate.features import extract
-from underpaint.evaluate.probes import ProbeSuite
-from underpaint.evaluate.splits import Split, stratified
+from underpaint.evaluation.features import extract
+from underpaint.evaluation.probes import ProbeSuite
+from underpaint.evaluation.splits import Split, stratified
 from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
 from underpaint.report.figures.pictures import sheet, to_rgb

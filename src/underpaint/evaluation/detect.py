@@ -38,13 +38,13 @@ from underpaint.data.annotations import (
     mask_of,
 )
 from underpaint.errors import InputError
-from underpaint.evaluate.base import ENCODER, Context, Evaluation, Kept, Row
-from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.full_res import FullResImages
-from underpaint.evaluate.keep import Saved
-from underpaint.evaluate.pyramid import Pyramid
-from underpaint.evaluate.results import Groups, Measured, bootstrap
-from underpaint.evaluate.trained import Task, as_tuples, sampled_batches, train, two_rates
+from underpaint.evaluation.base import ENCODER, Context, Evaluation, Kept, Row
+from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.full_res import FullResImages
+from underpaint.evaluation.keep import Saved
+from underpaint.evaluation.pyramid import Pyramid
+from underpaint.evaluation.results import Groups, Measured, bootstrap
+from underpaint.evaluation.trained import Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.files import write_json
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.train.fit import Trained

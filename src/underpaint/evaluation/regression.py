@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from underpaint.data import Source, eval_batches, split_indices
 from underpaint.errors import InputError
-from underpaint.evaluate.base import ENCODER, PIXELS, Context, Evaluation, Kept, NoSettings, Row
-from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.classify import SHOWN, Splits, write_table
-from underpaint.evaluate.frozen import Headed, LinearHead
-from underpaint.evaluate.keep import Saved
-from underpaint.evaluate.linear import statistics
-from underpaint.evaluate.plots import contact_sheet
-from underpaint.evaluate.results import Measured, bootstrap, means, together
-from underpaint.evaluate.splits import hold_out
+from underpaint.evaluation.base import ENCODER, PIXELS, Context, Evaluation, Kept, NoSettings, Row
+from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.classify import SHOWN, Splits, write_table
+from underpaint.evaluation.frozen import Headed, LinearHead
+from underpaint.evaluation.keep import Saved
+from underpaint.evaluation.linear import statistics
+from underpaint.evaluation.plots import contact_sheet
+from underpaint.evaluation.results import Measured, bootstrap, means, together
+from underpaint.evaluation.splits import hold_out
 from underpaint.files import replacing
 from underpaint.report.figures.pictures import to_rgb
 

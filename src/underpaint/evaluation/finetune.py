@@ -27,13 +27,13 @@ from underpaint.backbones.build import fill, with_drop_path
 from underpaint.backbones.swin import Swin
 from underpaint.data import Batch, Crops, eval_batches, train_batches
 from underpaint.errors import InputError
-from underpaint.evaluate.base import Context, Kept, Row
-from underpaint.evaluate.bundle import EncoderBundle
-from underpaint.evaluate.classify import MAJORITY, Classification, Splits
-from underpaint.evaluate.keep import Saved
-from underpaint.evaluate.results import Probe
-from underpaint.evaluate.splits import Split
-from underpaint.evaluate.trained import Task, train
+from underpaint.evaluation.base import Context, Kept, Row
+from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.classify import MAJORITY, Classification, Splits
+from underpaint.evaluation.keep import Saved
+from underpaint.evaluation.results import Probe
+from underpaint.evaluation.splits import Split
+from underpaint.evaluation.trained import Task, train
 from underpaint.train.fit import Trained, changed
 from underpaint.train.optim import layerwise
 from underpaint.train.schedules import Duration, Schedule
