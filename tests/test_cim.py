@@ -9,7 +9,7 @@ import pytest
 import torch
 from asking import pretrain
 from conftest import write_pictures
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor

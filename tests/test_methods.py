@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -99,6 +99,19 @@ def test_loss_and_terms_are_finite_scalars(name: str) -> None:
         assert value.shape == ()
         assert torch.isfinite(value)
         assert not value.requires_grad
+
+
+@pytest.mark.quick
+@each_method
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_end_in_a_loss_that_is_not(name: str, value: float) -> None:
+    """And in no error, since the loop leaves such a batch out by its gradient."""
+    method, images = small(name), photographs()
+    images[1] = value
+    objective = method(images)
+    objective.loss.backward()
+    norms = [p.grad.norm() for p in method.encoder.parameters() if p.grad is not None]
+    assert not torch.stack(norms).isfinite().all()
 
 
 IN_PARTS: list[tuple[str, dict[str, Any]]] = [

@@ -17,8 +17,8 @@ import torch
 from asking import pretrain
 from conftest import word_file, write_pictures
 from forked import CommandLine
-from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -493,7 +493,17 @@ def test_out_of_memory_names_a_batch_that_fits(
         return real(self, images, mask)
 
     monkeypatch.setattr(METHODS["energy"], "forward", greedy)
-    command = ["pretrain", str(pictures), "--out", str(tmp_path / "run"), *COMMAND, "--steps", "4"]
+    command = [
+        "pretrain",
+        str(pictures),
+        "--out",
+        str(tmp_path / "run"),
+        "--method",
+        "energy",
+        *COMMAND,
+        "--steps",
+        "4",
+    ]
     status = main([*command, "--batch-size", str(batch), "--set", f"optimiser.accumulation={parts}"])
     error = capsys.readouterr().err
     assert status == 2

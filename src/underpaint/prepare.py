@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from underpaint.backbones import create_arguments, from_arguments, init_from
 from underpaint.config import Recipe

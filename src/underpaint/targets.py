@@ -78,7 +78,8 @@ def _gradients(images: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     gx = down[..., :-2] - down[..., 2:]
     along = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
     gy = along[..., :-2, :] - along[..., 2:, :]
-    bin_ = (torch.atan2(gx, gy) * (bins / math.pi)).floor().remainder(bins).long()
+    # a direction that is no number has no bin; its magnitude is none either, and spoils the cell as it should
+    bin_ = (torch.atan2(gx, gy) * (bins / math.pi)).floor().remainder(bins).nan_to_num(0).long()
     return (gx.square() + gy.square()).sqrt(), bin_
 
 

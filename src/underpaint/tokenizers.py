@@ -358,7 +358,8 @@ class ConvTokenizer(Tokenizer):
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c height width"]) -> Int[Tensor, "b n"]:
-        return self._codes(images)[1].long()
+        # of pixels that are no numbers the codes are anything; such a batch is left out by its gradient, not by an error
+        return self._codes(images)[1].long().clamp(0, self.codebook_size - 1)
 
     @torch.no_grad()
     def decode(self, words: Int[Tensor, "b n"], grid: tuple[int, int]) -> Float[Tensor, "b c height width"]:

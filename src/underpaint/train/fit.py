@@ -9,8 +9,8 @@ from typing import Any, TypedDict, TypeVar
 
 import jsonargparse
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import SingleDeviceStrategy
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import SingleDeviceStrategy
 
 from underpaint.console import say
 from underpaint.errors import InputError

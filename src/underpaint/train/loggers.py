@@ -24,7 +24,7 @@ class Loggers:
         self.others: list[Any] = []
         for name in names:
             try:
-                from lightning.pytorch import loggers
+                from lightning.pytorch import loggers  # pyright: ignore[reportMissingImports]
 
                 kinds = {"wandb": loggers.WandbLogger, "mlflow": loggers.MLFlowLogger}
                 if name not in kinds:

@@ -152,11 +152,14 @@ def restore_state(task: nn.Module, optimiser: torch.optim.Optimizer, tensors: Ma
 
 def environment() -> dict[str, Any]:
     """Versions, device, threads and the command line."""
+    import lightning_fabric
+
     described = {
         "underpaint": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: version(name) for name in ("torchvision", "timm", "lightning")},
+        **{name: version(name) for name in ("torchvision", "timm")},
+        "lightning-fabric": lightning_fabric.__version__,  # which lies in the package lightning, too
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
