@@ -606,7 +606,7 @@ def test_the_time_of_a_tokenizer_is_told_and_not_part_of_the_minutes(pictures: P
 def test_a_signal_ends_it_after_a_checkpoint_and_the_same_command_goes_on(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "which"
     command = [sys.executable, "-m", "underpaint.cli", "compare", str(pictures), "--out", str(folder)]
-    command += ["--methods", "mae", "--minutes", "0.15", "--seeds", "1", "--recipe", "mae-tiny-32"]
+    command += ["--methods", "mae", "--minutes", "0.06", "--seeds", "1", "--recipe", "mae-tiny-32"]
     command += ["--patch-size", "8", "--batch-size", "16"]
     for name, value in TINY.items():
         command += ["--set", f"{name}={value}"]
