@@ -20,6 +20,7 @@ from underpaint.prepare import Session, build, decide, open_data, schedule_of, s
 from underpaint.recipes.request import settled
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
+from underpaint.report.run import run_text
 from underpaint.signals import watched_signals
 from underpaint.train.cadence import Due, Plan
 from underpaint.train.devices import make_fabric
@@ -196,13 +197,16 @@ def _look(session: Session, step: int) -> dict[str, float]:
 
 def _judge(session: Session, untrained: Backbone) -> None:
     """Probes in full, pictures and the page."""
-    run, recipe, suite, standardize = session.run, session.recipe, session.suite, session.standardize
+    run, suite, standardize = session.run, session.suite, session.standardize
     encoder = session.method.encoder
-    start = f"start ({recipe.init})" if recipe.init else "untrained encoder"
+    if suite.splits is not None:
+        session.shout("judging the encoder, the untrained one, raw pixels and HOG ...")
     report = {"restoration": suite.restoration(session.method, standardize)}
-    report |= suite.final(encoder, untrained, standardize, start, session.shout)
+    report |= suite.final(encoder, untrained, standardize)
     run.write_json("probes.json", report)
     mine, other = (recalibrated(session, each) for each in (encoder, untrained))
     write_visualizations(mine, other, suite, standardize, run.path / "pictures")
     write_report(run.path)
+    for line in run_text(run.path):
+        session.shout(line)
     session.shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")

@@ -242,7 +242,7 @@ class Judging:
         return load_worth(file)
 
     def all(self) -> Found:
-        say("judging: floors, untrained encoders, then every run ...")
+        say("judging: raw pixels, HOG and untrained encoders, then every run ...")
         self.baselines()
         first = next(iter(self.plan.recipes.values()))
         untrained = [self.start("untrained encoder", "untrained", _seeded(first, k, None)) for k in self.plan.seeds]

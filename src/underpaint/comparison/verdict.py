@@ -56,7 +56,9 @@ def _budget(
     """What time the methods had, and what came on top of it."""
     had = [minutes, *(one for those in spent.values() for one in those)]
     if max(had) > UNEQUAL * min(had):
-        real = [f"{name} had {span_text(those, lambda one: f'{one:.1f}')} minutes" for name, those in spent.items()]
+        digits = 1 if minutes >= 1 else 3
+        told = {name: span_text(those, lambda one: f"{one:.{digits}f}") for name, those in spent.items()}
+        real = [f"{name} had {those} minutes" for name, those in told.items()]
         each = f"for unequal times on this machine ({minutes:g} minutes of training were to be had): {', '.join(real)}"
     else:
         each = f"for {minutes:g} minutes of training each on this machine"

@@ -197,34 +197,17 @@ class ProbeSuite:
         encoder: Backbone,
         untrained: Backbone,
         standardize: Standardize,
-        start: str,
-        shout: Callable[[str], None],
     ) -> dict[str, Any]:
-        """All probes in full, of the encoder, of what it started from, and of the floors; told in plain words.
-
-        `start` says in words what it started from.
-        """
-        if self.splits is not None:
-            shout("judging the encoder, the untrained one, raw pixels and HOG ...")
+        """What `probes.json` holds: all probes in full, of the encoder, of what it started from, and of the baselines."""
         found = {
             "encoder": self.worth(encoder, standardize),
             "untrained": self.worth(untrained, standardize),
             **self.baselines(),
         }
-        report = self.summary(found, encoder)
-        if self.splits is None:
-            shout(
-                f"no labels: effective rank {found['encoder'].rank:.1f} of {encoder.dim} "
-                f"(untrained {found['untrained'].rank:.1f}); give --labels to know what the encoder is worth"
-            )
-        else:
-            _tell(found, start, shout)
-            for note in report["notes"]:
-                shout(f"note: {note}")
-        return report
+        return self.summary(found, encoder)
 
     def summary(self, found: dict[str, Worth], encoder: Backbone) -> dict[str, Any]:
-        """What `probes.json` keeps of an encoder, the untrained one and the floors, by those names."""
+        """What `probes.json` keeps of an encoder, the untrained one and the baselines, by those names."""
         ranks = {
             "encoder": found["encoder"].rank,
             "untrained": found["untrained"].rank,
@@ -378,33 +361,3 @@ class ProbeSuite:
 def _rank(pooled: Tensor) -> float:
     """The effective rank of as many features [n, d] as a quick probe reads, evenly from all: files come class by class."""
     return effective_rank(pooled[evenly(len(pooled), QUICK_TEST)])
-
-
-def _tell(found: dict[str, Worth], start: str, shout: Callable[[str], None]) -> None:
-    """The table and the verdict that end a run."""
-    shout(f"{'':<22}{'linear':>16}{'attentive':>16}{'kNN':>16}")
-    names = {
-        "encoder": "pretrained encoder",
-        "untrained": start,
-        "raw_pixels": "raw pixels",
-        "hog": "HOG",
-    }
-    probes = {who: {name: probe[0] for name, probe in worth.probes.items()} for who, worth in found.items()}
-    for who, label in names.items():
-        cells = [
-            f"{probes[who][kind].accuracy:.3f} +- {probes[who][kind].standard_error:.3f}"
-            if kind in probes[who]
-            else "-"
-            for kind in KINDS
-        ]
-        shout(f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells))
-    difference, error = paired_difference(probes["encoder"]["linear"], probes["untrained"]["linear"])
-    # one run and one start: how far their seeds spread is not known, so nothing is claimed
-    moved = f"{100 * difference:+.1f} +- {100 * error:.1f} points of linear probe over the {start}"
-    if difference > 2 * error:
-        shout(f"{moved} (error of the test images alone: one run, and another seed may differ by more)")
-    else:
-        shout(f"pretraining did not measurably help: {moved}")
-    best_floor = max(("raw_pixels", "hog"), key=lambda who: probes[who]["linear"].accuracy)
-    if probes["encoder"]["linear"].accuracy <= probes[best_floor]["linear"].accuracy:
-        shout(f"note: {names[best_floor]} without any network do as well or better here")

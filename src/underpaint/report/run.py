@@ -13,6 +13,7 @@ from underpaint.report.figures.plots import Line, line_plot
 from underpaint.report.page import PICTURE_BYTES, Picture, Seen, picture, seen
 from underpaint.report.reading import (
     Lines,
+    at,
     column,
     mapping,
     number,
@@ -23,8 +24,10 @@ from underpaint.report.reading import (
     require_run,
     text,
     text_of,
+    texts,
 )
 from underpaint.report.results import PROBES, Result, of_run, restoration_of
+from underpaint.report.tables import table, terminal
 from underpaint.report.verdict import MEASURABLE, Verdict, change_sentence, changes, judge
 from underpaint.report.words import capital, count_text, cut, points_text, time_text
 
@@ -89,11 +92,24 @@ def run_page(run: Path) -> RunPage:
     )
 
 
+def run_text(run: Path) -> list[str]:
+    """What a terminal shows at the end of a run: the page's table of probes, its sentences, and notes."""
+    probes = read_json(run / "probes.json")
+    result = of_run(probes, read_lines(run / "metrics.jsonl"))
+    said = worth_sentences(result)
+    if init := at(read_yaml(text_of(run / "recipe.yaml")), "init"):
+        said.insert(0, f"Untrained is the encoder that it started from, {init}.")
+    if not result.row("pretrained")["linear"].known:
+        return [*said, "No labels: give --labels to know what the encoder is worth.", *texts(probes, "notes")]
+    return [*terminal(table(result, tuple(PROBES))), *said, *texts(probes, "notes")]
+
+
 FACTS = {"method": ("method", "name"), "encoder": ("encoder", "name"), "data": ("data", "path")}  # of the recipe
 
 
 def training_plots(lines: Lines) -> tuple[list[Markup], list[Markup]]:
     """The curves of training: the loss and its terms, and small ones of what tells how it went."""
+    lines = [line for line in lines if number(line, "step") > 0]  # before the first step nothing is measured
     steps = column(lines, "step").tolist()
 
     def curve(name: str, *keys: str, scale: float = 1.0) -> Line | None:
