@@ -1,6 +1,5 @@
 """The command line: help, one clear line for bad input, and the small commands."""
 
-import argparse
 import csv
 import zipfile
 from pathlib import Path
@@ -10,11 +9,8 @@ import pytest
 from asking import pretrain
 from PIL import Image
 
-from underpaint.cli import main, parser
+from underpaint.cli import COMMANDS, main, parser
 from underpaint.config import COMPARED, FLAGS, declaration
-
-# argparse has no public way to the names of its subcommands
-COMMANDS = next(list(action.choices) for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
 
 
 @pytest.mark.quick

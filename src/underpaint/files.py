@@ -101,7 +101,7 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(finite(value), indent=indent) + "\n")
 
 
-def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+def append_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Add lines to a .jsonl file, flushed to disk."""
     text = "".join(json.dumps(finite(line)) + "\n" for line in lines)
     with path.open("a") as file:
@@ -110,7 +110,7 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, object]]:
     """The lines of a .jsonl file, none where there is no file; a last line cut off by a kill is left out."""
     if not path.is_file():
         return []

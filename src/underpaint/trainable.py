@@ -49,7 +49,7 @@ class Trainable(nn.Module):
         """What is random in a step for a global batch of `count`, on the CPU; None where forward draws by itself."""
         return None
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, object]]:
         """For the optimiser: `params`, their peak learning rate `lr` and their `weight_decay`."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr, "weight_decay": weight_decay}]
 

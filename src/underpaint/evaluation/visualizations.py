@@ -6,7 +6,6 @@ pictures, and of constant ones there is no map.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ def write_visualizations(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         _write_features(encoder, untrained, suite, standardize, folder / "features.png")
         compared = _Compared.of(encoder, untrained, suite, standardize)
-        known: dict[str, Any] = {"images": len(compared.tiles)}
+        known: dict[str, object] = {"images": len(compared.tiles)}
         if compared.finite and compared.count:
             after, before = compared.neighbours(compared.pretrained), compared.neighbours(compared.untrained)
             known |= {"queries": len(compared.queries), "neighbours": compared.count}

@@ -70,7 +70,7 @@ class Method(Trainable, Generic[N]):
     def noise_for(self, inputs: Float[Tensor, "b c height width"], count: int, generator: torch.Generator) -> N:
         return self.sample(count, inputs.shape[2], inputs.shape[3], generator)
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, object]]:
         """timm's: no decay on biases, norms, positions, class and mask tokens."""
         listed = {
             f"{place}.{name}"

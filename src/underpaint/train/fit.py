@@ -41,7 +41,7 @@ class Fitting:
     seed: int
     clip: float | None
     batch_size: int
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     clock: Callable[[], float] = time.perf_counter
 
 
@@ -95,7 +95,7 @@ def fit_task(
     return Trained(steps=training.at.step, minutes=training.at.seconds / 60, loss=training.at.loss)
 
 
-def changed(settings: Settings, given: Mapping[str, Any], what: str) -> Settings:
+def changed(settings: Settings, given: Mapping[str, object], what: str) -> Settings:
     """A dataclass of settings with some changed, as `--set NAME=VALUE` gave them, checked by its annotations.
 
     Raises:
@@ -115,7 +115,7 @@ def changed(settings: Settings, given: Mapping[str, Any], what: str) -> Settings
     return replace(settings, **{name: parsed[name] for name in given})  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def _same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def _same_settings(folder: Path, settings: Mapping[str, object]) -> None:
     file, wanted = folder / "settings.json", json.loads(json.dumps(settings))
     if file.is_file():
         stored = json.loads(file.read_text())

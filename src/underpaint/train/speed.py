@@ -38,7 +38,7 @@ def measure(
     steps_for: Callable[[float], int],
     shout: Callable[[str], None],
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Seconds a step, memory in GiB, and whether to compile.
 
     Args:

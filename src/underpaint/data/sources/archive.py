@@ -30,7 +30,7 @@ class _ZipReader:
             self._opened = (os.getpid(), zipfile.ZipFile(self._path))
         return self._opened[1].read(self._names[index])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": None}
 
 

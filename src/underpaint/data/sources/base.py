@@ -142,7 +142,7 @@ class RangeReader:
     def size(self, index: int) -> int:
         return self._ranges[index][2]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}, "_keep": None}
 
     def __del__(self) -> None:

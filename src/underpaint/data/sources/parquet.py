@@ -38,7 +38,7 @@ class _RowReader:
             raise Unreadable("the row holds no image bytes")
         return data
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_images": {}}
 
 
