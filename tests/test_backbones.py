@@ -111,7 +111,7 @@ def test_drop_path_is_said_and_0_unless_asked_for(name: str, own: dict[str, Any]
 def test_encoders_that_cannot_drop_paths_are_built_all_the_same(name: str) -> None:
     assert "drop_path_rate" not in create_arguments(name, image_size=(64, 64))
     assert underpaint.encoder(name, image_size=64).dim > 0
-    with pytest.raises(InputError, match="cannot build"):
+    with pytest.raises(InputError, match=r"'drop_path_rate' is no part of|cannot build"):
         underpaint.encoder(name, image_size=64, drop_path_rate=0.1)
 
 
@@ -147,8 +147,10 @@ def test_bad_encoders_are_named() -> None:
         underpaint.encoder("vit_tinny_patch16_224")
     with pytest.raises(InputError, match=r"does not divide .*32x48; .* 2, 4, 8, 16"):
         underpaint.encoder("vit_tiny_patch16_224", image_size=(32, 48), patch_size=7)
-    with pytest.raises(InputError, match="cannot build"):
+    with pytest.raises(InputError, match=r"'widht' is no part of vit_tiny_patch16_224; there are: .*embed_dim"):
         underpaint.encoder("vit_tiny_patch16_224", widht=3)
+    with pytest.raises(InputError, match="cannot build"):
+        underpaint.encoder("vit_tiny_patch16_224", num_heads=0)
     with pytest.raises(ValueError, match="64x64 pixels; this encoder was built for 32x32"):
         underpaint.encoder("vit_tiny_patch16_224", image_size=32)(torch.zeros(1, 3, 64, 64))
 

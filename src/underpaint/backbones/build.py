@@ -6,9 +6,11 @@ An encoder on disk is `encoder.safetensors` (timm's own parameter names) and `en
 
 import difflib
 import functools
+import inspect
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules
+from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules, model_entrypoint
 from timm.models.beit import Beit as TimmBeit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -35,6 +37,11 @@ from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
 
 FORMAT = 1
+REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+# what a model might take beside its architecture, should a version of timm move it into a class
+OPENS = frozenset(
+    {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir"}
+)
 
 
 def create_arguments(
@@ -90,6 +97,8 @@ def create_arguments(
 @functools.cache
 def takes_drop_path(name: str) -> bool:
     """Whether timm's model of this name can have drop path: a plain VGG or DenseNet refuses the argument."""
+    if "drop_path_rate" not in architecture_arguments(name):
+        return False
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # shapes alone: takes a tenth of a second
             timm.create_model(name, num_classes=0, drop_path_rate=0.0)
@@ -141,12 +150,47 @@ def encoder(
     )
 
 
-def from_arguments(arguments: dict[str, Any]) -> Backbone:
-    """The encoder that `create_arguments` described."""
+@functools.cache
+def architecture_arguments(name: str) -> frozenset[str]:
+    """What may be said of a timm model: the arguments of the networks in its module, or that its module uses.
+
+    `timm.create_model` itself takes more, which opens files or asks the network (`checkpoint_path`, `pretrained`,
+    `pretrained_cfg`, `cache_dir`): none of these is among them.
+    """
+    module = sys.modules[model_entrypoint(name).__module__]
+    kinds = [
+        kind for kind in vars(module).values() if inspect.isclass(kind) and kind.__module__.startswith("timm.models.")
+    ]
+    networks = [signature for kind in kinds if "num_classes" in (signature := inspect.signature(kind).parameters)]
+    named = {each.name for signature in networks for each in signature.values() if each.kind not in REST}
+    return frozenset(named - OPENS)
+
+
+def create_model(arguments: Mapping[str, Any]) -> nn.Module:
+    """timm's model of these arguments, which may come from somebody else's file: its weights are random.
+
+    Raises:
+        InputError: no architecture of timm's own, an argument that is none of its, or a value that it does not take.
+    """
+    name = arguments.get("model_name")
+    if not isinstance(name, str) or not is_model(name):
+        raise InputError(f"encoder: timm has no model {name!r}")
+    known = architecture_arguments(name)
+    if unknown := sorted(set(arguments) - known - {"model_name"}):
+        raise InputError(f"encoder: '{unknown[0]}' is no part of {name}; there are: {', '.join(sorted(known))}")
     try:
-        model = timm.create_model(**arguments)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        raise InputError(f"encoder: timm cannot build '{arguments['model_name']}': {error}") from error
+        return timm.create_model(**arguments)
+    except Exception as error:  # of arguments that it does not check itself: a division by 0, an index, a size
+        raise InputError(f"encoder: timm cannot build '{name}': {error}") from error
+
+
+def from_arguments(arguments: Mapping[str, Any]) -> Backbone:
+    """The encoder that `create_arguments` described.
+
+    Raises:
+        InputError: as `create_model`, or a network that cannot be an encoder.
+    """
+    model = create_model(arguments)
     try:
         if isinstance(model, VisionTransformer):
             return ViT(model)
@@ -199,6 +243,30 @@ def write_weights(path: Path, model: nn.Module) -> None:
         save_file(weights, temporary)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        InputError: there is none, or it is damaged or something else.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """The tensors of a safetensors file, into a model that has them all and no other.
+
+    Raises:
+        InputError: as `read_tensors`; or they do not fit.
+    """
+    try:
+        model.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        raise InputError(f"{path}: does not fit the encoder that is described beside it: {error}") from error
+
+
 def describe_encoder(path: str | Path) -> dict[str, Any]:
     """The content of `encoder.json` for a run folder or an encoder file.
 
@@ -220,7 +288,7 @@ def load_encoder(path: str | Path) -> Backbone:
     description = describe_encoder(path)
     backbone = from_arguments(description["create_model"])
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    backbone.model.load_state_dict(load_file(folder / "encoder.safetensors"))
+    load_weights(backbone.model, folder / "encoder.safetensors")
     backbone.eval()
     return backbone
 

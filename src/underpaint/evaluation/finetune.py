@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from jaxtyping import Float
 from timm.data import Mixup
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from underpaint.backbones import PatchBackbone
-from underpaint.backbones.build import fill, with_drop_path
+from underpaint.backbones.build import create_model, fill, with_drop_path
 from underpaint.backbones.swin import Swin
 from underpaint.data import Batch, Crops, eval_batches, train_batches
 from underpaint.errors import InputError
@@ -123,7 +122,7 @@ def _rsb(epochs: float, rate: float, drop_path: float, augment: str) -> FineTuni
 def classifier(bundle: EncoderBundle, classes: int, drop_path: float, head_scale: float) -> nn.Module:
     """timm's own network with a head on the exported feature, started from the encoder's weights."""
     arguments = with_drop_path(copy.deepcopy(bundle.arguments) | {"num_classes": classes}, drop_path)
-    model: Any = timm.create_model(**arguments)
+    model: Any = create_model(arguments)
     matched = fill(model, bundle.weights())
     head: Any = model.get_classifier()
     own = tuple(name for name, module in model.named_modules() if module is head)
@@ -295,7 +294,7 @@ class FineTune(Classification[FineTuning, nn.Module | None]):
 
     @classmethod
     def rebuild(cls, saved: Saved, bundle: EncoderBundle) -> nn.Module:
-        return timm.create_model(**{**saved["create_model"], "num_classes": len(saved["classes"])})
+        return create_model({**saved["create_model"], "num_classes": len(saved["classes"])})
 
 
 def _smooth(y: Tensor, classes: int, smoothing: float) -> Float[Tensor, "b k"]:

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from underpaint.backbones.build import write_weights
+from underpaint.backbones.build import read_tensors, write_weights
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.files import write_json
@@ -74,4 +73,4 @@ def kept(folder: Path) -> tuple[Saved, dict[str, Tensor]]:
     described: Saved = json.loads(file.read_text())
     if described.get("format") != FORMAT:
         raise InputError(f"{file}: format {described.get('format')}; this version reads format {FORMAT}")
-    return described, load_file(file.parent / "model.safetensors")
+    return described, read_tensors(file.parent / "model.safetensors")
