@@ -659,7 +659,7 @@ def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
         (["--stride", "5"], "does not divide images of 32x32"),
         (["--stride", "0"], "does not divide images of 32x32"),
         (["--kind", "fsq", "--minutes", "0"], "must be above 0"),
-        (["--codebook-size", "-5"], "2 words or more"),
+        (["--codebook-size", "-5"], "at least 2"),
         (["--kind", "fsq", "--codebook-size", "7"], "an FSQ tokenizer has 64, 256"),
         (["--codebook-size", "100000"], "k-means has 2 to 8192 words"),
     ):

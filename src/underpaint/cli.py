@@ -4,16 +4,17 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import Field
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
 
 import underpaint
-from underpaint.config import COMPARED, FLAGS, LENGTHS, declaration
+from underpaint.config import COMPARED, FLAGS, LENGTHS, check_bounds, declaration
 from underpaint.errors import InputError, NotFinite
 from underpaint.evaluation import EVALUATIONS, known
+from underpaint.evaluation.options import Options
 from underpaint.files import place_of
 from underpaint.methods import LISTED
 
@@ -68,23 +69,27 @@ def _add_flags(made: argparse.ArgumentParser, names: Collection[str]) -> None:
     """Flags as they are declared, and `--set`; what is not said comes from the recipe."""
     length = made.add_mutually_exclusive_group() if set(LENGTHS) <= set(names) else made
     for name in names:
-        declared = declaration(FLAGS[name])
-        flag = f"--{name.replace('_', '-')}"
-        told: dict[str, Any] = {"help": _told(declared), "default": argparse.SUPPRESS}
-        if declared.type is bool:
-            made.add_argument(flag, action="store_true", **told)
-        elif get_origin(declared.type) is Literal:
-            made.add_argument(flag, choices=get_args(declared.type), **told)
-        else:
-            (length if name in LENGTHS else made).add_argument(flag, type=_kind(declared.type), **told)
+        _add_flag(length if name in LENGTHS else made, name, declaration(FLAGS[name]))
     made.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="PATH=VALUE", help="any value of the recipe"
     )
 
 
+def _add_flag(made: argparse._ActionsContainer, name: str, declared: Field[Any]) -> None:
+    """The flag of a setting, as it is declared; what is not said is not there."""
+    flag = f"--{name.replace('_', '-')}"
+    told: dict[str, Any] = {"help": _told(declared), "default": argparse.SUPPRESS}
+    if declared.type is bool:
+        made.add_argument(flag, action="store_true", **told)
+    elif get_origin(declared.type) is Literal:
+        made.add_argument(flag, choices=get_args(declared.type), **told)
+    else:
+        made.add_argument(flag, type=_kind(declared.type), **told)
+
+
 def _kind(annotation: Any) -> Callable[[str], Any]:
     """What makes a setting from a word of the command line."""
-    if get_origin(annotation) is tuple:
+    if any(get_origin(kind) is tuple for kind in (annotation, *get_args(annotation))):
         return _size
     return next(kind for kind in (int, float, str) if annotation is kind or kind in get_args(annotation))
 
@@ -97,7 +102,7 @@ def _told(declared: Field[Any]) -> str:
         default = said["unset"]
     elif isinstance(default, tuple):
         default = "x".join(map(str, default))
-    return words if default is False else f"{words} (default: {default})"
+    return words if default is False or default == "" else f"{words} (default: {default})"
 
 
 def _run_at(folder: Path) -> None:
@@ -205,15 +210,9 @@ def _evaluate_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("--data", required=True, help="images with class labels, masks or boxes")
     made.add_argument("--task", required=True, type=_names, help=f"{', '.join(EVALUATIONS)}: a,b,c")
     made.add_argument("--out", type=Path, required=True, help="a folder; where it holds this evaluation, go on")
-    made.add_argument("--against", help="other images, for outliers")
-    made.add_argument("--untrained", action="store_true", help="the encoder with weights as before training")
-    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
-    made.add_argument("--label-fraction", type=float, default=1.0, help="share of the training images used, stratified")
-    made.add_argument("--minutes", type=float, help="of training, for each network that a task trains")
-    made.add_argument("--seed", type=int, default=0, help="of everything random")
-    made.add_argument("--ignore-index", type=int, help="of masks (default: that of classes.json, or 255)")
-    made.add_argument("--groups", metavar="REGEX", help="images of one group stay on one side of a hold-out")
-    made.add_argument("--recipe", help="of fine-tuning: mae-vit-base, localmim-swin-base, rsb-a3, small, ...")
+    for declared in fields(Options):
+        if declared.name != "settings":
+            _add_flag(made, declared.name, declared)
     made.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="any setting of the training"
     )
@@ -223,21 +222,11 @@ def _evaluate(given: argparse.Namespace) -> None:
     place_of(given.data)
     _encoder_at(given.encoder)
     known(given.task)
-    from underpaint.evaluation.options import Options
+    flags = {each.name: getattr(given, each.name) for each in fields(Options) if hasattr(given, each.name)}
+    options = Options(**flags, settings=dict(given.set))
+    check_bounds(options, Options, "--{}")
     from underpaint.evaluation.runner import evaluate
 
-    options = Options(
-        image_size=given.image_size,
-        untrained=given.untrained,
-        label_fraction=given.label_fraction,
-        minutes=given.minutes,
-        seed=given.seed,
-        ignore_index=given.ignore_index,
-        against=given.against,
-        groups=given.groups,
-        recipe=given.recipe,
-        settings=dict(given.set),
-    )
     evaluate(given.encoder, given.data, given.task, given.out, options)
 
 

@@ -1,6 +1,8 @@
 """Every setting of a run, declared once: type, default, unit, bounds and a line of help. Imports nothing heavy."""
 
-from collections.abc import Iterator
+import math
+import operator
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
@@ -47,7 +49,9 @@ class AnyEncoder:
     """What the flags say of an encoder; its other settings are those of `timm.create_model`."""
 
     name: str = setting("vit_small_patch16_224", "any timm name")
-    patch_size: int | None = setting(None, "side of a patch", unit="pixels", unset="the encoder's own", low=1)
+    patch_size: int | None = setting(
+        None, "side of a patch", unit="pixels", unset="the encoder's own", low=1, high=16_384
+    )
 
 
 @dataclass(slots=True)
@@ -60,8 +64,8 @@ class Data:
         None, "regular expression; images of one group (patient, slide) stay on one side of a hold-out", unset="none"
     )
     all_images: bool = setting(False, "also train on the images that are held out to judge by, without their labels")
-    image_size: tuple[int, int] = setting((224, 224), "height and width, N or HxW", unit="pixels", low=4)
-    channels: int = setting(3, "of the images", low=1)
+    image_size: tuple[int, int] = setting((224, 224), "height and width, N or HxW", unit="pixels", low=4, high=16_384)
+    channels: int = setting(3, "of the images", low=1, high=4_096)
     crop_scale: tuple[float, float] = setting(
         (0.2, 1.0), "share of the area that a random crop covers", above=0, high=1
     )
@@ -69,7 +73,7 @@ class Data:
     cache_limit: float = setting(2.0, "up to which a set is kept decoded", unit="GiB", low=0)
     max_pixels: int = setting(200_000_000, "larger images are skipped", unit="pixels", low=1)
     nodata: float | None = setting(None, "value of missing pixels, beside NaN and what files say themselves")
-    workers: int = setting(0, "processes that decode images", low=0)
+    workers: int = setting(0, "processes that decode images", low=0, high=1_024)
 
 
 @dataclass(slots=True)
@@ -81,7 +85,7 @@ class Optimiser:
     betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW", low=0, below=1)
     warmup: float = setting(0.05, "linear warm-up", unit="share of the run", low=0, high=1)
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
-    batch_size: int = setting(256, "of a step, over all devices", unit="images", low=1)
+    batch_size: int = setting(256, "of a step, over all devices", unit="images", low=1, high=1_000_000)
     accumulation: int = setting(1, "parts that a batch is computed in, to save memory", low=1)
 
 
@@ -89,16 +93,20 @@ class Optimiser:
 class Length:
     """How long, and what happens on the way. One of epochs, steps and minutes."""
 
-    epochs: float | None = setting(None, "passes over the images", unset="100", above=0)
-    steps: int | None = setting(None, "optimiser steps", unset="by the epochs", above=0)
+    epochs: float | None = setting(None, "passes over the images", unset="100", above=0, high=1_000_000)
+    steps: int | None = setting(None, "optimiser steps", unset="by the epochs", above=0, high=10**10)
     minutes: float | None = setting(
-        None, "of training, probes not counted; turned into steps by measuring first", unset="by the epochs", above=0
+        None,
+        "of training, probes not counted; turned into steps by measuring first",
+        unset="by the epochs",
+        above=0,
+        high=1_000_000,
     )
-    seed: int = setting(0, "of everything random", low=0)
+    seed: int = setting(0, "of everything random", low=0, below=2**32)
     precision: Literal["auto", "32", "bf16", "16"] = setting("auto", "of the numbers")
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile")
-    devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1)
-    nodes: int = setting(1, "machines", low=1)
+    devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1, high=1_024)
+    nodes: int = setting(1, "machines", low=1, high=65_536)
     probe_every: int | None = setting(None, "between probes", unit="steps", unset="a quarter of the run", low=1)
     checkpoint_every: int | None = setting(None, "between checkpoints", unit="steps", unset="about two minutes", low=1)
     log_every: int | None = setting(None, "between log lines", unit="steps", unset="about 200 lines a run", low=1)
@@ -124,6 +132,8 @@ class Recipe:
 SECTIONS: dict[str, type] = {"data": Data, "optimiser": Optimiser, "run": Length}
 DECLARED: dict[str, type] = {"method": AnyMethod, "encoder": AnyEncoder, **SECTIONS}
 LENGTHS = ("epochs", "steps", "minutes")
+HUGE = 10**9  # what no number of a method or an encoder is beyond
+TESTS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 # flag of the command line -> path in the recipe; all else by --set
 FLAGS = {
@@ -167,10 +177,16 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: a value outside, by its path.
     """
-    for path, value, bounds in _bounded(recipe):
-        tests = {"at least": value.__ge__, "above": value.__gt__, "at most": value.__le__, "below": value.__lt__}
-        if not all(tests[word](limit) for word, limit in bounds.items()):
-            raise InputError(f"{path}: {value:g}; it must be " + " and ".join(f"{w} {v:g}" for w, v in bounds.items()))
+    for section, kind in SECTIONS.items():
+        check_bounds(getattr(recipe, section), kind, f"{section}.{{}}")
+    check_bounds(recipe.method, AnyMethod, "method.{}")
+    check_bounds(recipe.encoder, AnyEncoder, "encoder.{}")
+    if not isinstance(patch := recipe.encoder.get("patch_size"), int | None):
+        raise InputError(f"encoder.patch_size: {patch!r}; it must be a whole number of pixels")
+    for section, settings in (("method", recipe.method), ("encoder", recipe.encoder)):
+        for name, value in settings.items():  # a class says what else it takes; so much is true of each
+            if isinstance(value, int | float) and (wrong := outside(value, {"at least": -HUGE, "at most": HUGE})):
+                raise InputError(f"{section}.{name}: {wrong}")
     if len(lengths := [name for name in LENGTHS if getattr(recipe.run, name) is not None]) > 1:
         raise InputError(f"give one of --epochs, --steps and --minutes, not {' and '.join(lengths)}")
     batch, parts = recipe.optimiser.batch_size, recipe.optimiser.accumulation
@@ -180,13 +196,29 @@ def check(recipe: Recipe) -> None:
         raise InputError(f"data.crop_scale: {list(recipe.data.crop_scale)}; the lower share comes first")
 
 
-def _bounded(recipe: Recipe) -> Iterator[tuple[str, float, dict[str, float]]]:
-    """Path, number and bounds of every number that has some."""
-    for section, kind in DECLARED.items():
-        settings = getattr(recipe, section)
-        for declared in fields(kind):
-            value = settings.get(declared.name) if isinstance(settings, dict) else getattr(settings, declared.name)
-            if (bounds := declared.metadata["bounds"]) and value is not None:
-                for number in value if isinstance(value, tuple | list) else (value,):
-                    if isinstance(number, int | float):  # timm says what else a patch size may be
-                        yield f"{section}.{declared.name}", float(number), bounds
+def check_bounds(settings: object, kind: type, path: str) -> None:
+    """That numbers are finite and within the bounds that the fields of `kind` declare.
+
+    Args:
+        settings: an object of that kind, or a mapping of its names.
+        path: how a setting is called, with `{}` for its name.
+
+    Raises:
+        InputError: a number that is not.
+    """
+    for declared in fields(kind):
+        name = declared.name
+        value = settings.get(name) if isinstance(settings, dict) else getattr(settings, name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                wrong = outside(number, declared.metadata.get("bounds", {}))
+                if wrong:
+                    raise InputError(f"{path.format(name.replace('_', '-') if path[:2] == '--' else name)}: {wrong}")
+
+
+def outside(number: int | float, bounds: Mapping[str, int | float]) -> str:
+    """What is wrong with a number, and what would be right; nothing where it is within its bounds."""
+    if math.isfinite(number) and all(TESTS[word](number, limit) for word, limit in bounds.items()):
+        return ""
+    wanted = " and ".join(f"{word} {limit:,}" for word, limit in bounds.items()) or "a finite number"
+    return f"{number if isinstance(number, int) else format(number, 'g')}; it must be {wanted}"

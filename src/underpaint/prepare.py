@@ -128,7 +128,7 @@ def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Met
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
         method.sample(1, *recipe.data.image_size)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # the last of sizes below 0
         raise InputError(f"method {recipe.method['name']}: {error}") from error
     standardize = Standardize(list(mean), list(std))
     method.prepare(standardize)

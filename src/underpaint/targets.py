@@ -222,6 +222,10 @@ class HOG(Target):
     along = 2
     bins: int = 9
 
+    def __post_init__(self) -> None:
+        if self.bins < 1:
+            raise ValueError(f"bins is {self.bins}; HOG has 1 orientation or more")
+
     def width(self, cell: int, channels: int) -> int:
         return channels * self.bins
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from underpaint.config import Data
+from underpaint.config import Data, outside
 from underpaint.console import say
 from underpaint.data import Crops, ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
@@ -174,8 +174,6 @@ class Words:
             raise InputError(f"--kind {kind}: there are {', '.join(KINDS)}")
         if stride < 1 or size[0] % stride or size[1] % stride:
             raise InputError(f"--stride {stride}: does not divide images of {size[0]}x{size[1]}")
-        if self.codebook_size is not None and self.codebook_size < 2:
-            raise InputError(f"--codebook-size {self.codebook_size}: a tokenizer has 2 words or more")
         count = self.codebook_size or (codebook_size_for(size) if kind != "fsq" or max(size) <= SMALL else 4375)
         if kind == "kmeans":
             return KMeansPatches(count, stride, self.channels)
@@ -208,8 +206,16 @@ def make_tokenizer(
     path, size = Path(out), words.image_size
     if path.suffix != ".safetensors":
         raise InputError(f"--out {out}: give a .safetensors file")
-    if minutes is not None and minutes <= 0:
-        raise InputError(f"--minutes {minutes:g}: must be above 0")
+    for flag, value, bounds in (
+        ("minutes", minutes, {"above": 0, "at most": 1_000_000}),
+        ("seed", seed, {"at least": 0, "below": 2**32}),
+        ("channels", words.channels, {"at least": 1, "at most": 4_096}),
+        ("codebook-size", words.codebook_size, {"at least": 2, "at most": 1_000_000}),
+        ("image-size", min(words.image_size), {"at least": 4}),
+        ("image-size", max(words.image_size), {"at most": 16_384}),
+    ):
+        if value is not None and (wrong := outside(value, bounds)):
+            raise InputError(f"--{flag}: {wrong}")
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = words.tokenizer().to(device)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from timm.models import is_model_in_modules
 
-from underpaint.config import LENGTHS, Recipe
+from underpaint.config import LENGTHS, Recipe, outside
 from underpaint.errors import InputError
 from underpaint.files import write_text
 from underpaint.methods import METHODS
@@ -85,8 +85,12 @@ def planned(data: str, recipes: Mapping[str, Recipe], minutes: float, seeds: int
     """
     if not recipes:
         raise InputError("--methods: give at least one of " + ", ".join(METHODS))
-    if minutes <= 0 or seeds < 1:
-        raise InputError(f"--minutes {minutes:g} --seeds {seeds}: minutes must be above 0 and seeds at least 1")
+    for flag, value, bounds in (
+        ("minutes", minutes, {"above": 0, "at most": 1_000_000}),
+        ("seeds", seeds, {"at least": 1, "at most": 1_000}),
+    ):
+        if wrong := outside(value, bounds):
+            raise InputError(f"--{flag}: {wrong}")
     (first, one), *others = recipes.items()
     for name, other in others:
         alike = checked(plain(one) | {"method": plain(other)["method"], "optimiser": plain(other)["optimiser"]})

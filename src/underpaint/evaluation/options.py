@@ -4,32 +4,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from underpaint.config import setting
+
 
 @dataclass(frozen=True)
 class Options:
-    """Beside encoder, data, tasks and folder.
+    """Beside encoder, data, tasks and folder. `settings` are of what the tasks train, by name."""
 
-    Attributes:
-        image_size: height and width in pixels; the encoder's own where None.
-        untrained: judge the encoder with weights as before training.
-        label_fraction: share of the training images of each class that is used, above 0 and at most 1.
-        minutes: of training, for each network that a task trains; the task's own number of steps where None.
-        seed: of everything random.
-        ignore_index: of masks; that of classes.json, or 255, where None.
-        against: other images, for outliers.
-        groups: a regular expression; images of one group stay on one side of a hold-out. That of the run where None;
-            "" for none.
-        recipe: of fine-tuning; the one that suits encoder and image size where None.
-        settings: of what the tasks train, by name.
-    """
-
-    image_size: tuple[int, int] | None = None
-    untrained: bool = False
-    label_fraction: float = 1.0
-    minutes: float | None = None
-    seed: int = 0
-    ignore_index: int | None = None
-    against: str | Path | None = None
-    groups: str | None = None
-    recipe: str | None = None
+    against: str | Path | None = setting(None, "other images, for outliers")
+    untrained: bool = setting(False, "judge the encoder with weights as before training")
+    image_size: tuple[int, int] | None = setting(
+        None, "height and width, N or HxW", unit="pixels", unset="the encoder's own", low=4, high=16_384
+    )
+    label_fraction: float = setting(1.0, "share of the training images of each class that is used", above=0, high=1)
+    minutes: float | None = setting(
+        None,
+        "of training, for each network that a task trains",
+        unset="the task's own number of steps",
+        above=0,
+        high=1_000_000,
+    )
+    seed: int = setting(0, "of everything random", low=0, below=2**32)
+    ignore_index: int | None = setting(None, "of masks", unset="that of classes.json, or 255")
+    groups: str | None = setting(
+        None,
+        "regular expression; images of one group (patient, slide) stay on one side of a hold-out; '' for none",
+        unset="that of the run",
+    )
+    recipe: str | None = setting(
+        None,
+        "of fine-tuning: mae-vit-base, localmim-swin-base, rsb-a3, small, ...",
+        unset="the one that suits encoder and image size",
+    )
     settings: Mapping[str, object] = field(default_factory=dict)

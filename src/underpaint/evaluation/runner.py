@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from underpaint.backbones.norms import batch_norms, settled
-from underpaint.config import Recipe
+from underpaint.config import Recipe, check_bounds
 from underpaint.console import say
 from underpaint.data import (
     Source,
@@ -147,8 +147,7 @@ def judge(task: Evaluation[Any, Any, Any, Any]) -> TaskResults:
 
 def _checked(tasks: Sequence[str], options: Options, out: Path) -> None:
     known(tasks)
-    if not 0 < options.label_fraction <= 1:
-        raise InputError(f"--label-fraction {options.label_fraction:g}: it must be above 0 and at most 1")
+    check_bounds(options, Options, "--{}")
     if "outliers" in tasks and options.against is None:
         raise InputError("--task outliers: give the other images with --against DATA")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file()):
