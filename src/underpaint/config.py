@@ -38,10 +38,13 @@ def setting(
 
 @dataclass
 class AnyMethod:
-    """What the flags of the command line say of a method; its other settings are the arguments of its class."""
+    """What many methods have alike; their other settings are the arguments of their classes."""
 
     name: str = setting("localmim", "of pretraining; 'underpaint methods' lists them")
     mask_ratio: float | None = setting(None, "share that is hidden", unset="the method's own", above=0, below=1)
+    mask_patch_size: int | None = setting(
+        None, "side of what a mask hides whole", unit="pixels", unset="the method's own", low=1, high=16_384
+    )
 
 
 @dataclass
