@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import underpaint
 from underpaint.backbones import create_arguments, from_arguments, save_encoder
@@ -83,6 +84,24 @@ def test_an_encoder_says_its_architecture_and_nothing_else(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "timm has no model" in said if argument in ("model_name", "local") else f"'{argument}' is no part of" in said
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("argument", HOSTILE)
+@pytest.mark.parametrize("task", ["linear", "finetune", "segment-linear", "detect"])
+def test_what_an_evaluation_trained_says_no_more(
+    argument: str, task: str, theirs: Path, pickled: Path, pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    described = json.loads((theirs / "encoder.json").read_text()) | {"task": task, "image_size": [16, 16]}
+    described |= {"classes": ["a", "b"], "labels": [0, 1], "encoder": "theirs", "settings": {}, "masks": False}
+    described["create_model"][argument] = json.loads(json.dumps(HOSTILE[argument]).replace("FILE", str(pickled)))
+    (theirs / "model.json").write_text(json.dumps(described))
+    save_file({"weight": torch.zeros(1)}, theirs / "model.safetensors")
+    assert main(["predict", str(theirs), str(pictures), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert ("timm has no model" if argument == "model_name" else f"'{argument}' is no part of") in said
     assert not (tmp_path / "trace").exists()
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from underpaint.errors import InputError
 
 FORMAT = 2  # of a recipe
+# bounds that several declarations have: pixels of a side, channels of an image, length, seed
+SIDE, CHANNELS, MINUTES, SEEDS = 16_384, 4_096, 1_000_000, 2**32
 
 
 def setting(
@@ -43,7 +45,7 @@ class AnyMethod:
     name: str = setting("localmim", "of pretraining; 'underpaint methods' lists them")
     mask_ratio: float | None = setting(None, "share that is hidden", unset="the method's own", above=0, below=1)
     mask_patch_size: int | None = setting(
-        None, "side of what a mask hides whole", unit="pixels", unset="the method's own", low=1, high=16_384
+        None, "side of what a mask hides whole", unit="pixels", unset="the method's own", low=1, high=SIDE
     )
 
 
@@ -53,7 +55,7 @@ class AnyEncoder:
 
     name: str = setting("vit_small_patch16_224", "any timm name")
     patch_size: int | None = setting(
-        None, "side of a patch", unit="pixels", unset="the encoder's own", low=1, high=16_384
+        None, "side of a patch", unit="pixels", unset="the encoder's own", low=1, high=SIDE
     )
 
 
@@ -67,8 +69,8 @@ class Data:
         None, "regular expression; images of one group (patient, slide) stay on one side of a hold-out", unset="none"
     )
     all_images: bool = setting(False, "also train on the images that are held out to judge by, without their labels")
-    image_size: tuple[int, int] = setting((224, 224), "height and width, N or HxW", unit="pixels", low=4, high=16_384)
-    channels: int = setting(3, "of the images", low=1, high=4_096)
+    image_size: tuple[int, int] = setting((224, 224), "height and width, N or HxW", unit="pixels", low=4, high=SIDE)
+    channels: int = setting(3, "of the images", low=1, high=CHANNELS)
     crop_scale: tuple[float, float] = setting(
         (0.2, 1.0), "share of the area that a random crop covers", above=0, high=1
     )
@@ -103,9 +105,9 @@ class Length:
         "of training, probes not counted; turned into steps by measuring first",
         unset="by the epochs",
         above=0,
-        high=1_000_000,
+        high=MINUTES,
     )
-    seed: int = setting(0, "of everything random", low=0, below=2**32)
+    seed: int = setting(0, "of everything random", low=0, below=SEEDS)
     precision: Literal["auto", "32", "bf16", "16"] = setting("auto", "of the numbers")
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile")
     devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1, high=1_024)
@@ -217,6 +219,11 @@ def check_bounds(settings: object, kind: type, path: str) -> None:
                 wrong = outside(number, declared.metadata.get("bounds", {}))
                 if wrong:
                     raise InputError(f"{path.format(name.replace('_', '-') if path[:2] == '--' else name)}: {wrong}")
+
+
+def bounds_of(path: str) -> dict[str, int | float]:
+    """The bounds that a setting is declared with: `bounds_of("run.minutes")`."""
+    return declaration(path).metadata["bounds"]
 
 
 def outside(number: int | float, bounds: Mapping[str, int | float]) -> str:

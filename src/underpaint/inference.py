@@ -55,7 +55,10 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
         raise InputError(f"--corruption {corruption}: this run was trained on {', '.join(method.tasks)}")
     size, channels = recipe.data.image_size, method.encoder.channels
     scaling = scaling_for(run)
-    assert scaling is not None  # a run has recorded it
+    if scaling is None:
+        raise InputError(
+            f"{run}: its encoder.json does not say how images are scaled, so nothing can be restored with it"
+        )
     rows = []
     for image in images:
         try:

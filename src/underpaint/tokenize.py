@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from underpaint.config import Data, outside
+from underpaint.config import Data, bounds_of, outside
 from underpaint.console import say
 from underpaint.data import Crops, ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
@@ -207,12 +207,12 @@ def make_tokenizer(
     if path.suffix != ".safetensors":
         raise InputError(f"--out {out}: give a .safetensors file")
     for flag, value, bounds in (
-        ("minutes", minutes, {"above": 0, "at most": 1_000_000}),
-        ("seed", seed, {"at least": 0, "below": 2**32}),
-        ("channels", words.channels, {"at least": 1, "at most": 4_096}),
+        ("minutes", minutes, bounds_of("run.minutes")),
+        ("seed", seed, bounds_of("run.seed")),
+        ("channels", words.channels, bounds_of("data.channels")),
         ("codebook-size", words.codebook_size, {"at least": 2, "at most": 1_000_000}),
-        ("image-size", min(words.image_size), {"at least": 4}),
-        ("image-size", max(words.image_size), {"at most": 16_384}),
+        ("image-size", min(words.image_size), bounds_of("data.image_size")),
+        ("image-size", max(words.image_size), bounds_of("data.image_size")),
     ):
         if value is not None and (wrong := outside(value, bounds)):
             raise InputError(f"--{flag}: {wrong}")

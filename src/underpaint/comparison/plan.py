@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from timm.models import is_model_in_modules
 
-from underpaint.config import LENGTHS, Recipe, outside
+from underpaint.config import LENGTHS, Recipe, bounds_of, outside
 from underpaint.errors import InputError
 from underpaint.files import write_text
 from underpaint.methods import METHODS
@@ -86,7 +86,7 @@ def planned(data: str, recipes: Mapping[str, Recipe], minutes: float, seeds: int
     if not recipes:
         raise InputError("--methods: give at least one of " + ", ".join(METHODS))
     for flag, value, bounds in (
-        ("minutes", minutes, {"above": 0, "at most": 1_000_000}),
+        ("minutes", minutes, bounds_of("run.minutes")),
         ("seeds", seeds, {"at least": 1, "at most": 1_000}),
     ):
         if wrong := outside(value, bounds):

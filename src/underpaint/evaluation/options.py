@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from underpaint.config import setting
+from underpaint.config import MINUTES, SEEDS, SIDE, setting
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Options:
     against: str | Path | None = setting(None, "other images, for outliers")
     untrained: bool = setting(False, "judge the encoder with weights as before training")
     image_size: tuple[int, int] | None = setting(
-        None, "height and width, N or HxW", unit="pixels", unset="the encoder's own", low=4, high=16_384
+        None, "height and width, N or HxW", unit="pixels", unset="the encoder's own", low=4, high=SIDE
     )
     label_fraction: float = setting(1.0, "share of the training images of each class that is used", above=0, high=1)
     minutes: float | None = setting(
@@ -22,9 +22,9 @@ class Options:
         "of training, for each network that a task trains",
         unset="the task's own number of steps",
         above=0,
-        high=1_000_000,
+        high=MINUTES,
     )
-    seed: int = setting(0, "of everything random", low=0, below=2**32)
+    seed: int = setting(0, "of everything random", low=0, below=SEEDS)
     ignore_index: int | None = setting(None, "of masks", unset="that of classes.json, or 255")
     groups: str | None = setting(
         None,
