@@ -29,7 +29,7 @@ from underpaint.data import (
 )
 from underpaint.data.scaling import weighted_quantiles
 from underpaint.errors import InputError
-from underpaint.prepare import build, open_data
+from underpaint.prepare import build, construct, load_data, open_data, standardized
 from underpaint.recipes.recipe import checked, override, plain
 from underpaint.tokenizers import tokenizer_scaling
 from underpaint.train.run_folder import Run
@@ -93,7 +93,8 @@ def test_an_image_in_train_and_test_is_one_and_the_same(deep: Path) -> None:
     for path, value in {"data.path": str(deep), "data.image_size": [16, 16], "data.channels": 1}.items():
         override(settings, path, value)
     said: list[str] = []
-    pool, judge = open_data(checked(settings), said.append)
+    recipe = checked(settings)
+    pool, judge = load_data(recipe, open_data(recipe, said.append), said.append)
     assert judge.splits is not None
     train, test = (part.images for part in judge.splits)
     twice = [
@@ -186,7 +187,8 @@ def test_a_tokenizer_takes_its_range_to_the_runs_that_it_is_given_to(deep: Path,
     settings = plain(checked({"method": {"name": "beit", "tokenizer": str(file)}}))
     for path, value in {"data.path": str(other), "data.image_size": [16, 16]}.items():
         override(settings, path, value)
-    assert open_data(checked(settings), lambda _: None)[0].scaling == scaling
+    recipe = checked(settings)
+    assert load_data(recipe, open_data(recipe, lambda _: None), lambda _: None)[0].scaling == scaling
     assert load(other, channels=3).scaling != scaling
 
 
@@ -196,12 +198,13 @@ def test_weights_to_start_from_bring_their_deviation_only_with_their_range(
     settings = plain(Run(run).recipe()) | {"init": str(run)}
     described = describe_encoder(run)
     same = load(deep, scaling=stored_scaling(described["scaling"]))
-    _, standardize, _, _ = build(checked(settings), same)
+    _, standardize = build(checked(settings), same)
     np.testing.assert_allclose(standardize.std.flatten(), described["std"], rtol=1e-6)
     other = load(pictures)
-    _, standardize, _, matched = build(checked(settings), other)
+    said: list[str] = []
+    standardize = standardized(construct(checked(settings)), other, said.append)
     np.testing.assert_allclose(standardize.std.flatten(), other.std, rtol=1e-6)
-    assert "its images had another range" in matched
+    assert "the images of --init had another range" in said[0]
 
 
 @pytest.mark.quick

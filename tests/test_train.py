@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from underpaint import load_encoder, pretraining
 from underpaint.cli import main
 from underpaint.errors import InputError, NotFinite
-from underpaint.methods import METHODS, Objective
+from underpaint.methods import METHODS
 from underpaint.seeds import ROLLED_BACK
 from underpaint.train.run_folder import Run, training_state
 from underpaint.train.schedules import Schedule
@@ -479,37 +479,6 @@ def test_a_loss_that_stays_not_finite_ends_with_status_3(
     found = Run(out).load()
     assert found is not None
     assert all(torch.isfinite(value).all() for value in found[0].values())
-
-
-@pytest.mark.parametrize(("most", "batch", "parts", "fits"), [(5, 16, 1, 4), (2, 24, 8, 8)])
-def test_out_of_memory_names_a_batch_that_fits(
-    most: int, batch: int, parts: int, fits: int, pictures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    real = METHODS["energy"].forward
-
-    def greedy(self: Any, images: torch.Tensor, mask: Any = None) -> Objective:
-        if len(images) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, images, mask)
-
-    monkeypatch.setattr(METHODS["energy"], "forward", greedy)
-    command = [
-        "pretrain",
-        str(pictures),
-        "--out",
-        str(tmp_path / "run"),
-        "--method",
-        "energy",
-        *COMMAND,
-        "--steps",
-        "4",
-    ]
-    status = main([*command, "--batch-size", str(batch), "--set", f"optimiser.accumulation={parts}"])
-    error = capsys.readouterr().err
-    assert status == 2
-    assert f"out of memory with a batch of {batch}; {fits} fits: --batch-size {fits}" in error
-    assert fits % parts == 0
-    assert error.count("\n") == 1
 
 
 def test_minutes_become_steps_by_measuring(pictures: Path, tmp_path: Path) -> None:

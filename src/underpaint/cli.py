@@ -12,11 +12,12 @@ import yaml
 
 import underpaint
 from underpaint.config import COMPARED, FLAGS, LENGTHS, check_bounds, declaration
-from underpaint.errors import InputError, NotFinite
+from underpaint.errors import InputError, Stopped
 from underpaint.evaluation import EVALUATIONS, known
 from underpaint.evaluation.options import Options
 from underpaint.files import place_of
 from underpaint.methods import LISTED
+from underpaint.signals import Interrupted, answered_signals
 
 
 class _Parser(argparse.ArgumentParser):
@@ -391,25 +392,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Exit status: 0 done; 2 usage or input; 3 not finite; 128 + signal where interrupted."""
+    """Run a command. Exit status: 0 done; 2 usage or input; 3 stopped by what it met; 128 + signal where interrupted."""
     try:
-        given = parser().parse_args(arguments)
-        given.run(given)
+        with answered_signals():
+            given = parser().parse_args(arguments)
+            given.run(given)
         return 0
     except InputError as error:
         print(f"underpaint: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except NotFinite as error:
-        print(f"underpaint: {error}", file=sys.stderr)
+    except Stopped as error:
+        print(f"underpaint: {' '.join(str(error).split())}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        number = getattr(error, "signal_number", None)
-        if number is None:
-            raise
-        print("underpaint: interrupted; the same command goes on from the checkpoint", file=sys.stderr)
-        return 128 + number
+    except OSError as error:  # a full disk, say, where nobody knew better
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"underpaint: {place}{error.strerror or error}", file=sys.stderr)
+        return 3
+    except Interrupted as interruption:
+        kept = f"; {interruption.kept}: the same command goes on" if interruption.kept else ""
+        print(f"underpaint: interrupted{kept}", file=sys.stderr)
+        return 128 + interruption.signal_number
 
 
 if __name__ == "__main__":

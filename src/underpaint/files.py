@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ def replacing(path: Path) -> Generator[Path, None, None]:
     temporary = path.with_name(f"{path.name}.{token_hex(4)}.part")  # two processes may write the same file
     try:
         yield temporary
+        _share(temporary)
         sync(temporary)
         temporary.replace(path)
     finally:
@@ -54,6 +56,8 @@ def replacing_folder(folder: Path, durable: bool = True) -> Generator[Path, None
     temporary.mkdir()  # not mkdtemp, whose folders nobody else may read
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _share(file)
         if durable:
             for file in (*temporary.rglob("*"), temporary):
                 sync(file)
@@ -65,6 +69,15 @@ def replacing_folder(folder: Path, durable: bool = True) -> Generator[Path, None
     finally:
         for left in (temporary, before):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _share(path: Path) -> None:
+    """Give a file the rights that a new one has by the user's umask: safetensors lets only its owner read what it writes."""
+    if path.is_file():
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        with suppress(OSError):  # of file systems without rights
+            path.chmod(0o666 & ~umask)
 
 
 def _forget(path: Path) -> None:
@@ -90,6 +103,21 @@ def place_of(data: str | Path) -> Path | None:
     return path
 
 
+def refuse_inside(out: str | Path, *data: str | Path | None) -> None:
+    """Complain of an output that lies in a folder of images, where its pictures would be read as images.
+
+    Raises:
+        InputError: it does.
+    """
+    target = Path(os.path.realpath(Path(out).expanduser()))  # which a link to itself does not end
+    for each in data:
+        folder = None if each is None else place_of(each)
+        if folder is not None and folder.is_dir() and target.is_relative_to(folder.resolve()):
+            raise InputError(
+                f"--out {out}: lies inside {each}, where its pictures would be read as images; choose another path"
+            )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
     with replacing(path) as temporary:
@@ -111,10 +139,20 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, object]]:
-    """The lines of a .jsonl file, none where there is no file; a last line cut off by a kill is left out."""
+    """The lines of a .jsonl file, none where there is no file; a last line cut off by a kill is left out, and so is a
+    damaged one, which is said."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    lines = []
+    for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], start=1):
+        try:
+            found = json.loads(line)
+            if not isinstance(found, dict):
+                raise ValueError
+            lines.append(found)
+        except ValueError:
+            print(f"{path}: line {number} is damaged and left out; the others are as they were", file=sys.stderr)
+    return lines
 
 
 def finite(value: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -101,10 +101,28 @@ class Session:
             return list(islice(batches, count))
 
 
-def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Method, Standardize, dict[str, Any], str]:
-    """The untrained method of a recipe, a function of the recipe's seed; also what `--init` matched, as text.
+@dataclass(frozen=True)
+class Constructed:
+    """An untrained method, before an image was seen.
 
-    A tokenizer is taken from the run where it has one.
+    Attributes:
+        arguments: every one of `timm.create_model`.
+        matched: what became of the weights of `--init`, as text.
+        statistics: of the images that those weights are from, where they say it.
+    """
+
+    method: Method
+    arguments: dict[str, Any]
+    matched: str
+    statistics: dict[str, Any] | None
+
+
+def construct(recipe: Recipe, run: Run | None = None) -> Constructed:
+    """The untrained method of a recipe, a function of the recipe's seed; a tokenizer is taken from the run where it has
+    one.
+
+    Raises:
+        InputError: encoder, method and image size do not go together.
     """
     torch.manual_seed(recipe.run.seed)
     settings = dict(recipe.encoder)
@@ -116,27 +134,53 @@ def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Met
         **settings,
     )
     backbone = from_arguments(arguments)
-    mean, std, matched = images.mean, images.std, ""
+    statistics, matched = None, ""
     if recipe.init:
         report, statistics = init_from(backbone, recipe.init)
         matched = f"started from {recipe.init}: {report}"
-        if statistics and images.scaling.same_units(statistics.get("scaling")):
-            mean, std = statistics["mean"], statistics["std"]
-        elif statistics:
-            matched += "; its images had another range, so mean and deviation are those of these images"
     options = method_options(recipe, None if run is None else run.tokenizer)
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
         method.sample(1, *recipe.data.image_size)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # the last of sizes below 0
         raise InputError(f"method {recipe.method['name']}: {error}") from error
+    return Constructed(method, arguments, matched, statistics)
+
+
+def standardized(constructed: Constructed, images: ImageSet, shout: Shout) -> Standardize:
+    """The transform of the images, which the method takes over."""
+    mean, std, statistics = images.mean, images.std, constructed.statistics
+    if statistics and images.scaling.same_units(statistics.get("scaling")):
+        mean, std = statistics["mean"], statistics["std"]
+    elif statistics:
+        shout("the images of --init had another range, so mean and deviation are those of these images")
     standardize = Standardize(list(mean), list(std))
-    method.prepare(standardize)
-    return method, standardize, arguments, matched
+    constructed.method.prepare(standardize)
+    return standardize
 
 
-def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, ProbeSuite]:
-    """The images to pretrain on and, where there are labels, those to judge by; says what was understood."""
+def build(recipe: Recipe, images: ImageSet, run: Run | None = None) -> tuple[Method, Standardize]:
+    """The untrained method of a recipe, and the transform of the images."""
+    constructed = construct(recipe, run)
+    return constructed.method, standardized(constructed, images, silent)
+
+
+class Opened(NamedTuple):
+    """What is listed, before an image was decoded: the images, those that judge (the same, or others), which are pretrained
+    on, and how many of these judge too."""
+
+    source: Source
+    labelled: Source
+    indices: list[int]
+    seen: int
+
+
+def open_data(recipe: Recipe, shout: Any) -> Opened:
+    """List the images to pretrain on and those to judge by; says what was understood.
+
+    Raises:
+        InputError: data that cannot be used; no name of a group's; no image that does not judge.
+    """
     settings = recipe.data
     assert settings.path is not None
     source = open_source(settings.path, groups=settings.groups)
@@ -152,13 +196,19 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, ProbeSuite]:
             f"--groups {settings.groups!r}: no name in {labelled.location} matches, the first is "
             f"{labelled.entries[0].name}; give a regular expression that does"
         )
+    return Opened(source, labelled, *_chosen(source, labelled, settings.all_images, shout))
+
+
+def load_data(recipe: Recipe, opened: Opened, shout: Any) -> tuple[ImageSet, ProbeSuite]:
+    """The images to pretrain on and, where there are labels, those to judge by."""
+    settings, (source, labelled, indices, seen) = recipe.data, opened
     scaling = stored_scaling(recipe.measured.get("scaling"))
     if scaling is None and recipe.method.get("tokenizer"):
         scaling = tokenizer_scaling(recipe.method["tokenizer"])
 
-    def load(opened: Any, indices: list[int]) -> ImageSet:
+    def load(source: Any, indices: list[int]) -> ImageSet:
         return load_images(
-            opened,
+            source,
             indices,
             size=settings.image_size,
             channels=settings.channels,
@@ -169,7 +219,6 @@ def open_data(recipe: Recipe, shout: Any) -> tuple[ImageSet, ProbeSuite]:
             nodata=settings.nodata,
         )
 
-    indices, seen = _chosen(source, labelled, settings.all_images, shout)
     images = load(source, indices)
     scaling = images.scaling  # all that is loaded from here on means the same
     images.skipped[:0] = source.skipped
@@ -296,7 +345,7 @@ def stepper_for(
         adamw(groups, betas=settings.betas),
         lambda batch: standardize(batch.images),
         settings.batch_size,
-        settings.accumulation,
+        recipe.measured.get("accumulation", settings.accumulation),
         settings.clip,
         recipe.run.seed,
         compiled=compiled,

@@ -3,25 +3,37 @@
 import copy
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 
 from underpaint.backbones import save_encoder
 from underpaint.backbones.protocols import Backbone
 from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import Batch
-from underpaint.errors import InputError
+from underpaint.errors import InputError, Stopped
 from underpaint.evaluation.visualizations import write_visualizations
+from underpaint.files import refuse_inside
+from underpaint.locking import locked
 from underpaint.methods import Restores
-from underpaint.prepare import Session, build, decide, open_data, schedule_of, silent, warm_again
+from underpaint.prepare import (
+    Session,
+    construct,
+    decide,
+    load_data,
+    open_data,
+    schedule_of,
+    silent,
+    standardized,
+    warm_again,
+)
 from underpaint.recipes.request import settled
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
 from underpaint.report.run import run_text
-from underpaint.signals import watched_signals
 from underpaint.train.cadence import Due, Plan
 from underpaint.train.devices import make_fabric
 from underpaint.train.loggers import Loggers
@@ -54,27 +66,31 @@ def pretrain(
 
     Raises:
         InputError: settings or data that cannot be used, in one line.
-        NotFinite: the loss stayed not finite; the last good checkpoint is kept.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        Stopped: what was begun could not go on: a full disk, say, or a loss that stays not finite.
+        Interrupted: told to end while it trained; a checkpoint was written.
     """
     run = Run(out)
     chosen, resumed = settled(data, run.path, recipe)
-    session = _session(run, chosen, resumed, stop_at, clock)
-    untrained = copy.deepcopy(session.method.encoder)
-    with _advice(chosen), watched_signals():
-        stepper = decide(session)
-        if stepper.compiled:
-            warm(stepper, session.first_batches(1)[0])
-        _train(session, stepper, resumed, stop_at)
-        if session.fabric.is_global_zero and stop_at is None:
-            _judge(session, untrained.to(session.fabric.device))
-    session.fabric.barrier()
+    refuse_inside(out, data, chosen.data.labels)
+    run.refuse_other()
+    fabric = make_fabric(chosen)
+    with locked(run.path) if fabric.is_global_zero else nullcontext():
+        session = _session(fabric, run, chosen, stop_at, clock)
+        untrained = copy.deepcopy(session.method.encoder)
+        with _advice(chosen):
+            stepper = decide(session)
+            if stepper.compiled:
+                warm(stepper, session.first_batches(1)[0])
+            _train(session, stepper, resumed, stop_at)
+            if fabric.is_global_zero and stop_at is None:
+                _judge(session, untrained.to(fabric.device))
+        fabric.barrier()
     return run
 
 
-def _session(run: Run, recipe: Recipe, resumed: bool, stop_at: float | None, clock: Callable[[], float]) -> Session:
-    """Devices, images, what they are judged by, and the untrained method; makes the run folder."""
-    fabric = make_fabric(recipe)
+def _session(fabric: Fabric, run: Run, recipe: Recipe, stop_at: float | None, clock: Callable[[], float]) -> Session:
+    """Images, what they are judged by, and the untrained method; makes the run folder. What needs no image comes first, so
+    that a mistake is answered before any is decoded."""
     world = fabric.world_size * recipe.optimiser.accumulation
     if recipe.optimiser.batch_size % world:
         raise InputError(
@@ -83,11 +99,14 @@ def _session(run: Run, recipe: Recipe, resumed: bool, stop_at: float | None, clo
         )
     main = fabric.is_global_zero
     shout = say if main and stop_at is None else silent  # a comparison has said it once
+    constructed = construct(recipe, run)
+    if constructed.matched:
+        shout(constructed.matched)
+    opened = open_data(recipe, shout)
     with fabric.rank_zero_first():  # the first one fills the cache, the others find it
-        images, suite = open_data(recipe, shout)
-    method, standardize, arguments, matched = build(recipe, images, run)
-    if matched:
-        shout(matched)
+        images, suite = load_data(recipe, opened, shout)
+    method, arguments = constructed.method, constructed.arguments
+    standardize = standardized(constructed, images, shout)
     recipe.measured["scaling"] = images.scaling.stored()
     if main:
         run.create(recipe)
@@ -108,9 +127,8 @@ def _advice(recipe: Recipe) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         half = max(1, recipe.optimiser.batch_size // 2)
-        raise InputError(
-            f"out of memory with a batch of {recipe.optimiser.batch_size}; try --batch-size {half} in a new --out, "
-            "or --set optimiser.accumulation=2"
+        raise Stopped(
+            f"out of memory beside the training's steps; try --batch-size {half} in a new --out, or a smaller encoder"
         ) from error
 
 
@@ -166,10 +184,15 @@ def _watch(session: Session, stepper: Stepper) -> Watch:
         encoder = recalibrated(session, session.method.encoder)
         save_encoder(session.run.path, encoder, session.arguments, session.standardize, session.images.scaling)
 
+    def divided(parts: int) -> None:
+        session.recipe.measured["accumulation"] = parts
+        session.run.write_recipe(session.recipe)
+
     return Watch(
         names=lambda batch: [session.images.names[k] for k in batch.samples],
         probe=lambda step: _look(session, step),
         export=export,
+        divided=divided,
         resume_loggers=lambda step: Loggers(session.run, session.recipe.run.loggers, step),
     )
 

@@ -41,9 +41,12 @@ class Trainable(nn.Module):
     A loss that is a sum of independent parts has `num_losses` above 1. `forward(inputs, noise, part, carry)` is then one
     of them, to be backpropagated before the next is made, which starts from the `carry` of the one before; the last one
     has the terms.
+
+    A task whose inputs have no row an image is not `divisible`: its batches are computed in one piece.
     """
 
     num_losses: int = 1
+    divisible: bool = True
 
     def noise_for(self, inputs: Any, count: int, generator: torch.Generator) -> Any:
         """What is random in a step for a global batch of `count`, on the CPU; None where forward draws by itself."""

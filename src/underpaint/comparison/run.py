@@ -38,7 +38,7 @@ from underpaint.evaluation.visualizations import write_visualizations
 from underpaint.files import replacing, write_json, write_text
 from underpaint.inference import load_method
 from underpaint.methods import Restores
-from underpaint.prepare import build, open_data
+from underpaint.prepare import build, construct, load_data, open_data
 from underpaint.recipes.recipe import checked, plain
 from underpaint.report import verdict as verdict_of_run
 from underpaint.report import write_report
@@ -91,17 +91,20 @@ def compare(
         f"{arms} methods x {seeds} seeds x {minutes:g} minutes: {arms * seeds * minutes:g} minutes of training, "
         "then the judging"
     )
-    with watched_signals() as received:
+    try:
         for seed in plan.seeds:
             for round_ in range(plan.rounds):
                 names = list(plan.recipes)
                 for k in range(len(names)):
                     name = names[(k + round_) % len(names)]
                     if name not in plan.left_out:
-                        _turn(folder, plan, name, seed, round_, received, clock)
+                        _turn(folder, plan, name, seed, round_, clock)
                 if all(name in plan.left_out for name in names):
                     raise InputError(f"no method got through: {'; '.join(plan.left_out.values())}")
-        found = Judging(folder, plan, images, judge, received).all()
+        found = Judging(folder, plan, images, judge).all()
+    except Interrupted as interruption:
+        interruption.kept = f"what was trained and judged is kept in {folder}"
+        raise
     result = _result(plan, judge, folder, found)
     write_json(folder / "compare.json", result, indent=1)
     page = write_report(folder)
@@ -127,19 +130,19 @@ def _images(plan: Plan) -> tuple[ImageSet, ProbeSuite]:
         found = tokenizer_scaling(each.method["tokenizer"]) if each.method.get("tokenizer") else None
         if found is not None:
             first.measured["scaling"] = found.stored()
-    images, judge = open_data(first, say)
-    if not images.scaling.plain:
-        for each in plan.recipes.values():
-            each.measured["scaling"] = images.scaling.stored()
     for name in list(plan.recipes):
         try:
-            build(plan.recipes[name], images)
+            construct(plan.recipes[name])
         except InputError as error:
             plan.left_out[name] = str(error)
             del plan.recipes[name]
             say(f"{name} is left out: {error}")
     if not plan.recipes:
         raise InputError(f"no method can take part: {'; '.join(plan.left_out.values())}")
+    images, judge = load_data(first, open_data(first, say), say)
+    if not images.scaling.plain:
+        for each in plan.recipes.values():
+            each.measured["scaling"] = images.scaling.stored()
     return images, judge
 
 
@@ -152,7 +155,6 @@ def _turn(
     name: str,
     seed: int,
     round_: int,
-    received: Sequence[int],
     clock: Callable[[], float] | None,
 ) -> None:
     """One turn of a method, where it has not had it; a method that fails is left out from then on."""
@@ -174,10 +176,8 @@ def _turn(
     told = {"out": str(run.path), "recipe": str(recipe), "stop_at": str(stop_at), "reason": str(reason)}
     told = {"data": chosen["data"]["path"], **told}
     write_json(folder / "turn.json", told)
-    status = _process(folder / "turn.json", received) if clock is None else turn(told, clock)
-    if received:
-        raise Interrupted(received[0])
-    if clock is not None and status > 128:  # the turn, in this process, met the signal
+    status = _process(folder / "turn.json") if clock is None else turn(told, clock)
+    if status > 128:  # the turn met the signal
         raise Interrupted(status - 128)
     if status:
         why = reason.read_text() if reason.is_file() else f"its process ended with status {status}"
@@ -187,12 +187,20 @@ def _turn(
         say(f"{name} is left out: {why}")
 
 
-def _process(told: Path, received: Sequence[int]) -> int:
-    """A turn in a process of its own; returns its exit status."""
+def _process(told: Path) -> int:
+    """A turn in a process of its own; returns its exit status. It is told of a signal, and ends with a checkpoint; with the
+    next one it is killed, and what it had saved is kept.
+
+    Raises:
+        Interrupted: a signal came.
+    """
     command = [sys.executable, "-m", "underpaint.comparison.worker", str(told)]
     status, passed = None, False
-    # it ends when the pipe does; the terminal's Ctrl-C comes here only, and is passed on once
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+    # it ends when the pipe does; the terminal's Ctrl-C comes here only
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process,
+        watched_signals() as received,
+    ):
         while status is None:
             try:
                 status = process.wait(timeout=0.2)
@@ -200,6 +208,11 @@ def _process(told: Path, received: Sequence[int]) -> int:
                 if received and not passed:
                     process.send_signal(signal.SIGTERM)
                     passed = True
+            except Interrupted:
+                process.kill()
+                raise
+    if received:
+        raise Interrupted(received[0])
     return status
 
 
@@ -229,13 +242,10 @@ class Judging:
     plan: Plan
     images: ImageSet
     suite: ProbeSuite
-    received: Sequence[int]  # signals
     found: Found = field(default_factory=lambda: Found({}, {}))
 
     def judged(self, name: str, seed: int, make: Callable[[], Worth]) -> Worth:
         """From the file of an earlier call, or made now."""
-        if self.received:
-            raise Interrupted(self.received[0])
         file = self.folder / "judged" / f"{name.replace(' ', '-')}-{seed}.safetensors"
         if not file.is_file():
             save_worth(make(), file)
@@ -274,7 +284,7 @@ class Judging:
 
     def start(self, title: str, name: str, recipe: Recipe) -> Backbone:
         """What a method starts from."""
-        method, standardize, _, _ = build(recipe, self.images)
+        method, standardize = build(recipe, self.images)
         make = partial(self.suite.worth, method.encoder, standardize, DRAWS)
         self.found.worths.setdefault(title, []).append(self.judged(name, recipe.run.seed, make))
         return method.encoder

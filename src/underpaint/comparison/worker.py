@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from underpaint.errors import InputError, NotFinite
+from underpaint.errors import InputError, Stopped
 from underpaint.pretraining import pretrain
-from underpaint.signals import Interrupted
+from underpaint.signals import Interrupted, answered_signals
 
 
 def turn(plan: dict[str, Any], clock: Callable[[], float] = time.perf_counter) -> int:
@@ -24,7 +24,7 @@ def turn(plan: dict[str, Any], clock: Callable[[], float] = time.perf_counter) -
     try:
         pretrain(plan["data"], plan["out"], plan["recipe"], stop_at=float(plan["stop_at"]), clock=clock)
         return 0
-    except (InputError, NotFinite) as error:
+    except (InputError, Stopped) as error:
         Path(plan["reason"]).write_text(" ".join(str(error).split()))
         return 2 if isinstance(error, InputError) else 3
     except Interrupted as error:
@@ -39,4 +39,5 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.exit(turn(json.loads(Path(sys.argv[1]).read_text())))
+    with answered_signals():
+        sys.exit(turn(json.loads(Path(sys.argv[1]).read_text())))

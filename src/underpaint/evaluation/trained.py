@@ -31,6 +31,7 @@ class Task(Trainable, Generic[Batch]):
     """
 
     clip: float | None = None
+    divisible = False
 
     def __init__(self, network: nn.Module, size: int, duration: Duration, schedule: Schedule):
         super().__init__()

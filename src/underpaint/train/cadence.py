@@ -18,6 +18,7 @@ class Progress:
         bad: steps without a finite gradient; `in_a_row` of them, the last ones.
         best: the best probe, at `best_step`.
         loss: mean of the last steps.
+        owed: the probe of this step, and its line, were interrupted and are still to be made.
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     loss: float | None = None
+    owed: bool = False
 
 
 @dataclass(frozen=True)

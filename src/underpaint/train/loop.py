@@ -15,20 +15,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from underpaint.console import Bar
-from underpaint.errors import NotFinite
+from underpaint.errors import NotFinite, Stopped
 from underpaint.files import finite
 from underpaint.seeds import ROLLED_BACK
-from underpaint.signals import Interrupted, watched_signals
+from underpaint.signals import Interrupted, answered_signals, watched_signals
 from underpaint.train.cadence import Due, Plan, Progress
 from underpaint.train.loggers import Loggers
 from underpaint.train.meter import Meter
 from underpaint.train.run_folder import Run, restore_state, training_state
+from underpaint.train.speed import out_of_memory
 from underpaint.train.stepper import Stepper
 
 ROLL_BACK_AFTER, STOP_AFTER = 3, 10  # steps in a row without a finite gradient; such steps in all
+LEAVING = "told to end: this step is finished and a checkpoint is written; once more, and it ends now"
 Batches = Callable[[int, int], Generator[Any, None, None]]  # from a step on, by a seed
 
 
@@ -40,12 +43,14 @@ class Watch:
         names: of the images of a batch, to say which step was not finite.
         probe: named numbers of where the task stands after a step, by the first process.
         export: writes what others use of the task, beside each checkpoint.
+        divided: told in how many parts a batch is computed from here on, where memory asked for it.
         resume_loggers: makes what is told every line, from the step that is gone on from (None at the start).
     """
 
     names: Callable[[Any], Sequence[str]] | None = None
     probe: Callable[[int], dict[str, float]] | None = None
     export: Callable[[], None] | None = None
+    divided: Callable[[int], None] | None = None
     resume_loggers: Callable[[int | None], Loggers] | None = None
 
 
@@ -104,7 +109,8 @@ class Training:
 
         Raises:
             NotFinite: the gradient was not finite too often.
-            Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+            Stopped: something could not be written.
+            Interrupted: told to end; a checkpoint was written.
         """
         self.bar = Bar(self.plan.expected(self.at), self.at.step, enabled=self.main)
         if self.main and self.watch.resume_loggers is not None:
@@ -112,23 +118,43 @@ class Training:
         self.stepper.task.train()
         due = None
         try:
-            if not resumed and self.watch.probe is not None:
+            if self.at.owed or (not resumed and self.watch.probe is not None):
                 self._log(True)
                 self._save()
-            with watched_signals() as received:
+            with watched_signals(LEAVING) as received:
                 while due is None and self.plan.share(self.at) < 1:
                     self.stepper.seed = (
                         self.seed + ROLLED_BACK * self.at.rollbacks
                     )  # other batches than those that failed
+                    short = False
                     with closing(batches(self.at.step, self.stepper.seed)) as source:
-                        due = self._steps(source, received)
-                    if due is None:
+                        try:
+                            due = self._steps(source, received)
+                        except (RuntimeError, MemoryError) as error:
+                            if not (short := out_of_memory(error)):
+                                raise
+                    if short:  # here, where nothing holds on to what the step had made so far
+                        self._divide()
+                    elif due is None:
                         self._roll_back()
+        except (OSError, SafetensorError) as error:
+            place = getattr(error, "filename", None) or self.run.path
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise Stopped(f"{place}: cannot be written: {reason}; {self._kept()}: the same command goes on") from error
         finally:
             self.bar.close()
             if self.loggers is not None:
                 self.loggers.close()
         return due
+
+    def _kept(self) -> str:
+        """What there is to go on from."""
+        found = self.run.checkpoints()
+        return (
+            f"the checkpoint of step {int(found[-1].name.removeprefix('step-'))} is kept"
+            if found
+            else "nothing is lost"
+        )
 
     def _steps(self, source: Generator[Any, None, None], received: list[int]) -> Due | None:
         """Steps until the training ends or pauses; None where it has to be rolled back."""
@@ -157,12 +183,14 @@ class Training:
             self.bar.step(at.step)
             if rolled:
                 return None
-            if due.log:
+            if due.stopping and due.probe and self.watch.probe is not None:
+                at.owed = True  # a probe may take minutes, which who tells to end does not have
+            elif due.log:
                 self._log(due.probe)
             if due.save:
                 self._save()
             if due.stopping:
-                raise Interrupted(received[0] if received else signal.SIGTERM)
+                raise Interrupted(received[0] if received else signal.SIGTERM, self._kept())
             if due.ended or due.pausing:
                 return due
 
@@ -197,15 +225,47 @@ class Training:
             rolled = rolled or self.at.in_a_row >= ROLL_BACK_AFTER
         return rolled
 
-    def _roll_back(self) -> None:
-        """Back to the last checkpoint; the time is spent, whatever became of it."""
+    def _divide(self) -> None:
+        """Memory ran out: go on from the last checkpoint with batches in more and smaller parts, which is the same step.
+
+        Raises:
+            Stopped: what was out of memory was a single image, or is not divided; or other processes wait in vain.
+        """
+        stepper, step = self.stepper, self.at.step
+        batch, parts = stepper.batch_size, stepper.finer
+        if parts is None:
+            least = "a smaller encoder or image size" if stepper.task.divisible else f"a batch smaller than {batch}"
+            raise Stopped(f"step {step}: out of memory: {least} is needed; {self._kept()}")
+        stepper.accumulation = parts
+        stepper.optimiser.zero_grad(set_to_none=True)
+        if stepper.fabric.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.watch.divided is not None:
+            self.watch.divided(parts)
+        told = f"step {step}: out of memory; from here on a batch of {batch} is computed in {parts} parts"
+        if stepper.fabric.world_size > 1:  # the others are in the middle of a step that this one left
+            raise Stopped(f"{told}; {self._kept()}: the same command goes on")
+        if not self._back():
+            raise Stopped(f"step {step}: out of memory, and there is no checkpoint to go on from with less")
+        self.bar.above(f"{told}, from step {self.at.step}")
+
+    def _back(self) -> bool:
+        """To the last checkpoint, if there is one; the time is spent, whatever became of it."""
         failed = self.at
         if not self.resume():
-            raise NotFinite("the loss is not finite from the first step on; try a lower learning rate")
+            return False
         self.at.seconds, self.at.passed, self.at.bad = failed.seconds, failed.passed, failed.bad
-        self.at.rollbacks, self.at.in_a_row = failed.rollbacks + 1, 0
+        self.at.rollbacks = failed.rollbacks
         if self.loggers is not None:
             self.loggers.back_to(self.at.step)
+        return True
+
+    def _roll_back(self) -> None:
+        """Back to the last checkpoint, to go on with other batches."""
+        failed = self.at
+        if not self._back():
+            raise NotFinite("the loss is not finite from the first step on; try a lower learning rate")
+        self.at.rollbacks, self.at.in_a_row = failed.rollbacks + 1, 0
         self.bar.above(f"step {failed.step}: {ROLL_BACK_AFTER} steps in a row not finite; back to step {self.at.step}")
         self.stepper.fabric.barrier()  # the others read the checkpoint that is written anew now
         self._save()  # so that a kill from here on does not forget that the data moved on
@@ -214,8 +274,9 @@ class Training:
         """One line of metrics: the means since the last one, and a probe where it is time for one."""
         at, batch_size = self.at, self.stepper.batch_size
         means = self.meter.means(self.stepper.fabric)
+        probe = self._probe() if self.main and probing and self.watch.probe is not None else None
         self.meter.reset()
-        probe = self.watch.probe(at.step) if self.main and probing and self.watch.probe is not None else None
+        at.owed = False
         if self.main:
             spent = max(self.since, 1e-9)
             line: dict[str, Any] = {
@@ -240,6 +301,20 @@ class Training:
             self.bar.line(line)
         self.plan.logged = at.passed
         self.waited, self.since, self.steps = 0.0, 0.0, 0
+
+    def _probe(self) -> dict[str, float]:
+        """Named numbers of where the task stands. It may take minutes, so it is left at once by who is told to end, and is
+        made when the training goes on."""
+        assert self.watch.probe is not None
+        try:
+            with answered_signals():
+                return self.watch.probe(self.at.step)
+        except Interrupted as interruption:
+            self.at.owed = True
+            if self.stepper.fabric.world_size == 1:  # the others wait for a line, and make no checkpoint
+                self._save()
+            interruption.kept = self._kept()
+            raise
 
     def _save(self) -> None:
         """A checkpoint, and what others use."""

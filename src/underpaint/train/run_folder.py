@@ -1,7 +1,7 @@
 """The run folder: what it holds, written so that a kill at any moment loses nothing that was promised.
 
 Every file is written under a temporary name and renamed. A checkpoint is a folder with `state.safetensors` (all
-tensors) and `state.json` (plain numbers and the checksum of the tensors); no pickle. `metrics.jsonl` is appended to;
+tensors) and `state.json` (plain numbers, and checksums of the tensors and of itself); no pickle. `metrics.jsonl` is appended to;
 a resume first drops the lines that lie after its checkpoint, since those steps are made again.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ from underpaint import __version__
 from underpaint.config import Recipe
 from underpaint.errors import InputError
 from underpaint.files import append_lines, read_lines, replacing_folder, write_json, write_text
-from underpaint.recipes.recipe import plain, stored_recipe
+from underpaint.locking import holds_anything
+from underpaint.recipes.recipe import one_line, plain, stored_recipe
 
 
 class Run:
@@ -37,14 +39,18 @@ class Run:
     def exists(self) -> bool:
         return (self.path / "recipe.yaml").is_file()
 
+    def refuse_other(self) -> None:
+        """Raises InputError: the path holds something that is not a run, which is never written over."""
+        if self.path.is_file() or (self.path.is_dir() and holds_anything(self.path) and not self.exists):
+            raise InputError(f"--out {self.path}: exists and is not a run folder; choose another path")
+
     def create(self, recipe: Recipe) -> None:
         """Make the folder.
 
         Raises:
             InputError: the path holds something that is not a run, which is never written over.
         """
-        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not self.exists):
-            raise InputError(f"--out {self.path}: exists and is not a run folder; choose another path")
+        self.refuse_other()
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             (self.path / "pictures").mkdir(exist_ok=True)
@@ -97,8 +103,8 @@ class Run:
             shutil.rmtree(left)
         with replacing_folder(final) as part:  # in place of a step that was rolled back to and made again
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / "state.safetensors")
-            description = {"format": 1, "step": step, "sha256": _sha256(part / "state.safetensors"), **numbers}
-            (part / "state.json").write_text(json.dumps(description) + "\n")
+            description = {"format": 2, "step": step, "sha256": _sha256(part / "state.safetensors"), **numbers}
+            (part / "state.json").write_text(json.dumps({**description, "own_sha256": _own_sha256(description)}) + "\n")
         kept = {f"step-{k:09d}" for k in keep} | {c.name for c in self.checkpoints()[-2:]}
         for old in self.checkpoints():
             if old.name not in kept:
@@ -109,12 +115,20 @@ class Run:
         for folder in reversed(self.checkpoints()):
             try:
                 numbers = json.loads((folder / "state.json").read_text())
+                own = numbers.pop("own_sha256", None)
+                if own != _own_sha256(numbers) and not (own is None and numbers["format"] == 1):
+                    raise ValueError("the checksum of state.json is wrong")
                 if _sha256(folder / "state.safetensors") != numbers["sha256"]:
                     raise ValueError("its checksum is wrong")
                 return load_file(folder / "state.safetensors"), numbers
-            except (OSError, ValueError, KeyError) as error:
-                print(f"{folder.name} is damaged ({error}); trying the one before", file=sys.stderr)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+                print(f"{folder} is damaged ({one_line(error)}); trying the one before", file=sys.stderr)
         return None
+
+
+def _own_sha256(description: Mapping[str, Any]) -> str:
+    """Of the numbers beside a checkpoint's tensors, in whatever order they are."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

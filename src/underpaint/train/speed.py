@@ -23,12 +23,20 @@ from underpaint.train.stepper import Stepper
 
 TINY_FACTOR = 1e-3  # of the learning rate, in steps that leave no trace
 COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
+# what allocators and libraries say when memory runs out: the CPU's, CUDA's, cuBLAS's (which has none left for its handle,
+# too), cuDNN's and NCCL's
+SHORT = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
+SHORT += (
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_host_allocation_failed",
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or a CPU."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in SHORT)
 
 
 def measure(
@@ -39,7 +47,7 @@ def measure(
     shout: Callable[[str], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, object]:
-    """Seconds a step, memory in GiB, and whether to compile.
+    """Seconds a step, memory in GiB, whether to compile, and in how many parts a batch fits into memory.
 
     Args:
         compiled: True or False as the recipe says, None to find out.
@@ -47,9 +55,14 @@ def measure(
         clock: seconds, by which steps are timed.
 
     Raises:
-        InputError: the batch does not fit; the line names one that does.
+        InputError: not even one image fits.
     """
-    _check_fit(current, batches[0])
+    asked = current.accumulation
+    _fit(current, batches[0])
+    if current.accumulation > asked:
+        shout(
+            f"a batch of {current.batch_size} does not fit into memory: it is computed in {current.accumulation} parts"
+        )
     seconds = _seconds(current, batches, clock)
     worth = seconds * steps_for(seconds) > COMPILE_WORTH_TRYING and current.fabric.world_size == 1
     pays = False
@@ -76,6 +89,7 @@ def measure(
         "seconds_per_step": round(seconds, 6),
         "memory_gib": round(_memory(current) / 2**30, 2),
         "compile": pays,
+        "accumulation": current.accumulation,
     }
 
 
@@ -127,56 +141,54 @@ class _throwaway:
             self.scaler.load_state_dict(self.scale)
 
 
-def _check_fit(current: Stepper, batch: Batch) -> None:
-    """Try the batch; where memory does not suffice, find by halving what does.
+def _fit(current: Stepper, batch: Batch) -> None:
+    """Divide batches into as many parts as memory asks for; all processes come to the same.
 
-    A CPU's memory is not refused, it ends the process: so an eighth of the batch is tried first, and the whole is
+    A CPU's memory is not refused, it ends the process: so an eighth of a part is tried first, and the whole is
     extrapolated from what it took.
+
+    Raises:
+        InputError: not even one image fits.
     """
-    full = current.local_batch
-    parts = current.accumulation
-    if current.fabric.device.type == "cpu" and full // parts >= 64:
-        before = restart_peak()
-        small = _rows(current, batch, max(parts, full // 8 // parts * parts))
-        grown = (peak() - before) * full / len(small.images) if _runs(current, small) and before else 0
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
-        if grown > 0.9 * free:
-            fits = max(1, int(full * 0.8 * free / grown))
-            raise _too_large(current, max(parts, 2 ** (fits.bit_length() - 1) // parts * parts))
-    size = full
-    while not _runs(current, _rows(current, batch, size)):
-        size = size // 2 // parts * parts  # a batch that its parts divide, or the advice would be refused
-        if size < parts:
+    while not _fits(current, batch):
+        if (parts := current.finer) is None:
             raise InputError("out of memory with a batch of 1: a smaller encoder or image size is needed")
-    if size < full:
-        raise _too_large(current, size)
+        current.accumulation = parts
+    fabric = current.fabric
+    most = fabric.all_reduce(torch.tensor(float(current.accumulation), device=fabric.device), reduce_op="max")
+    current.accumulation = int(torch.as_tensor(most))
 
 
-def _too_large(current: Stepper, fits: int) -> InputError:
-    batch = current.batch_size
-    return InputError(
-        f"out of memory with a batch of {batch}; {fits * current.fabric.world_size} fits: "
-        f"--batch-size {fits * current.fabric.world_size}"
-    )
+def _fits(current: Stepper, batch: Batch) -> bool:
+    """Whether a step on this batch fits into memory, in the parts that it is computed in."""
+    part = current.local_batch // current.accumulation
+    if current.fabric.device.type == "cpu" and part >= 64:
+        before = restart_peak()
+        runs = _runs(current, _rows(batch, part // 8), 1)
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
+        if not runs or (before and (peak() - before) * part / (part // 8) > 0.9 * free):
+            return False
+    return _runs(current, batch, current.accumulation)
 
 
-def _rows(current: Stepper, batch: Batch, count: int) -> Batch:
+def _rows(batch: Batch, count: int) -> Batch:
     return Batch(batch.images[:count], batch.samples[:count])
 
 
-def _runs(current: Stepper, batch: Batch) -> bool:
-    """Whether a step on these images fits into memory."""
-    whole = current.batch_size
+def _runs(current: Stepper, batch: Batch, parts: int) -> bool:
+    """Whether a step on these images, in so many parts, fits into the memory of this process."""
+    whole, asked = current.batch_size, current.accumulation
     try:
-        current.batch_size = len(batch.images) * current.fabric.world_size
+        current.batch_size, current.accumulation = len(batch.images) * current.fabric.world_size, parts
+        current.alone = True
         with _throwaway(current):
             current.step(batch, 0, TINY_FACTOR)
         return True
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
     finally:
-        current.batch_size = whole
+        current.batch_size, current.accumulation, current.alone = whole, asked, False
     if current.fabric.device.type == "cuda":
         torch.cuda.empty_cache()
     return False

@@ -24,6 +24,7 @@ class Stepper:
         transform: a batch to what the task takes, with one row an image where there are several processes or parts.
         batch_size: images a step, over all processes.
         accumulation: parts that a batch is computed in, to save memory.
+        alone: a step is not shared with the other processes: to try what fits, in which one may fail.
         clip: largest norm of the gradient; none where None.
         seed: of all that is random in a step; the loop moves it on after a roll-back.
         stream: of `step_seed`, for what modules draw by themselves.
@@ -40,6 +41,7 @@ class Stepper:
     seed: int = 0
     stream: int = 1
     compiled: bool = False
+    alone: bool = False
     model: Any = field(init=False)
     wrapped: Any = field(init=False)
     peaks: list[float] = field(init=False)
@@ -58,6 +60,12 @@ class Stepper:
     @property
     def local_batch(self) -> int:
         return self.batch_size // self.fabric.world_size
+
+    @property
+    def finer(self) -> int | None:
+        """The next larger `accumulation`, at least twice this one; None where a part is one image, or cannot be taken apart."""
+        size = self.local_batch if self.task.divisible else 0
+        return next((parts for parts in range(2 * self.accumulation, size + 1) if size % parts == 0), None)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -91,7 +99,9 @@ class Stepper:
         bad = (~torch.isfinite(norm if self.scaler is None else numbers["loss"][0])).float()
         if self.scaler is None:
             skip_where(bad, self.optimiser)
-        elif self.fabric.world_size > 1:  # each process has a loss of its own, and all must roll back or none
+        elif (
+            self.fabric.world_size > 1 and not self.alone
+        ):  # each process has a loss of its own, and all must roll back or none
             bad = torch.as_tensor(self.fabric.all_reduce(bad, reduce_op="sum")).clamp(max=1.0)
         self.wrapped.step()
         self.wrapped.zero_grad(set_to_none=True)
@@ -112,7 +122,7 @@ class Stepper:
             )
             for part in range(count):
                 last = k + 1 == self.accumulation and part + 1 == count
-                with self.fabric.no_backward_sync(self.model, enabled=not last):
+                with self.fabric.no_backward_sync(self.model, enabled=self.alone or not last):
                     objective = self.model(*some) if count == 1 else self.model(*some, part, carry)
                     self.fabric.backward(objective.loss / self.accumulation)
                 carry = objective.carry

@@ -1,0 +1,84 @@
+"""Memory that runs out: the same step in more and smaller parts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from underpaint.cli import main
+from underpaint.methods import METHODS
+from underpaint.train.run_folder import Run
+from underpaint.train.speed import out_of_memory
+from underpaint.trainable import Objective
+
+COMMAND = "--method energy --encoder vit_tiny_patch16_224 --image-size 16 --patch-size 8 --steps 12 --batch-size 16 "
+COMMAND += "--checkpoint-every 2 --set encoder.embed_dim=24 --set encoder.depth=2 --set encoder.num_heads=2 --set run.log_every=1"
+
+
+def limited(monkeypatch: Any, most: int, after: int) -> list[int]:
+    """The energy method takes at most so many images at once, after some calls; returns the sizes of all that it took."""
+    real, sizes = METHODS["energy"].forward, []
+
+    def greedy(self: Any, images: torch.Tensor, *rest: Any) -> Objective:
+        if len(images) > most and len(sizes) >= after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(images))
+        return real(self, images, *rest)
+
+    monkeypatch.setattr(METHODS["energy"], "forward", greedy)
+    return sizes
+
+
+def trained(pictures: Path, out: Path) -> dict[str, torch.Tensor]:
+    assert main(["pretrain", str(pictures), "--out", str(out), *COMMAND.split()]) == 0
+    return load_file(out / "encoder.safetensors")
+
+
+@pytest.mark.parametrize(("most", "after", "parts"), [(5, 0, 4), (8, 18, 2)])
+def test_a_step_is_the_same_in_the_parts_that_memory_asks_for(
+    most: int, after: int, parts: int, pictures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    whole = trained(pictures, tmp_path / "whole")
+    capsys.readouterr()
+    sizes = limited(monkeypatch, most, after)
+    divided = trained(pictures, tmp_path / "divided")
+    assert max(sizes[after:]) <= most
+    said = capsys.readouterr().out
+    assert f"in {parts} parts" in said
+    assert ("out of memory; from here on" in said) == (after > 0)  # in the middle of training, or measured before it
+    assert Run(tmp_path / "divided").recipe().measured["accumulation"] == parts
+    assert Run(tmp_path / "divided").recipe().optimiser.batch_size == 16
+    for name, value in whole.items():  # sums of float32 in another order
+        torch.testing.assert_close(divided[name], value, rtol=1e-3, atol=1e-5)
+    assert (
+        main(["pretrain", str(pictures), "--out", str(tmp_path / "divided"), *COMMAND.split()]) == 0
+    )  # its own settings
+
+
+@pytest.mark.parametrize(("after", "status"), [(0, 2), (18, 3)])
+def test_one_image_that_does_not_fit_ends_the_run_with_a_line(
+    after: int, status: int, pictures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    limited(monkeypatch, 0, after)
+    assert main(["pretrain", str(pictures), "--out", str(tmp_path / "run"), *COMMAND.split()]) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "a smaller encoder or image size is needed" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("NCCL Error 1: unhandled cuda error: Cuda failure 'out of memory'"),
+        MemoryError(),
+    ],
+)
+def test_what_says_that_memory_ran_out(error: Exception) -> None:
+    assert out_of_memory(error)
+    assert not out_of_memory(RuntimeError("shapes cannot be multiplied"))
