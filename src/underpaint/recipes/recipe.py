@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
-import yaml
 
 from underpaint.config import FORMAT, SECTIONS, AnyEncoder, AnyMethod, Data, Length, Optimiser, Recipe, check
 from underpaint.errors import InputError
 from underpaint.methods import METHODS
+from underpaint.reading import one_line, read_yaml
 
 # what has another name since format 1
 RENAMED = (
@@ -62,7 +62,7 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
     settings = copy.deepcopy(dict(settings))
     if (found := settings.get("format", FORMAT)) != FORMAT:
         raise InputError(
-            f"recipe: format {found}; this version reads format {FORMAT}: pretrain anew, or write `format: {FORMAT}` and "
+            f"recipe: format {_shown(found)}; this version reads format {FORMAT}: pretrain anew, or write `format: {FORMAT}` and "
             f"rename {RENAMED} in a recipe of your own"
         )
     method, encoder = names_known(settings)
@@ -103,13 +103,15 @@ def names_known(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         InputError: an unknown name; the known ones are listed.
     """
     _only_known("recipe", settings, [f.name for f in fields(Recipe)])
+    for section in ("method", "encoder", "measured"):
+        if not isinstance(value := settings.get(section) or {"name": ""}, Mapping):
+            raise InputError(f"{section}: is {_shown(value)}; it must be a mapping of settings")
+        if section != "measured" and not isinstance(value.get("name"), str):
+            raise InputError(f"{section}: has no name")
     method = dict(settings.get("method") or {"name": AnyMethod.name})
     encoder = dict(settings.get("encoder") or {"name": AnyEncoder.name})
-    for section, value in (("method", method), ("encoder", encoder)):
-        if not isinstance(value.get("name"), str):
-            raise InputError(f"{section}: has no name")
     if method["name"] not in METHODS:
-        raise InputError(f"method: there is no '{method['name']}'; there are: {', '.join(sorted(METHODS))}")
+        raise InputError(f"method: there is no {_shown(method['name'])}; there are: {', '.join(sorted(METHODS))}")
     for section, kind in SECTIONS.items():
         _only_known(section, settings.get(section) or {}, [f.name for f in fields(kind)])
     return method, encoder
@@ -138,20 +140,22 @@ def _word(value: Any, words: list[str]) -> Any:
 
 def _only_known(where: str, given: Mapping[str, Any], known: list[str]) -> None:
     if not isinstance(given, Mapping):
-        raise InputError(f"{where}: is {given!r}; it must be a mapping of {', '.join(known)}")
+        raise InputError(f"{where}: is {_shown(given)}; it must be a mapping of {', '.join(known)}")
     for name in given:
         if name not in known:
-            raise InputError(f"{where}: no setting '{name}'; there are: {', '.join(known)}")
+            raise InputError(f"{where}: no setting {_shown(name)}; there are: {', '.join(known)}")
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+def _shown(value: object) -> str:
+    """The beginning of a value that is wrong."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def stored_recipe(folder: Path) -> Recipe | None:
     """The recipe of a run folder; None where there is none."""
     file = folder / "recipe.yaml"
-    return checked(yaml.safe_load(file.read_text())) if file.is_file() else None
+    return checked(read_yaml(file)) if file.is_file() else None
 
 
 def method_options(recipe: Recipe, tokenizer: Path | None = None) -> dict[str, Any]:

@@ -5,18 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from underpaint.config import FLAGS, LENGTHS, Recipe
 from underpaint.errors import InputError
 from underpaint.files import place_of
 from underpaint.methods import METHODS
+from underpaint.reading import read_yaml
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import (
     checked,
     differences,
     names_known,
-    one_line,
     override,
     plain,
     stored_recipe,
@@ -32,13 +30,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     file = Path(name)
     if not file.is_file():
         raise InputError(f"--recipe {name}: neither a file nor one of {', '.join(sorted(RECIPES))}")
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--recipe {name}: not YAML: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"--recipe {name}: holds no settings")
-    return plain(checked(found))
+    return plain(checked(read_yaml(file)))
 
 
 def laid_over(base: Mapping[str, Any], flags: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
