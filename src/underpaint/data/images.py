@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
+import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -28,7 +29,11 @@ from underpaint.data.sources.base import Source, cache_root
 from underpaint.errors import InputError
 from underpaint.files import replacing_folder
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
+BLOCK = 2**22  # bytes of decoded pixels that have a checksum of their own
+VERIFIED = (
+    2_048  # blocks (8 GiB, 2 s where they are in memory) that are verified when a cache is opened; of more, a sample
+)
 SAMPLED_HEADERS = 512  # read to estimate sizes and to choose the data set's type
 SAMPLED_IMAGES = 2_000  # decoded for mean, std and range; a quarter of it where nothing is cached
 CHUNK = 32  # images a worker decodes at a time
@@ -201,10 +206,14 @@ def load_images(
     root = cache_root()
     key = _key(source, indices, channels, limit, max_pixels, scaling or nodata)
     allowed = cache_limit * 2**30
+    damage = None
     # the same images may be there with a scaling that was measured on them
     for each in (key, _key(source, indices, channels, limit, max_pixels, None if scaling is None else scaling.nodata)):
         for folder in (root / each, root / f"{each}-streamed"):
             stored = _stored(folder)
+            if isinstance(stored, str):
+                damage = f"the cache {folder} is damaged ({stored}) and is made again"
+                continue
             if stored is None or (stored["estimate"] > allowed) != stored["streamed"]:
                 continue
             if each == key or stored_scaling(stored["decoding"]["scaling"]) == scaling:
@@ -222,8 +231,11 @@ def load_images(
     if not decoding.scaling.plain or any(header.nodata for header in headers):  # measured without missing pixels
         statistics = _statistics_of_pixels(sample or _pixel_sample(source, indices, decoding), decoding.scaling)
     if estimate > allowed:
-        return _stream(source, indices, decoding, root / f"{key}-streamed", estimate, statistics, notes)
-    return _build(source, indices, decoding, root / key, estimate, statistics, notes, workers)
+        made = _stream(source, indices, decoding, root / f"{key}-streamed", estimate, statistics, notes)
+    else:
+        made = _build(source, indices, decoding, root / key, estimate, statistics, notes, workers)
+    made.notes = [*([damage] if damage else []), *made.notes]  # which the cache does not keep
+    return made
 
 
 def measure_scaling(
@@ -476,8 +488,8 @@ def _build(
                 shapes, kept, skipped = decode_into(lambda array: file.write(array.tobytes()))
             pixels = Pixels(partial / "pixels.bin", decoding.scaling.dtype, shapes)
             stored = _to_store(decoding, estimate, statistics or _cached_statistics(pixels), skipped, notes)
-            np.savez(partial / "index.npz", shapes=shapes, kept=np.asarray(kept))
-            (partial / "set.json").write_text(json.dumps(stored))
+            np.savez(partial / "index.npz", shapes=shapes, kept=np.asarray(kept), sums=_sums(partial / "pixels.bin"))
+            _write_set(partial, stored)
         return _from_store(source, indices, folder, stored)
     except OSError as error:
         notes = [*notes, f"the cache folder cannot be written ({error.strerror}); decoded images are held in memory"]
@@ -512,7 +524,7 @@ def _stream(
     stored["streamed"] = True
     try:
         with replacing_folder(folder, durable=False) as partial:
-            (partial / "set.json").write_text(json.dumps(stored))
+            _write_set(partial, stored)
     except OSError as error:
         notes.append(f"the cache folder cannot be written ({error.strerror}); a second run measures again")
     return _from_store(source, indices, folder, stored)
@@ -587,19 +599,57 @@ def _to_store(
     }
 
 
-def _stored(folder: Path) -> dict[str, Any] | None:
-    """What a cache folder says about its set; None where there is none, or it is damaged (it is made again then)."""
-    try:
-        stored = json.loads((folder / "set.json").read_text())
-        if not stored["streamed"]:
-            with np.load(folder / "index.npz") as index:
-                values = int(index["shapes"].prod(axis=1).sum())
-            expected = values * np.dtype(stored["decoding"]["scaling"]["dtype"]).itemsize
-            if (folder / "pixels.bin").stat().st_size != expected:
-                return None
-    except (OSError, ValueError, KeyError, BadZipFile):
+def _write_set(folder: Path, stored: dict[str, Any]) -> None:
+    """Write what a cache says about its set, after everything else in its folder: with a checksum of the index and one
+    of itself."""
+    index = folder / "index.npz"
+    text = json.dumps({**stored, "index": zlib.crc32(index.read_bytes()) if index.is_file() else None})
+    (folder / "set.json").write_text(f"{zlib.crc32(text.encode()):08x} {text}")
+
+
+def _stored(folder: Path) -> dict[str, Any] | str | None:
+    """What a cache folder says about its set; None where there is none, and what is wrong where it is damaged."""
+    if not folder.is_dir():
         return None
+    try:
+        written, _, text = (folder / "set.json").read_text().partition(" ")
+        if f"{zlib.crc32(text.encode()):08x}" != written:
+            return "set.json has another checksum"
+        stored: dict[str, Any] = json.loads(text)
+        if not stored["streamed"]:
+            if zlib.crc32((folder / "index.npz").read_bytes()) != stored["index"]:
+                return "index.npz has another checksum"
+            with np.load(folder / "index.npz") as index:
+                values, sums = int(index["shapes"].prod(axis=1).sum()), index["sums"]
+            expected = values * np.dtype(stored["decoding"]["scaling"]["dtype"]).itemsize
+            if (found := (folder / "pixels.bin").stat().st_size) != expected:
+                return f"pixels.bin has {found:,} of {expected:,} bytes"
+            if (place := _damaged_block(folder / "pixels.bin", sums)) is not None:
+                return f"pixels.bin has another checksum from byte {place:,} on"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except ValueError as error:  # of a set.json that is no text
+        return f"set.json: {error}"
     return stored
+
+
+def _sums(file: Path) -> np.ndarray:
+    """The CRC-32 of each block of a file."""
+    with file.open("rb") as opened:
+        return np.asarray([zlib.crc32(block) for block in iter(lambda: opened.read(BLOCK), b"")], dtype="<u4")
+
+
+def _damaged_block(file: Path, sums: np.ndarray) -> int | None:
+    """The first byte of a block whose checksum is another than it was."""
+    blocks: Sequence[int] = range(len(sums))
+    if len(blocks) > VERIFIED:
+        blocks = sorted(random.Random().sample(blocks, VERIFIED))
+    with file.open("rb") as opened:
+        for number in blocks:
+            opened.seek(number * BLOCK)
+            if zlib.crc32(opened.read(BLOCK)) != sums[number]:
+                return number * BLOCK
+    return None
 
 
 def _from_store(source: Source, indices: list[int], folder: Path, stored: dict[str, Any]) -> ImageSet:

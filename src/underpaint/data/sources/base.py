@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from underpaint.data.decode import Unreadable
-from underpaint.files import replacing
+from underpaint.files import replacing, write_text
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ class RangeReader:
 
 
 def flat_copy(key: str, suffix: str, write: Any) -> tuple[Path, Any]:
-    """A file under the cache folder made once by `write(path)`; in a temporary folder where that is read-only."""
+    """A file under the cache folder made once by `write(path)`; in a temporary folder where that is read-only.
+
+    It is made again where it has another size than it had, which lies in a file beside it.
+    """
     name = "flat-" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32] + suffix
     keep = None
     folder = cache_root()
@@ -161,10 +164,12 @@ def flat_copy(key: str, suffix: str, write: Any) -> tuple[Path, Any]:
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         keep = tempfile.TemporaryDirectory(prefix="underpaint-")
         folder = Path(keep.name)
-    if not (folder / name).exists():
-        with replacing(folder / name) as partial:
+    flat, size = folder / name, folder / f"{name}.size"
+    if not (flat.is_file() and size.is_file() and size.read_text() == str(flat.stat().st_size)):
+        with replacing(flat) as partial:
             write(partial)
-    return folder / name, keep
+        write_text(size, str(flat.stat().st_size))
+    return flat, keep
 
 
 def stamp_of(path: Path) -> str:
