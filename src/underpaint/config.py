@@ -79,6 +79,7 @@ class Data:
     max_pixels: int = setting(200_000_000, "larger images are skipped", unit="pixels", low=1)
     nodata: float | None = setting(None, "value of missing pixels, beside NaN and what files say themselves")
     workers: int = setting(0, "processes that decode images", low=0, high=1_024)
+    changed: Literal["refuse", "accept"] = setting("refuse", "what to do where images changed since a run began")
 
 
 @dataclass(slots=True)

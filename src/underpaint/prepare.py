@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from pyarrow import Table
 
 from underpaint.backbones import create_arguments, from_arguments, init_from
 from underpaint.config import Recipe
@@ -26,6 +27,7 @@ from underpaint.data import (
     Source,
     copies,
     labelled_indices,
+    listing,
     load_images,
     open_source,
     pretraining_indices,
@@ -197,6 +199,24 @@ def open_data(recipe: Recipe, shout: Any) -> Opened:
             f"{labelled.entries[0].name}; give a regular expression that does"
         )
     return Opened(source, labelled, *_chosen(source, labelled, settings.all_images, shout))
+
+
+def check_unchanged(recipe: Recipe, run: Run, opened: Opened, shout: Any) -> dict[str, Table]:
+    """The listings of what a run is trained on and judged by, to be kept as these files of its folder.
+
+    Raises:
+        InputError: they differ from those that are kept there, and `data.changed` does not accept that.
+    """
+    kept = {}
+    for name, source in zip(("data", "labels"), dict.fromkeys((opened.source, opened.labelled)), strict=False):
+        kept[f"{name}.parquet"], changed = listing(source, run.path / f"{name}.parquet")
+        said = f"{source.location} changed since the run began: {changed}"
+        if changed and recipe.data.changed == "refuse":
+            raise InputError(f"{said}; put back what was there, or go on with --set data.changed=accept")
+        if changed:
+            shout(f"{said}; going on with what is there now")
+    recipe.data.changed = "refuse"  # what was accepted is this change, not the next
+    return kept
 
 
 def load_data(recipe: Recipe, opened: Opened, shout: Any) -> tuple[ImageSet, ProbeSuite]:

@@ -13,7 +13,7 @@ from underpaint.backbones import save_encoder
 from underpaint.backbones.protocols import Backbone
 from underpaint.config import Recipe
 from underpaint.console import say
-from underpaint.data import Batch
+from underpaint.data import Batch, keep
 from underpaint.errors import InputError, Stopped
 from underpaint.evaluation.visualizations import write_visualizations
 from underpaint.files import refuse_inside
@@ -21,6 +21,7 @@ from underpaint.locking import locked
 from underpaint.methods import Restores
 from underpaint.prepare import (
     Session,
+    check_unchanged,
     construct,
     decide,
     load_data,
@@ -103,13 +104,19 @@ def _session(fabric: Fabric, run: Run, recipe: Recipe, stop_at: float | None, cl
     if constructed.matched:
         shout(constructed.matched)
     opened = open_data(recipe, shout)
+    kept = check_unchanged(recipe, run, opened, shout) if main else {}
     with fabric.rank_zero_first():  # the first one fills the cache, the others find it
         images, suite = load_data(recipe, opened, shout)
+    # of the start, whatever changed: the encoder goes on to see images as it did
+    statistics = recipe.measured.setdefault("statistics", {"mean": list(images.mean), "std": list(images.std)})
+    images.mean, images.std = statistics["mean"], statistics["std"]
     method, arguments = constructed.method, constructed.arguments
     standardize = standardized(constructed, images, shout)
     recipe.measured["scaling"] = images.scaling.stored()
     if main:
         run.create(recipe)
+        for name, table in kept.items():
+            keep(table, run.path / name)
         known = {line["path"] for line in run.lines("skipped.jsonl")}
         skipped = {line["path"]: line for line in images.skipped + suite.skipped}  # of what is held out too
         run.append("skipped.jsonl", [line for path, line in skipped.items() if path not in known])

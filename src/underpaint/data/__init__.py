@@ -1,5 +1,6 @@
 """Images from disk to batches: sources, decoding, the cache, crops, loading."""
 
+from underpaint.data.changes import keep, listing
 from underpaint.data.check import check, format_check
 from underpaint.data.copies import copies, same_place
 from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
@@ -28,7 +29,9 @@ __all__ = [
     "eval_batches",
     "fair_batches",
     "format_check",
+    "keep",
     "labelled_indices",
+    "listing",
     "load_images",
     "measure_scaling",
     "open_source",

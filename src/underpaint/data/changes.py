@@ -1,0 +1,74 @@
+"""What a run was trained on, kept beside it, so that going on with other images is seen."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from underpaint.data.decode import Unreadable
+from underpaint.data.sources.base import Source
+from underpaint.errors import InputError
+from underpaint.files import replacing
+
+DIGESTED = 20_000  # images of a set whose bytes are read for it: of more, that alone would take minutes
+NAMED = 2  # of each kind of change
+
+
+def listed(source: Source) -> pa.Table:
+    """Name and stamp (size, time of change) of every entry, in order; names may hold bytes that are no text."""
+    names = [source.entries[i].name.encode("utf-8", "surrogateescape") for i in range(len(source.entries))]
+    return pa.table({"name": pa.array(names, pa.binary()), "stamp": pa.array(source._stamps, pa.string())})
+
+
+def listing(source: Source, before: Path) -> tuple[pa.Table, str]:
+    """What a source holds now, to be kept; and how that differs from what was kept in the file `before`, as text.
+
+    A file that only has another time of change has not changed, where its set is small enough that digests are kept.
+    """
+    now = listed(source)
+    try:
+        old = pq.read_table(before) if before.is_file() else None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{before}: damaged; what the run was trained on is not known: remove it to go on") from error
+    if old is not None and old.select(["name", "stamp"]).equals(now):
+        return old, ""
+    count = len(now)
+    digests = [_digest(source, i) if count <= DIGESTED else None for i in range(count)]
+    now = now.append_column("digest", pa.array(digests, pa.binary()))
+    return now, "" if old is None else _difference(old, now)
+
+
+def keep(table: pa.Table, file: Path) -> None:
+    """Write a listing, atomically."""
+    with replacing(file) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _difference(old: pa.Table, now: pa.Table) -> str:
+    places = pc.index_in(now["name"], value_set=old["name"])  # pyright: ignore[reportAttributeAccessIssue]
+    here, there = np.asarray(places.is_valid()), np.asarray(places.drop_null())
+    kept, was = now.filter(pa.array(here)), old.take(pa.array(there))
+    same = [np.asarray(pc.equal(kept[key], was[key]).fill_null(False)) for key in ("stamp", "digest")]  # pyright: ignore[reportAttributeAccessIssue]
+    gone = np.ones(len(old), bool)
+    gone[there] = False
+    found = {
+        "added": now["name"].filter(pa.array(~here)),
+        "removed": old["name"].filter(pa.array(gone)),
+        "replaced": kept["name"].filter(pa.array(~(same[0] | same[1]))),
+    }
+    return ", ".join(f"{len(names):,} {what} ({_first(names)})" for what, names in found.items() if len(names))
+
+
+def _first(names: pa.ChunkedArray) -> str:
+    shown = [name.decode("utf-8", "backslashreplace") for name in names[:NAMED].to_pylist()]
+    return ", ".join(shown) + (", ..." if len(names) > NAMED else "")
+
+
+def _digest(source: Source, index: int) -> bytes:
+    try:
+        return hashlib.blake2b(source.read(index), digest_size=16).digest()
+    except Unreadable:
+        return b""
