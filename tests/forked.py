@@ -51,8 +51,15 @@ class CommandLine:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def __call__(self, *arguments: Any, die: tuple[str, int] | None = None, processes: int = 1) -> Ended:
-        """Run a command; with `die` it is killed at that moment (`killed.arm`).
+    def __call__(
+        self,
+        *arguments: Any,
+        die: tuple[str, int] | None = None,
+        processes: int = 1,
+        record: Path | None = None,
+    ) -> Ended:
+        """Run a command; with `die` it is killed at that moment (`killed.arm`), with `record` each process writes there
+        what its steps are given (`killed.record`).
 
         Several `processes` know of each other as those that torchrun starts. Returned are what the first one says, and
         the first status that is not 0.
@@ -63,6 +70,7 @@ class CommandLine:
             "out": str(out),
             "error": str(error),
             "die": die,
+            "record": record and str(record),
             "environments": torchrun(processes) if processes > 1 else [{}],
             "cache": str(self.folder / "cache"),
         }
@@ -105,6 +113,8 @@ def run(request: dict[str, Any], rank: int) -> NoReturn:
             file = request[name] if rank == 0 else f"{request[name]}-{rank}"
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(request["environments"][rank], UNDERPAINT_CACHE=request["cache"])
+        if request["record"]:
+            killed.record(f"{request['record']}-{rank}")
         if request["die"]:
             killed.arm(*request["die"])
         sys.argv = ["underpaint", *request["arguments"]]

@@ -1,5 +1,6 @@
-"""This process ends with SIGKILL, or is told to end, at a chosen moment of the command that it runs."""
+"""This process ends with SIGKILL, or is told to end, at a chosen moment of the command that it runs; what its steps see."""
 
+import json
 import os
 import signal
 from typing import Any
@@ -43,6 +44,19 @@ def stepping(function: Any) -> Any:
         return (function if pretrains else real)(current, batch, number, factor)
 
     return step
+
+
+def record(file: str) -> None:
+    """From here on every step of pretraining is a line of a file: its number, its rank and the images it was given."""
+    real = Stepper.step
+
+    def step(current: Stepper, batch: Any, number: int, factor: float) -> Any:
+        line = {"step": number, "rank": current.fabric.global_rank, "samples": [int(k) for k in batch.samples]}
+        with open(file, "a") as lines:
+            lines.write(json.dumps(line) + "\n")
+        return real(current, batch, number, factor)
+
+    Stepper.step = stepping(step)
 
 
 def arm(moment: str, count: int) -> None:
