@@ -1,5 +1,4 @@
-"""Runs of every method whose loss falls while their features become alike: the verdict says so, by the features alone or
-with labels."""
+"""Runs of every method, without labels, whose features were made alike: the verdict says so, by the features alone."""
 
 import json
 from pathlib import Path
@@ -63,12 +62,9 @@ def collapsing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(underpaint.pretraining, "_judge", judge)
 
 
-@pytest.mark.parametrize("labelled", [False])
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_collapse_turns_the_verdict(
-    name: str, labelled: bool, pictures: Path, tmp_path: Path, collapsing: None
-) -> None:
-    data = pictures if labelled else write_pictures(tmp_path / "data", 48, classes=1, size=16) / "class0"
+def test_a_collapse_turns_the_verdict(name: str, pictures: Path, tmp_path: Path, collapsing: None) -> None:
+    data = write_pictures(tmp_path / "data", 48, classes=1, size=16) / "class0"
     run = made(name, data, pictures, tmp_path / "run")
     found = verdict(run.path)
     assert found.word == "collapsed", (found, json.loads((run.path / "probes.json").read_text()).get("rank"))
