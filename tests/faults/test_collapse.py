@@ -52,7 +52,7 @@ def one_direction(encoder: Any) -> None:
 
 @pytest.fixture
 def collapsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run is judged by an encoder that collapsed while its loss fell."""
+    """Every run is judged by an encoder whose features were made alike, whatever its loss did."""
     real = underpaint.pretraining._judge
 
     def judge(session: Session, untrained: Any) -> None:
