@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from underpaint.console import progress
 from underpaint.data.decode import (
     MAX_PIXELS,
     Header,
@@ -543,7 +544,10 @@ def _decode_all(
     skipped: list[dict[str, str]] = []
     done = 0
     decode_chunk = _DecodeChunk(source, indices, decoding)
-    for results in ordered_map(decode_chunk, range(math.ceil(len(indices) / CHUNK)), workers):
+    chunks = math.ceil(len(indices) / CHUNK)
+    for results in progress(
+        ordered_map(decode_chunk, range(chunks), workers), f"decoding, {CHUNK} images each", chunks
+    ):
         for result in results:
             if isinstance(result, str):
                 skipped.append({"path": source.entries[indices[done]].name, "reason": result})
