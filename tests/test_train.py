@@ -328,7 +328,7 @@ class Failing:
                 return real(current, batch, step, factor)
             if step == self.dies_at:
                 self.dies_at = None
-                raise OSError("pulled out")
+                raise RuntimeError("pulled out")
             rollback = current.seed // ROLLED_BACK
             state = {key: value.clone() for key, value in training_state(current.task, current.optimiser).items()}
             if (rollback, step) in self.bad:
@@ -393,7 +393,7 @@ def test_a_run_cut_off_among_bad_steps_is_as_if_it_was_not(
         pretrain(plain, tmp_path / "cut", stop_at=0.3 * 7 + 0.15, clock=ticking(), **given)
         assert Run(tmp_path / "cut").lines("metrics.jsonl")[-1]["step"] == 8
     else:
-        with pytest.raises(OSError, match="pulled out"):
+        with pytest.raises(RuntimeError, match="pulled out"):
             pretrain(plain, tmp_path / "cut", stop_at=1e9, clock=ticking(), **given)
     cut = pretrain(plain, tmp_path / "cut", stop_at=1e9, clock=ticking(), **given)
     assert cut.lines("not-finite.jsonl") == whole.lines("not-finite.jsonl")
