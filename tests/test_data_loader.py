@@ -34,7 +34,9 @@ from underpaint.data import (
     steps_per_epoch,
     train_batches,
 )
+from underpaint.data.parallel import ordered_map
 from underpaint.errors import InputError
+from underpaint.signals import WATCHED
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_data_decode import write_broken
@@ -342,6 +344,14 @@ def test_batches_are_in_range_and_of_the_right_shape(images):
         assert batch.images.min() >= 0
         assert batch.images.max() <= 1
         assert len(batch.samples) == 8
+
+
+@pytest.mark.parametrize("number", WATCHED)
+def test_a_signal_to_the_group_leaves_workers_to_the_main_process(number):
+    def disposition(_: int) -> bool:
+        return signal.getsignal(number) == signal.SIG_IGN
+
+    assert list(ordered_map(disposition, range(4), 2)) == [True] * 4
 
 
 def test_workers_do_not_change_batches(images):

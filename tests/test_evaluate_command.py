@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from underpaint.train import cadence
 from underpaint.train.fit import Fitting, Trained, fit_task
 from underpaint.train.run_folder import Run
 from underpaint.train.schedules import Duration, Schedule
+from underpaint.train.stepper import Stepper
 
 TINY = {"encoder.embed_dim": 48, "encoder.depth": 2, "encoder.num_heads": 3}
 
@@ -75,6 +78,34 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.normal(means, 30, (40, 40, 3)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / "abc"[number % 3] / f"{number}.png")
     return folder
+
+
+def test_an_evaluation_that_is_interrupted_in_its_first_task_goes_on(
+    run: Path, coloured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(run), "--data", str(coloured), "--task", "finetune", "--set", "epochs=3"]
+    command += ["--set", "batch_size=24", "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    real, calls = Stepper.step, 0
+
+    def told(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(Stepper, "step", told)
+    assert main([*command, str(tmp_path / "out")]) == 143
+    monkeypatch.undo()
+    monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / "cache"))
+    assert "the checkpoint of step 3 is kept: the same command goes on" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "out")]) == 2
+    assert "holds no finished task" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert "going on from step 3" in capsys.readouterr().out
+    whole, out = (results(tmp_path / name)["tasks"]["finetune"] for name in ("whole", "out"))
+    assert whole["rows"] == out["rows"]
 
 
 def results(out: Path) -> dict[str, Any]:

@@ -749,7 +749,7 @@ def test_what_is_no_comparison_is_refused(tmp_path, content):
 def test_what_is_no_evaluation_is_refused(tmp_path):
     folder = made_evaluation(tmp_path / "worth")
     (folder / "results.json").write_text("{cut")
-    with pytest.raises(InputError, match="holds no evaluation"):
+    with pytest.raises(InputError, match="holds no finished task"):
         write_report(folder)
 
 

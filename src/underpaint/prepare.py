@@ -365,11 +365,18 @@ def stepper_for(
         adamw(groups, betas=settings.betas),
         lambda batch: standardize(batch.images),
         settings.batch_size,
-        recipe.measured.get("accumulation", settings.accumulation),
+        _parts(recipe, settings.batch_size // fabric.world_size),
         settings.clip,
         recipe.run.seed,
         compiled=compiled,
     )
+
+
+def _parts(recipe: Recipe, local_batch: int) -> int:
+    """In how many parts a process computes its images of a batch: at least as many as memory asked for when that was
+    measured, which may have been with another number of processes."""
+    wanted = recipe.measured.get("accumulation", recipe.optimiser.accumulation)
+    return next((parts for parts in range(wanted, local_batch) if local_batch % parts == 0), local_batch)
 
 
 def peak_lr(recipe: Recipe) -> float:

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from underpaint.backbones import save_encoder
 from underpaint.backbones.protocols import Backbone
 from underpaint.config import Recipe
-from underpaint.console import say
+from underpaint.console import quiet, say
 from underpaint.data import Batch, keep
 from underpaint.errors import InputError, Stopped
 from underpaint.evaluation.visualizations import write_visualizations
@@ -105,7 +105,8 @@ def _session(fabric: Fabric, run: Run, recipe: Recipe, stop_at: float | None, cl
         shout(constructed.matched)
     opened = open_data(recipe, shout)
     kept = check_unchanged(recipe, run, opened, shout) if main else {}
-    with fabric.rank_zero_first():  # the first one fills the cache, the others find it
+    # the first one fills the cache, the others find it
+    with fabric.rank_zero_first(), quiet(shout is silent):
         images, suite = load_data(recipe, opened, shout)
     # of the start, whatever changed: the encoder goes on to see images as it did
     statistics = recipe.measured.setdefault("statistics", {"mean": list(images.mean), "std": list(images.std)})

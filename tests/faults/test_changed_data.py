@@ -10,6 +10,8 @@ import yaml
 from conftest import write_pictures
 from forked import CommandLine, Ended
 
+from underpaint.data import changes, open_source
+
 COMMAND = [
     *("--method", "mae", "--encoder", "vit_tiny_patch16_224", "--image-size", "16", "--patch-size", "4"),
     *("--batch-size", "8", "--steps", "6", "--checkpoint-every", "2", "--set", "encoder.embed_dim=32"),
@@ -36,6 +38,19 @@ def replace(folder: Path) -> None:
 def touch(folder: Path) -> None:
     for file in folder.rglob("*.png"):
         os.utime(file, (1e9, 1e9))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("images", "size"), [(20_000, 1), (3, 2**30), (20_000, 2**30)])
+def test_only_small_sets_are_read_for_digests(
+    images: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(write_pictures(tmp_path / "images", 4, size=16))
+    monkeypatch.setattr(changes, "DIGESTED", images)
+    monkeypatch.setattr(changes, "DIGESTED_BYTES", size)
+    digests = changes.listing(source, tmp_path / "none.parquet")[0]["digest"].to_pylist()
+    assert len(digests) == 4
+    assert all(digest is None for digest in digests) == (images == 3 or size == 1)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from underpaint.cli import main
+from underpaint.comparison import run as comparison
 from underpaint.files import read_lines, replacing, replacing_folder
+from underpaint.locking import locked
 from underpaint.train.run_folder import Run
 
 COMMAND = (
@@ -70,6 +72,27 @@ def test_an_output_inside_the_images_is_refused(inside: str, pictures: Path, cap
     assert pretrain(pictures, pictures / inside) == 2
     assert "lies inside" in capsys.readouterr().err
     assert sorted(pictures.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", ["", "runs/first"])
+def test_a_comparison_refuses_a_place_before_an_image_is_decoded(
+    inside: str, pictures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(comparison, "load_data", None)
+    command = ["compare", str(pictures), "--methods", "mae", "--minutes", "1", "--recipe", "mae-tiny-32", "--out"]
+    before = sorted(pictures.rglob("*"))
+    assert main([*command, str(pictures / inside)]) == 2
+    assert "lies inside" in capsys.readouterr().err
+    assert sorted(pictures.rglob("*")) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").touch()
+    assert main([*command, str(tmp_path / "other")]) == 2
+    assert "is not a comparison" in capsys.readouterr().err
+    with locked(tmp_path / "held"):
+        child = os.fork()
+        if child == 0:
+            os._exit(main([*command, str(tmp_path / "held")]))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
 @pytest.mark.parametrize("place", ["file/run", "loop"])

@@ -11,7 +11,9 @@ from timm.models import is_model_in_modules
 from underpaint.config import LENGTHS, Recipe, bounds_of, outside
 from underpaint.errors import InputError
 from underpaint.files import write_text
+from underpaint.locking import holds_anything
 from underpaint.methods import METHODS
+from underpaint.reading import read_yaml
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import checked, differences, plain
 from underpaint.recipes.request import laid_over, read_recipe, recipe_named
@@ -116,13 +118,18 @@ def _settings_of(entry: str, side: int, encoder: str) -> dict[str, Any]:
     return read_recipe(small) if tuned else plain(checked({"method": {"name": entry}}))
 
 
+def refuse_other(folder: Path) -> None:
+    """Raises InputError: the path holds something that is not a comparison, which is never written over."""
+    if folder.is_file() or (folder.is_dir() and holds_anything(folder) and not (folder / "compare.yaml").is_file()):
+        raise InputError(f"--out {folder}: exists and is not a comparison; choose another path")
+
+
 def store(folder: Path, plan: Plan) -> None:
     """Write the plan down, or make sure that the one written down is the same; it may have fewer seeds."""
     file = folder / "compare.yaml"
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not file.is_file()):
-        raise InputError(f"--out {folder}: exists and is not a comparison; choose another path")
+    refuse_other(folder)
     if file.is_file():
-        stored = yaml.safe_load(file.read_text())
+        stored = read_yaml(file)
         changed = [] if stored["minutes"] == plan.minutes else [f"minutes: {stored['minutes']:g} there"]
         if stored["format"] != FORMAT:
             changed.insert(0, f"format: {stored['format']} there, {FORMAT} here, which is judged by other images")

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from underpaint.backbones import Backbone, load_encoder, standardize_for
-from underpaint.comparison.plan import FORMAT, Plan, planned, recipes_of, store
+from underpaint.comparison.plan import FORMAT, Plan, planned, recipes_of, refuse_other, store
 from underpaint.comparison.statistics import Arm, Kind, difference, standing
 from underpaint.comparison.verdict import verdict
 from underpaint.comparison.worker import turn
@@ -35,8 +35,9 @@ from underpaint.errors import InputError
 from underpaint.evaluation.probes import SHOTS, ProbeSuite, Worth
 from underpaint.evaluation.results import Probe
 from underpaint.evaluation.visualizations import write_visualizations
-from underpaint.files import replacing, write_json, write_text
+from underpaint.files import refuse_inside, replacing, write_json, write_text
 from underpaint.inference import load_method
+from underpaint.locking import locked
 from underpaint.methods import Restores
 from underpaint.prepare import build, construct, load_data, open_data
 from underpaint.recipes.recipe import checked, plain
@@ -84,36 +85,39 @@ def compare(
     folder = Path(out)
     recipes = methods if isinstance(methods, Mapping) else recipes_of(methods)
     plan = planned(str(data), recipes, float(minutes), seeds)
-    images, judge = _images(plan)
-    store(folder, plan)
-    arms = len(plan.recipes)
-    say(
-        f"{arms} methods x {seeds} seeds x {minutes:g} minutes: {arms * seeds * minutes:g} minutes of training, "
-        "then the judging"
-    )
-    try:
-        for seed in plan.seeds:
-            for round_ in range(plan.rounds):
-                names = list(plan.recipes)
-                for k in range(len(names)):
-                    name = names[(k + round_) % len(names)]
-                    if name not in plan.left_out:
-                        _turn(folder, plan, name, seed, round_, clock)
-                if all(name in plan.left_out for name in names):
-                    raise InputError(f"no method got through: {'; '.join(plan.left_out.values())}")
-        found = Judging(folder, plan, images, judge).all()
-    except Interrupted as interruption:
-        interruption.kept = f"what was trained and judged is kept in {folder}"
-        raise
-    result = _result(plan, judge, folder, found)
-    write_json(folder / "compare.json", result, indent=1)
-    page = write_report(folder)
-    rows = table(of_comparison(result), BRIEF)
-    write_text(folder / "table.md", "\n".join(markdown(rows)) + "\n")
-    for line in [*terminal(rows), *result.get("notes", []), *result["verdict"]]:
-        say(line)
-    say(f"done: {folder / 'compare.json'}, {page}")
-    return result
+    refuse_inside(out, data, next(iter(plan.recipes.values())).data.labels)
+    refuse_other(folder)
+    with locked(folder):
+        images, judge = _images(plan)
+        store(folder, plan)
+        arms = len(plan.recipes)
+        say(
+            f"{arms} methods x {seeds} seeds x {minutes:g} minutes: {arms * seeds * minutes:g} minutes of training, "
+            "then the judging"
+        )
+        try:
+            for seed in plan.seeds:
+                for round_ in range(plan.rounds):
+                    names = list(plan.recipes)
+                    for k in range(len(names)):
+                        name = names[(k + round_) % len(names)]
+                        if name not in plan.left_out:
+                            _turn(folder, plan, name, seed, round_, clock)
+                    if all(name in plan.left_out for name in names):
+                        raise InputError(f"no method got through: {'; '.join(plan.left_out.values())}")
+            found = Judging(folder, plan, images, judge).all()
+        except Interrupted as interruption:
+            interruption.kept = f"what was trained and judged is kept in {folder}"
+            raise
+        result = _result(plan, judge, folder, found)
+        write_json(folder / "compare.json", result, indent=1)
+        page = write_report(folder)
+        rows = table(of_comparison(result), BRIEF)
+        write_text(folder / "table.md", "\n".join(markdown(rows)) + "\n")
+        for line in [*terminal(rows), *result.get("notes", []), *result["verdict"]]:
+            say(line)
+        say(f"done: {folder / 'compare.json'}, {page}")
+        return result
 
 
 # --- what is to be done ---------------------------------------------------------------------------------------------

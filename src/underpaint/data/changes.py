@@ -13,7 +13,8 @@ from underpaint.data.sources.base import Source
 from underpaint.errors import InputError
 from underpaint.files import replacing
 
-DIGESTED = 20_000  # images of a set whose bytes are read for it: of more, that alone would take minutes
+# the largest set whose bytes are read for it: of a larger one, that alone would take minutes
+DIGESTED, DIGESTED_BYTES = 20_000, 2**30
 NAMED = 2  # of each kind of change
 
 
@@ -26,7 +27,8 @@ def listed(source: Source) -> pa.Table:
 def listing(source: Source, before: Path) -> tuple[pa.Table, str]:
     """What a source holds now, to be kept; and how that differs from what was kept in the file `before`, as text.
 
-    A file that only has another time of change has not changed, where its set is small enough that digests are kept.
+    A file that only has another time of change has not changed, where its set is small enough (`DIGESTED`) that
+    digests are kept.
     """
     now = listed(source)
     try:
@@ -35,9 +37,7 @@ def listing(source: Source, before: Path) -> tuple[pa.Table, str]:
         raise InputError(f"{before}: damaged; what the run was trained on is not known: remove it to go on") from error
     if old is not None and old.select(["name", "stamp"]).equals(now):
         return old, ""
-    count = len(now)
-    digests = [_digest(source, i) if count <= DIGESTED else None for i in range(count)]
-    now = now.append_column("digest", pa.array(digests, pa.binary()))
+    now = now.append_column("digest", pa.array(_digests(source), pa.binary()))
     return now, "" if old is None else _difference(old, now)
 
 
@@ -67,8 +67,15 @@ def _first(names: pa.ChunkedArray) -> str:
     return ", ".join(shown) + (", ..." if len(names) > NAMED else "")
 
 
-def _digest(source: Source, index: int) -> bytes:
-    try:
-        return hashlib.blake2b(source.read(index), digest_size=16).digest()
-    except Unreadable:
-        return b""
+def _digests(source: Source) -> list[bytes | None]:
+    """Of each image's bytes; none where there are too many to read them all."""
+    count, found, taken = len(source.entries), [], 0
+    for index in range(count if count <= DIGESTED else 0):
+        try:
+            data = source.read(index)
+        except Unreadable:
+            data = b""
+        if (taken := taken + len(data)) > DIGESTED_BYTES:
+            return [None] * count
+        found.append(hashlib.blake2b(data, digest_size=16).digest())
+    return found or [None] * count

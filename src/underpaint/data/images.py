@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from underpaint.console import progress
+from underpaint.console import Going
 from underpaint.data.decode import (
     MAX_PIXELS,
     Header,
@@ -544,18 +544,17 @@ def _decode_all(
     skipped: list[dict[str, str]] = []
     done = 0
     decode_chunk = _DecodeChunk(source, indices, decoding)
-    chunks = math.ceil(len(indices) / CHUNK)
-    for results in progress(
-        ordered_map(decode_chunk, range(chunks), workers), f"decoding, {CHUNK} images each", chunks
-    ):
-        for result in results:
-            if isinstance(result, str):
-                skipped.append({"path": source.entries[indices[done]].name, "reason": result})
-            else:
-                write(result)
-                shapes.append(result.shape)
-                kept.append(done)
-            done += 1
+    with Going("decoding", len(indices)) as going:
+        for results in ordered_map(decode_chunk, range(math.ceil(len(indices) / CHUNK)), workers):
+            for result in results:
+                if isinstance(result, str):
+                    skipped.append({"path": source.entries[indices[done]].name, "reason": result})
+                else:
+                    write(result)
+                    shapes.append(result.shape)
+                    kept.append(done)
+                done += 1
+            going.advance(len(results))
     if not kept:
         raise _none_readable(source, skipped)
     return np.asarray(shapes, dtype=np.int64), kept, skipped

@@ -7,6 +7,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from underpaint.signals import WATCHED
+
 T = TypeVar("T")
 
 
@@ -51,6 +53,6 @@ def _same(value: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process decides when workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C and a scheduler's signals reach the whole process group; the main process decides when workers end."""
+    for number in WATCHED:
+        signal.signal(number, signal.SIG_IGN)

@@ -101,6 +101,7 @@ def evaluate(
     results = _earlier(folder, encoder, bundle, source, options)
     results["notes"] = [*bundle.notes, *_seen(run, source)] if bundle.trained else []
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results)  # who is interrupted in the first task goes on, too
     kinds = {name: evaluation(name) for name in EVALUATIONS if name in tasks}
     with_patches = any(kind.input == "tokens" for kind in kinds.values())
     context = Context(bundle, source, options, folder, with_patches)

@@ -63,7 +63,7 @@ def evaluation_page(folder: Path) -> EvaluationPage:
     found = read_json(folder / "results.json")
     results = of_evaluation(found)
     if not results:
-        raise InputError(f"{folder}: holds no evaluation (results.json); `underpaint evaluate` makes one")
+        raise InputError(f"{folder}: results.json holds no finished task; `underpaint evaluate` makes them")
     limit = TASK_BYTES // (PICTURES * len(results))
     known = {name: text(found, name) for name in ("encoder", "data", "groups", "seed")}
     share = number(found, "label_fraction")

@@ -109,7 +109,7 @@ class Training:
 
         Raises:
             NotFinite: the gradient was not finite too often.
-            Stopped: something could not be written.
+            Stopped: something could not be written, or memory does not suffice for one image.
             Interrupted: told to end; a checkpoint was written.
         """
         self.bar = Bar(self.plan.expected(self.at), self.at.step, enabled=self.main)
@@ -140,7 +140,7 @@ class Training:
         except (OSError, SafetensorError) as error:
             place = getattr(error, "filename", None) or self.run.path
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise Stopped(f"{place}: cannot be written: {reason}; {self._kept()}: the same command goes on") from error
+            raise Stopped(f"{place}: {reason}; {self._kept()}: the same command goes on") from error
         finally:
             self.bar.close()
             if self.loggers is not None:

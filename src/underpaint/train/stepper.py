@@ -99,9 +99,8 @@ class Stepper:
         bad = (~torch.isfinite(norm if self.scaler is None else numbers["loss"][0])).float()
         if self.scaler is None:
             skip_where(bad, self.optimiser)
-        elif (
-            self.fabric.world_size > 1 and not self.alone
-        ):  # each process has a loss of its own, and all must roll back or none
+        elif self.fabric.world_size > 1 and not self.alone:
+            # each process has a loss of its own, and all must roll back or none
             bad = torch.as_tensor(self.fabric.all_reduce(bad, reduce_op="sum")).clamp(max=1.0)
         self.wrapped.step()
         self.wrapped.zero_grad(set_to_none=True)
