@@ -2,18 +2,23 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from conftest import write_pictures
 from forked import CommandLine
+from scenes import write_scenes
 from test_methods import photographs, small
 
 from underpaint.config import DECLARED, SECTIONS
 from underpaint.errors import InputError
 from underpaint.evaluation.options import Options
+from underpaint.evaluation.runner import evaluate
+from underpaint.evaluation.settings import SETTINGS as TASKS
+from underpaint.evaluation.settings import foresee
 from underpaint.methods import METHODS
 from underpaint.recipes.recipe import checked, method_options, method_settings
 
@@ -134,6 +139,76 @@ def test_numbers_of_an_evaluation(declared: str, pictures: Path, server: Command
         taken = (declared, value) == ("seed", 0) or (declared == "ignore_index" and isinstance(value, int))
         assert ended.status == (0 if taken else 2), (value, ended.error)
         assert taken or refused_for(flag, ended.error)
+
+
+NUMBERS = {
+    f"{task}.{declared.name}": declared
+    for task, kind in TASKS.items()
+    for declared in dataclasses.fields(kind)
+    if numeric(declared.type)
+}
+# so that one step on small images shows whether a number works
+BRIEFLY = {"finetune": {"epochs": 1, "batch_size": 16}, "segment": {"steps": 1, "batch_size": 2, "channels": 8}}
+BRIEFLY["detect"] = {"steps": 1, "batch_size": 2, "channels": 16, "regions": 8}
+
+
+def both(declared: dataclasses.Field[Any], value: Any) -> Any:
+    """Settings of two numbers, one for each end."""
+    return [value, value] if get_origin(declared.type) is tuple else value
+
+
+def taken(path: str) -> list[Any]:
+    """The values that a setting of a task takes."""
+    found, refused, (task, _, name) = [], [], path.partition(".")
+    for value in VALUES:
+        try:
+            foresee([task], Options(settings={name: both(NUMBERS[path], value)}), Path("nowhere"))
+            found.append(value)
+        except InputError as error:
+            refused.append(str(error))
+    assert all(f"--set {name}" in line for line in refused), refused
+    return found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", NUMBERS)
+def test_settings_of_an_evaluation_have_bounds(path: str) -> None:
+    assert NUMBERS[path].metadata["bounds"]
+    assert set(taken(path)) <= {0} or path == "finetune.clip"
+    name = path.partition(".")[2]
+    with pytest.raises(InputError, match=f"--set {name}"):
+        foresee(["segment" if path.startswith("finetune") else "finetune"], Options(settings={name: "no"}), Path("no"))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 4, 2, (32, 32))
+
+
+@pytest.mark.parametrize("path", [path for path in NUMBERS if taken(path)])
+def test_what_an_evaluation_takes_works(path: str, pictures: Path, scenes: Path, tmp_path: Path) -> None:
+    task, _, name = path.partition(".")
+    for number, value in enumerate(taken(path)):
+        settings = {**BRIEFLY[task], name: both(NUMBERS[path], value)}
+        options = Options(untrained=True, image_size=(32, 32), settings=settings)
+        data, out = pictures if task == "finetune" else scenes, tmp_path / str(number)
+        found: Any = evaluate("timm:test_vit", data, [task], out, options)
+        assert all(
+            math.isfinite(row[key]) for row in found["tasks"][task]["rows"].values() for key in row if key == "miou"
+        )
+
+
+@pytest.mark.quick
+def test_settings_that_do_not_go_together_or_are_of_no_task() -> None:
+    for task, settings, said in (
+        ("knn", {"lr": 1}, "--set lr: knn has no settings"),
+        ("finetune", {"lrr": 1}, "--set lrr: a setting of fine-tuning is one of augment"),
+        ("segment", {"steps": None}, "--set steps=null: it must be a whole number"),
+        ("finetune", {"clip": "much"}, "--set clip=much: it must be a number or null"),
+        ("segment", {"scale": 2}, "--set scale=2: it must be two numbers"),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)):
+            foresee([task], Options(settings=settings), Path("nowhere"))
 
 
 @pytest.mark.parametrize("flag", ["--minutes", "--seed", "--channels", "--image-size", "--stride", "--codebook-size"])

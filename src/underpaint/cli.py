@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 import yaml
 
 import underpaint
-from underpaint.config import COMPARED, FLAGS, LENGTHS, check_bounds, declaration
+from underpaint.config import COMPARED, FLAGS, LENGTHS, declaration
 from underpaint.errors import InputError, Stopped
-from underpaint.evaluation import EVALUATIONS, known
+from underpaint.evaluation import EVALUATIONS
 from underpaint.evaluation.options import Options
 from underpaint.files import place_of
 from underpaint.methods import LISTED
@@ -222,10 +222,11 @@ def _evaluate_takes(made: argparse.ArgumentParser) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     place_of(given.data)
     _encoder_at(given.encoder)
-    known(given.task)
     flags = {each.name: getattr(given, each.name) for each in fields(Options) if hasattr(given, each.name)}
     options = Options(**flags, settings=dict(given.set))
-    check_bounds(options, Options, "--{}")
+    from underpaint.evaluation.settings import foresee
+
+    foresee(given.task, options, given.out)
     from underpaint.evaluation.runner import evaluate
 
     evaluate(given.encoder, given.data, given.task, given.out, options)

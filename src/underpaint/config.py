@@ -219,7 +219,7 @@ def check_bounds(settings: object, kind: type, path: str) -> None:
             if isinstance(number, int | float) and not isinstance(number, bool):
                 wrong = outside(number, declared.metadata.get("bounds", {}))
                 if wrong:
-                    raise InputError(f"{path.format(name.replace('_', '-') if path[:2] == '--' else name)}: {wrong}")
+                    raise InputError(f"{path.format(name.replace('_', '-') if path == '--{}' else name)}: {wrong}")
 
 
 def bounds_of(path: str) -> dict[str, int | float]:

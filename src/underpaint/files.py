@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -127,6 +128,37 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write plain data as JSON, atomically; numbers that JSON cannot hold become null."""
     write_text(path, json.dumps(finite(value), indent=indent) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that underpaint wrote.
+
+    Raises:
+        InputError: it cannot be read, or is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged: {error}; restore it, or choose another folder") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: is damaged: it holds no object; restore it, or choose another folder")
+    return found
+
+
+def check_writable(folder: Path) -> None:
+    """That a folder can be made and written into, without making it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written: {error.strerror}") from error
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:

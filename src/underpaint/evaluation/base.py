@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from underpaint.console import say
-from underpaint.data import ImageSet, Source, split_indices
+from underpaint.data import ImageSet, Source, labelled_indices
 from underpaint.errors import InputError
 from underpaint.evaluation.baselines import hog, raw_pixels
 from underpaint.evaluation.bundle import EncoderBundle
@@ -26,8 +26,8 @@ from underpaint.evaluation.features import Features, pixel_features, stored_feat
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.options import Options
 from underpaint.evaluation.results import Measured
+from underpaint.evaluation.settings import NoSettings, changed
 from underpaint.evaluation.splits import Split, stratified
-from underpaint.train.fit import changed
 
 ENCODER, UNTRAINED = "encoder", "untrained"  # the encoder that is judged, and the same choices with random weights
 PIXELS: dict[str, Callable[[Tensor], Tensor]] = {"raw pixels": raw_pixels, "HOG": hog}  # features without a network
@@ -49,11 +49,6 @@ class Kept(NamedTuple):
     facts: dict[str, object]
 
 
-@dataclass(frozen=True)
-class NoSettings:
-    """Of an evaluation that has none."""
-
-
 @dataclass
 class Context:
     """What the evaluations of a call share.
@@ -68,6 +63,7 @@ class Context:
     options: Options
     folder: Path
     with_patches: bool = False
+    found: dict[str, Any] = field(default_factory=dict)  # annotations that were looked for already, by their kind
     drawn: set[Path] = field(default_factory=set)  # what several evaluations would draw alike
     _features: dict[tuple[str, int], Features] = field(default_factory=dict)
 
@@ -108,10 +104,7 @@ class Context:
             InputError: there are no labels; a class in test that train lacks.
         """
         source = self.source
-        known = [i for i, entry in enumerate(source.entries) if entry.label is not None]
-        if not known:
-            raise InputError(f"{source.location} has no class labels; expected a folder a class, or a label column")
-        train, test = (self.load(source, indices) for indices in split_indices(source, known))
+        train, test = (self.load(source, indices) for indices in labelled(source))
         fraction = self.options.label_fraction
         if fraction < 1:
             count = max(len(np.unique(train.labels)), round(fraction * len(train.indices)))
@@ -129,6 +122,18 @@ class Context:
             return indices
         count = max(1, round(fraction * len(indices)))
         return [indices[k] for k in stratified(np.zeros(len(indices), int), count, self.options.seed)]
+
+
+def labelled(source: Source) -> tuple[list[int], list[int]]:
+    """Entries with class labels, to train on and to test on.
+
+    Raises:
+        InputError: there are none; a class in test that train lacks.
+    """
+    sides = labelled_indices(source)
+    if sides is None:
+        raise InputError(f"{source.location} has no class labels; expected a folder a class, or a label column")
+    return sides
 
 
 def class_name(images: ImageSet, label: int) -> str:
@@ -151,12 +156,14 @@ class Evaluation(ABC, Generic[Settings, Data, Model, Found]):
         input: what is asked of the encoder; "pooled" and "tokens" come from one pass for all evaluations.
         Config: a dataclass of settings, each with a default.
         what: what its settings are of, in a message.
+        asks: for what its numbers depend on, beside its settings and what all evaluations of a call share: options by name.
     """
 
     annotation: ClassVar[Literal["label", "number", "mask", "boxes", "none"]]
     input: ClassVar[Literal["pooled", "tokens", "images"]]
     Config: ClassVar[type]
     what: ClassVar[str] = "this task"
+    asks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str, context: Context, data: Data, config: Settings):
         self.name, self.context, self.data, self.config = name, context, data, config
@@ -168,6 +175,12 @@ class Evaluation(ABC, Generic[Settings, Data, Model, Found]):
         settings: Settings = cls.Config()
         # what is given is meant for those that have settings
         return settings if isinstance(settings, NoSettings) else changed(settings, context.options.settings, cls.what)
+
+    @classmethod
+    def annotated(cls, source: Source) -> object:
+        """What people said of the images, as far as it is known before any is decoded; `load` finds it as
+        `context.found[cls.annotation]`. Raises InputError where there is nothing to judge by."""
+        return None
 
     @classmethod
     @abstractmethod

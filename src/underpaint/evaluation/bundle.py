@@ -1,12 +1,15 @@
 """What is judged: an encoder, the transform of its images, and the same choices untrained."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from timm.layers import DropPath
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor
@@ -76,6 +79,11 @@ class EncoderBundle:
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.encoder.model.state_dict().items()}
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells these weights from all others."""
+        return hashlib.sha256(save(self.weights())).hexdigest()[:32]
+
 
 def open_bundle(
     text: str, *, image_size: tuple[int, int] | None = None, untrained: bool = False, channels: int = 3, seed: int = 0
@@ -94,10 +102,7 @@ def open_bundle(
         found = _public(text, image_size, untrained, channels, seed)
     else:
         found = _own(text, image_size, untrained, seed)
-    patch = getattr(found.encoder, "patch_size", (1, 1))
-    if found.size[0] % patch[0] or found.size[1] % patch[1]:
-        got, want = "x".join(map(str, found.size)), "x".join(map(str, patch))
-        raise InputError(f"--image-size {got}: does not divide into the encoder's patches of {want} px")
+    _divides(found.size, getattr(found.encoder, "patch_size", (1, 1)))
     for module in found.encoder.modules():
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
@@ -109,6 +114,12 @@ def open_bundle(
     )
 
 
+def _divides(size: tuple[int, int], patch: tuple[int, int]) -> None:
+    if size[0] % patch[0] or size[1] % patch[1]:
+        got, want = "x".join(map(str, size)), "x".join(map(str, patch))
+        raise InputError(f"--image-size {got}: does not divide into the encoder's patches of {want} px")
+
+
 def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: int) -> EncoderBundle:
     described = describe_encoder(text)
     arguments = copy.deepcopy(described["create_model"])
@@ -116,6 +127,7 @@ def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: i
     size = image_size or _pair(own) or _trained_size(Path(text))
     if size is None:
         raise InputError(f"{text}: does not say for which images it was trained; give --image-size")
+    _divides(size, _pair(arguments.get("patch_size")) or (1, 1))  # before a network is made
     resized = own is not None and _pair(own) != size
     if resized:
         arguments["img_size"] = list(size)

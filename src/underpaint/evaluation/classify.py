@@ -11,7 +11,7 @@ from torch import nn
 
 from underpaint.console import say
 from underpaint.data import Source, eval_batches
-from underpaint.evaluation.base import ENCODER, Context, Evaluation, Row, class_name
+from underpaint.evaluation.base import ENCODER, Context, Evaluation, Row, class_name, labelled
 from underpaint.evaluation.baselines import majority
 from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.keep import Saved
@@ -38,6 +38,10 @@ class Classification(Evaluation[Settings, Splits, Model, Probe]):
         self.train, self.test = data
         self.fitted = len(self.train.indices)
         self.wanted = self.test.labels  # of a streamed set: known to be read only when all have been
+
+    @classmethod
+    def annotated(cls, source: Source) -> object:
+        return labelled(source)
 
     @classmethod
     def load(cls, context: Context) -> Splits:

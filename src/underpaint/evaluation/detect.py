@@ -44,6 +44,7 @@ from underpaint.evaluation.full_res import FullResImages
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.pyramid import Pyramid
 from underpaint.evaluation.results import Groups, Measured, bootstrap
+from underpaint.evaluation.settings import DetectConfig
 from underpaint.evaluation.trained import Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.files import write_json
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
@@ -57,27 +58,6 @@ SHOWN = 6
 MOST_LEVELS = 4  # of a pyramid
 LEAST = 0.5  # score of a detection that is drawn
 FOUND = f"found\n(score {LEAST:g} and above)"
-
-
-@dataclass(frozen=True)
-class DetectConfig:
-    """Settings. What torchvision would fix for COCO is measured on the training data: see `anchor_config`.
-
-    Attributes:
-        lr, encoder_lr: peaks, of what is new and of the encoder; alike, so that an encoder that has all to learn is
-            not held back.
-        channels: of the pyramid; the heads are as wide (at 256 they are torchvision's).
-        regions: of an image that the heads are trained on.
-    """
-
-    steps: int = 3_000
-    batch_size: int = 4
-    lr: float = 3e-4
-    encoder_lr: float = 3e-4
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    channels: int = 128
-    regions: int = 64
 
 
 def anchor_sides(boxes: Float[np.ndarray, "n 4"], first: int) -> tuple[tuple[float, ...], ...]:
@@ -395,7 +375,7 @@ def boxed(context: Context) -> tuple[Boxed, Boxed]:
         InputError: there are no boxes; images that annotations list are not there.
     """
     source = context.source
-    by_split = coco_annotations(source.location, source)
+    by_split: dict[str, CocoAnnotations] = context.found.get(Detect.annotation) or Detect.annotated(source)
     for note in dict.fromkeys(note for found in by_split.values() for note in found.notes):
         say(f"note: {note}")
     tested = next((split for split in ("test", "val") if split in by_split), None)
@@ -472,6 +452,7 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
     input = "images"
     Config = DetectConfig
     what = "detection"
+    asks = ("minutes",)
 
     def __init__(self, name: str, context: Context, data: tuple[Boxed, Boxed], config: DetectConfig):
         """Raises InputError: no object in train, or in test."""
@@ -496,6 +477,10 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
             f"{'Mask' if masks else 'Faster'} R-CNN at {size[0]}x{size[1]} px: anchors of {sides} px, at most "
             f"{anchors.limit} detections an image"
         )
+
+    @classmethod
+    def annotated(cls, source: Source) -> dict[str, CocoAnnotations]:
+        return coco_annotations(source.location, source)
 
     @classmethod
     def load(cls, context: Context) -> tuple[Boxed, Boxed]:

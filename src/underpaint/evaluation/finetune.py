@@ -6,8 +6,8 @@ erasing, label smoothing, drop path, the moving average, the schedule. Ours is o
 
 import copy
 import os
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import list_optimizers
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
@@ -31,92 +32,12 @@ from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.classify import MAJORITY, Classification, Splits
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.results import Probe
+from underpaint.evaluation.settings import FineTuning, changed, fine_tuning
 from underpaint.evaluation.splits import Split
 from underpaint.evaluation.trained import Task, train
-from underpaint.train.fit import Trained, changed
+from underpaint.train.fit import Trained
 from underpaint.train.optim import layerwise
 from underpaint.train.schedules import Duration, Schedule
-
-
-@dataclass
-class FineTuning:
-    """A recipe. Defaults are MAE's for ViT-B (arXiv 2111.06377, table 9), which fit most ViTs.
-
-    Attributes:
-        lr: peak, per 256 images.
-        layer_decay: rate of a layer over that of the layer above it; 1 for none.
-        warmup: share of the run.
-        min_lr_ratio: rate at the end, over the peak.
-        augment: timm's name of a RandAugment policy, or none; 8-bit RGB images only.
-        ema_decay: decay of the moving average of the weights that is judged; none where 0.
-        binary: one binary loss a class in place of one softmax (RSB).
-        head_scale: deviation of the head's first weights; 1 leaves them as timm made them.
-    """
-
-    epochs: float = 100.0
-    batch_size: int = 1024
-    lr: float = 5e-4
-    optimiser: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    layer_decay: float = 0.65
-    warmup: float = 0.05
-    min_lr_ratio: float = 5e-4
-    clip: float | None = None
-    drop_path: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
-    erasing: float = 0.25
-    augment: str | None = "rand-m9-mstd0.5-inc1"
-    ema_decay: float = 0.0
-    binary: bool = False
-    head_scale: float = 2e-5
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-
-
-# the four papers' and RSB's; batch sizes are the papers', `batch_size` given by the user scales the rate
-FINE_TUNING: dict[str, Callable[[], FineTuning]] = {
-    "mae-vit-base": FineTuning,
-    "energy": lambda: FineTuning(lr=1e-3, layer_decay=0.75, cutmix=0.0, erasing=0.0, augment="rand-m9-mstd0.5"),
-    "cae-vit-base": lambda: FineTuning(batch_size=4096, lr=5e-4, warmup=0.05, min_lr_ratio=1.25e-4),
-    "localmim-vit-base": lambda: FineTuning(lr=5e-4, layer_decay=0.65, warmup=0.2, min_lr_ratio=5e-3),
-    "localmim-swin-base": lambda: FineTuning(lr=1e-3, layer_decay=0.9, warmup=0.2, min_lr_ratio=6.25e-5),
-    "rsb-a2": lambda: _rsb(300.0, 5e-3, 0.05, "rand-m7-mstd0.5-inc1"),
-    "rsb-a3": lambda: _rsb(100.0, 8e-3, 0.0, "rand-m6-mstd0.5-inc1"),
-    # ours, for small images on a laptop; no rate serves all (docs/evaluate.md)
-    "small": lambda: FineTuning(
-        batch_size=128,
-        lr=1e-3,
-        mixup=0.0,
-        cutmix=0.0,
-        erasing=0.0,
-        augment=None,
-        crop_scale=(0.4, 1.0),
-        drop_path=0.0,
-    ),
-}
-
-
-def _rsb(epochs: float, rate: float, drop_path: float, augment: str) -> FineTuning:
-    """ResNet strikes back (arXiv 2110.00476, tables 2 and 3)."""
-    return FineTuning(
-        epochs=epochs,
-        batch_size=2048,
-        lr=rate / 8,
-        optimiser="lamb",
-        weight_decay=0.02,
-        layer_decay=1.0,
-        warmup=5 / epochs,
-        min_lr_ratio=1e-6 / rate,
-        drop_path=drop_path,
-        mixup=0.1,
-        smoothing=0.0,
-        erasing=0.0,
-        augment=augment,
-        binary=True,
-        head_scale=1.0,
-    )
 
 
 def classifier(bundle: EncoderBundle, classes: int, drop_path: float, head_scale: float) -> nn.Module:
@@ -143,7 +64,7 @@ def recipe_for(bundle: EncoderBundle, name: str | None, settings: Mapping[str, o
     """The recipe of this name, or the one that suits the encoder and its image size, with some settings changed.
 
     Raises:
-        InputError: no such recipe or setting.
+        InputError: no such recipe or setting, or settings that do not go together.
     """
     if name is None:
         if min(bundle.size) <= SMALL:
@@ -152,9 +73,18 @@ def recipe_for(bundle: EncoderBundle, name: str | None, settings: Mapping[str, o
             name = "localmim-swin-base"
         else:
             name = "mae-vit-base" if isinstance(bundle.encoder, PatchBackbone) else "rsb-a3"
-    if name not in FINE_TUNING:
-        raise InputError(f"--recipe {name}: for fine-tuning there are {', '.join(FINE_TUNING)}")
-    return changed(FINE_TUNING[name](), settings, "fine-tuning")
+    found = changed(fine_tuning(name), settings, FineTune.what)
+    if (found.mixup or found.cutmix) and found.batch_size % 2:
+        raise InputError(
+            f"--set batch_size={found.batch_size}: an even number is needed where mixup and cutmix pair images (mixup=0 "
+            "and cutmix=0 switch them off)"
+        )
+    if found.crop_scale[0] > found.crop_scale[1]:
+        raise InputError(f"--set crop_scale={list(found.crop_scale)}: the lower share comes first")
+    known = [str(name) for name in list_optimizers()]
+    if found.optimiser not in known:
+        raise InputError(f"--set optimiser={found.optimiser}: timm has {', '.join(known)}")
+    return found
 
 
 class FineTuned(Task[Batch]):
@@ -235,15 +165,11 @@ class FineTune(Classification[FineTuning, nn.Module | None]):
     input = "images"
     Config = FineTuning
     what = "fine-tuning"
+    asks = ("minutes",)
 
     def __init__(self, name: str, context: Context, data: Splits, config: FineTuning):
-        """Raises InputError: fewer than two classes in train; a batch that is empty, or odd where images are mixed."""
+        """Raises InputError: fewer than two classes in train."""
         super().__init__(name, context, data, config)
-        if config.batch_size < 1 or ((config.mixup or config.cutmix) and config.batch_size % 2):
-            raise InputError(
-                f"--set batch_size={config.batch_size}: 1 or more are needed, and an even number where mixup and cutmix "
-                "pair images (mixup=0 and cutmix=0 switch them off)"
-            )
         labels, _ = self.classes()
         if len(labels) < 2:
             raise InputError(f"fine-tuning needs at least 2 classes in train; there is only {labels[0]}")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from underpaint.evaluation.attentive import AttentiveHead, attentive_head
-from underpaint.evaluation.base import ENCODER, PIXELS, Kept, NoSettings, Row
+from underpaint.evaluation.base import ENCODER, PIXELS, Kept, Row
 from underpaint.evaluation.baselines import majority
 from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.classify import MAJORITY, Classification
@@ -21,6 +21,7 @@ from underpaint.evaluation.knn import knn
 from underpaint.evaluation.linear import linear_head
 from underpaint.evaluation.probes import ProbeSuite
 from underpaint.evaluation.results import Probe
+from underpaint.evaluation.settings import NoSettings
 from underpaint.evaluation.visualizations import write_visualizations
 
 

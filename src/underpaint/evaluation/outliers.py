@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from underpaint.data import eval_batches, open_source, split_indices
 from underpaint.errors import InputError
-from underpaint.evaluation.base import ENCODER, Context, Evaluation, NoSettings, Row
+from underpaint.evaluation.base import ENCODER, Context, Evaluation, Row
 from underpaint.evaluation.plots import histogram_picture
 from underpaint.evaluation.results import Groups, Measured, bootstrap
+from underpaint.evaluation.settings import NoSettings
 from underpaint.evaluation.splits import Split
 from underpaint.inference import load_method
 
@@ -102,6 +103,7 @@ class Outliers(Evaluation[NoSettings, Sets, None, Scores]):
     annotation = "none"
     input = "pooled"
     Config = NoSettings
+    asks = ("against",)
 
     @classmethod
     def load(cls, context: Context) -> Sets:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from underpaint.data import Source, eval_batches, split_indices
 from underpaint.errors import InputError
-from underpaint.evaluation.base import ENCODER, PIXELS, Context, Evaluation, Kept, NoSettings, Row
+from underpaint.evaluation.base import ENCODER, PIXELS, Context, Evaluation, Kept, Row
 from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.classify import SHOWN, Splits, write_table
 from underpaint.evaluation.frozen import Headed, LinearHead
@@ -21,6 +21,7 @@ from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.linear import statistics
 from underpaint.evaluation.plots import contact_sheet
 from underpaint.evaluation.results import Measured, bootstrap, means, together
+from underpaint.evaluation.settings import NoSettings
 from underpaint.evaluation.splits import hold_out
 from underpaint.files import replacing
 from underpaint.report.figures.pictures import to_rgb
@@ -96,9 +97,8 @@ class Regression(Evaluation[NoSettings, Splits, Ridge, Float[np.ndarray, "n"]]):
         self.penalties: dict[str, float] = {}
 
     @classmethod
-    def load(cls, context: Context) -> Splits:
+    def annotated(cls, source: Source) -> tuple[list[int], list[int]]:
         """Raises InputError: no image has a number, or those to train on or to test on have none."""
-        source = context.source
         numbered = [i for i, entry in enumerate(source.entries) if entry.number is not None]
         if not numbered:
             raise InputError(
@@ -110,7 +110,12 @@ class Regression(Evaluation[NoSettings, Splits, Ridge, Float[np.ndarray, "n"]]):
             raise InputError(
                 f"{source.location}: {len(train)} images with a number to train on, {len(test)} to test on"
             )
-        return context.load(source, context.fewer(train)), context.load(source, test)
+        return train, test
+
+    @classmethod
+    def load(cls, context: Context) -> Splits:
+        train, test = cls.annotated(context.source)
+        return context.load(context.source, context.fewer(train)), context.load(context.source, test)
 
     def rows(self) -> list[Row]:
         return [Row(who, who) for who in (*self.context.encoders, *PIXELS, MEAN)]

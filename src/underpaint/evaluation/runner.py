@@ -1,16 +1,16 @@
 """`underpaint evaluate`: what an encoder is worth, task by task, beside the same one untrained and what needs none."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from torch import Tensor
 
 from underpaint.backbones.norms import batch_norms, settled
-from underpaint.config import Recipe, check_bounds
+from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import (
     Source,
@@ -22,20 +22,22 @@ from underpaint.data import (
     split_indices,
 )
 from underpaint.errors import InputError
-from underpaint.evaluation import EVALUATIONS, evaluation, known
-from underpaint.evaluation.base import ENCODER, UNTRAINED, Context, Evaluation
+from underpaint.evaluation import EVALUATIONS, evaluation
+from underpaint.evaluation.base import ENCODER, UNTRAINED, AnyEvaluation, Context, Evaluation
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
 from underpaint.evaluation.keep import keep
 from underpaint.evaluation.options import Options
 from underpaint.evaluation.probes import SETTLING
 from underpaint.evaluation.results import Measured
-from underpaint.files import write_json, write_text
+from underpaint.evaluation.settings import foresee
+from underpaint.files import read_object, write_json, write_text
 from underpaint.report import write_report
 from underpaint.report.results import of_evaluation
 from underpaint.report.tables import markdown, metric, summary, terminal
+from underpaint.signals import Interrupted
 from underpaint.train.run_folder import Run, environment
 
-FORMAT = 1
+FORMAT = 2  # 1 did not say of which weights and images it is
 Numbers = dict[str, Any]  # of a row: each number, its error ("..._error"), and what stands beside them
 
 
@@ -46,6 +48,7 @@ class TaskResults(TypedDict):
     test: int
     rows: dict[str, Numbers]
     gains: dict[str, Numbers]
+    asked: NotRequired[dict[str, Any]]  # what it was asked for with, so that another call knows whether it is the same
 
 
 class Results(TypedDict):
@@ -54,7 +57,9 @@ class Results(TypedDict):
     format: int
     encoder: str
     untrained: bool
+    weights: str
     data: str
+    images: str
     image_size: list[int]
     seed: int
     label_fraction: float
@@ -86,7 +91,7 @@ def evaluate(
         Interrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
     encoder, options, folder = str(encoder), options or Options(), Path(out)
-    _checked(tasks, options, folder)
+    foresee(tasks, options, folder)
     run = run_of(encoder)
     options = replace(options, groups=_groups(run, data, options.groups))
     source = open_source(data, groups=options.groups)
@@ -97,23 +102,64 @@ def evaluate(
             f"--groups {options.groups!r}: no name in {data} matches, the first is {source.entries[0].name}; give a "
             "regular expression that does, or '' for none"
         )
+    kinds = {name: evaluation(name) for name in EVALUATIONS if name in tasks}
+    found = {kind.annotation: kind.annotated(source) for kind in kinds.values()}
     bundle = _opened(encoder, source, options)
     results = _earlier(folder, encoder, bundle, source, options)
+    with_patches = any(kind.input == "tokens" for kind in kinds.values())
+    context = Context(bundle, source, options, folder, with_patches, found)
+    configs = {name: kind.configure(context) for name, kind in kinds.items()}
+    asked = {name: _asked(kind, configs[name], options) for name, kind in kinds.items()}
+    finished = _finished(results, asked, folder)
+    if finished:
+        say(f"finished before, and kept: {', '.join(finished)}")
     results["notes"] = [*bundle.notes, *_seen(run, source)] if bundle.trained else []
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)  # who is interrupted in the first task goes on, too
-    kinds = {name: evaluation(name) for name in EVALUATIONS if name in tasks}
-    with_patches = any(kind.input == "tokens" for kind in kinds.values())
-    context = Context(bundle, source, options, folder, with_patches)
-    for name, kind in kinds.items():
-        results["tasks"][name] = judge(kind(name, context, kind.load(context), kind.configure(context)))
-        write_json(folder / "results.json", results)
-        tables = of_evaluation(results)
-        write_text(folder / "table.md", "\n".join(summary(tables, results["notes"], markdown)) + "\n")
-    for line in summary(of_evaluation(results), results["notes"], terminal):
-        say(line)
-    say(f"done: {folder / 'results.json'}, {write_report(folder)}")
+    write_json(folder / "results.json", results)  # from here on the folder is known as an evaluation
+    try:
+        for name, kind in kinds.items():
+            if name in finished:
+                continue
+            judged = judge(kind(name, context, kind.load(context), configs[name]))
+            results["tasks"][name] = {**judged, "asked": asked[name]}
+            write_json(folder / "results.json", results)
+            tables = of_evaluation(results)
+            write_text(folder / "table.md", "\n".join(summary(tables, results["notes"], markdown)) + "\n")
+        for line in summary(of_evaluation(results), results["notes"], terminal):
+            say(line)
+        say(f"done: {folder / 'results.json'}, {write_report(folder)}")
+    except (KeyboardInterrupt, Interrupted):
+        say(f"interrupted; kept in {folder}: {_kept_so_far(results, folder)}; the same command goes on")
+        raise
     return results
+
+
+def _asked(kind: AnyEvaluation, config: Any, options: Options) -> dict[str, Any]:
+    """What the numbers of a task depend on beside what all tasks of an evaluation share, as JSON gives it back."""
+    asked = {name: getattr(options, name) for name in kind.asks}
+    return json.loads(json.dumps({**asked, **asdict(config)}, default=str))
+
+
+def _finished(results: Results, asked: Mapping[str, Mapping[str, Any]], folder: Path) -> list[str]:
+    """The tasks that an earlier call has finished.
+
+    Raises:
+        InputError: one of them was asked for with other settings.
+    """
+    finished = [name for name in asked if name in results["tasks"]]
+    for name in finished:
+        before = results["tasks"][name].get("asked", {})
+        if differ := [key for key in {**before, **asked[name]} if before.get(key) != asked[name].get(key)]:
+            shown = "; ".join(f"{key} {before.get(key)} there, {asked[name].get(key)} here" for key in differ[:3])
+            raise InputError(f"--out {folder}: holds {name} with other settings ({shown}); choose another path")
+    return finished
+
+
+def _kept_so_far(results: Results, folder: Path) -> str:
+    """The finished tasks, and the trainings that have a checkpoint."""
+    begun = {file.relative_to(folder).parts[0] for file in folder.glob("*/*/checkpoints/step-*[0-9]")}
+    begun = sorted(begun - set(results["tasks"]))
+    return ", ".join([*results["tasks"], *(f"the checkpoints of {name}" for name in begun)]) or "no finished task yet"
 
 
 def judge(task: Evaluation[Any, Any, Any, Any]) -> TaskResults:
@@ -144,15 +190,6 @@ def judge(task: Evaluation[Any, Any, Any, Any]) -> TaskResults:
             gains[f"{variant}: {told}" if variant else told] = measured[name].above(measured[before])
     result: Any = {**task.facts(), "rows": rows, "gains": gains, **task.details(found)}
     return result
-
-
-def _checked(tasks: Sequence[str], options: Options, out: Path) -> None:
-    known(tasks)
-    check_bounds(options, Options, "--{}")
-    if "outliers" in tasks and options.against is None:
-        raise InputError("--task outliers: give the other images with --against DATA")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file()):
-        raise InputError(f"--out {out}: exists and holds no evaluation; choose another path")
 
 
 def _opened(encoder: str, source: Source, options: Options) -> EncoderBundle:
@@ -231,8 +268,10 @@ def _earlier(folder: Path, encoder: str, bundle: EncoderBundle, source: Source, 
     described: Results = {
         "format": FORMAT,
         "encoder": encoder,
+        "weights": bundle.fingerprint,
         "untrained": options.untrained,
         "data": source.location,
+        "images": source.fingerprint()[:32],
         "image_size": list(bundle.size),
         "seed": options.seed,
         "label_fraction": options.label_fraction,
@@ -244,10 +283,22 @@ def _earlier(folder: Path, encoder: str, bundle: EncoderBundle, source: Source, 
     file = folder / "results.json"
     if not file.is_file():
         return described
-    stored = json.loads(file.read_text())
+    stored = read_object(file)
     wanted = {name: value for name, value in described.items() if name not in ("environment", "notes", "tasks")}
     differ = [name for name, value in wanted.items() if stored.get(name) != value]
+    if stored.get("format") == FORMAT and not differ and not _whole(stored):
+        raise InputError(f"{file}: is damaged; restore it, or choose another path")
+    if differ[:1] == ["weights"]:
+        raise InputError(f"--out {folder}: the weights of {encoder} have changed since; choose another path")
+    if differ == ["images"]:
+        raise InputError(f"--out {folder}: the images of {source.location} have changed since; choose another path")
     if differ:
         shown = "; ".join(f"{name} {stored.get(name)} there, {wanted[name]} here" for name in differ[:3])
         raise InputError(f"--out {folder}: holds another evaluation ({shown}); choose another path")
-    return stored
+    return cast(Results, stored)
+
+
+def _whole(stored: Mapping[str, Any]) -> bool:
+    """Whether a file of results has what one has."""
+    tasks = stored.get("tasks")
+    return isinstance(tasks, dict) and all(isinstance(task, dict) and "asked" in task for task in tasks.values())

@@ -25,6 +25,7 @@ from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.plots import matrix_picture
 from underpaint.evaluation.pyramid import Pyramid, padded, sliding, tokens_to_map
 from underpaint.evaluation.results import Groups, Measured, bootstrap
+from underpaint.evaluation.settings import SegmentConfig
 from underpaint.evaluation.trained import Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.files import write_json
 from underpaint.patches import patchify
@@ -40,30 +41,6 @@ REDRAWS = 200
 LINEAR_RATE = 10.0  # of the linear head over UperNet's: one layer on normalised features takes large steps
 LINEAR_SHARE = 1 / 3  # of the minutes that UperNet has: a head alone is sooner done
 SHOWN = 6
-
-
-@dataclass(frozen=True)
-class SegmentConfig:
-    """Settings. Crops are as large as the encoder's images; a test image is covered by such windows.
-
-    Attributes:
-        lr, encoder_lr: peaks, of what is new (ten times that for a linear head) and of the encoder (not so low that an
-            encoder which has all to learn is held back); `power` of their polynomial decay, as in mmseg.
-        overlap: of the windows at test, as a share of a window.
-        scale: range of the random scale of a training crop.
-        channels: of UperNet.
-    """
-
-    steps: int = 2_000
-    batch_size: int = 16
-    lr: float = 1e-3
-    encoder_lr: float = 3e-4
-    power: float = 0.9
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    overlap: float = 1 / 3
-    scale: tuple[float, float] = (0.5, 2.0)
-    channels: int = 128
 
 
 class Grid(nn.Module):
@@ -250,7 +227,7 @@ def masked(context: Context) -> Masked:
         InputError: there are no masks; all of one part's images lack theirs; more classes than 255.
     """
     source, options = context.source, context.options
-    masks = masks_of(source.location, source)
+    masks: Masks = context.found.get(Segment.annotation) or Segment.annotated(source)
     for note in masks.notes:
         say(f"note: {note}")
     lacking = len(source.entries) - len(masks.names)
@@ -335,17 +312,20 @@ class Segment(Evaluation[SegmentConfig, Masked, nn.Module | int, Segmented]):
     input = "images"
     Config = SegmentConfig
     what = "segmentation"
+    asks = ("minutes", "ignore_index")
 
     def __init__(self, name: str, context: Context, data: Masked, config: SegmentConfig):
         """Raises InputError: windows that leave gaps or never move on, or no scale; fewer than two classes in train; wrong
         masks."""
         super().__init__(name, context, data, config)
-        if not 0 <= config.overlap < 1:
-            raise InputError(f"--set overlap={config.overlap:g}: a share of a window, from 0 to below 1")
-        if not 0 < config.scale[0] <= config.scale[1]:
-            raise InputError(f"--set scale={list(config.scale)}: from a scale above 0 to one that is no smaller")
+        if config.scale[0] > config.scale[1]:
+            raise InputError(f"--set scale={list(config.scale)}: the lower scale comes first")
         self.frequent = int(pixels_of_classes(*data).argmax())
         self.trained: dict[str, Trained] = {}
+
+    @classmethod
+    def annotated(cls, source: Source) -> Masks:
+        return masks_of(source.location, source)
 
     @classmethod
     def load(cls, context: Context) -> Masked:

@@ -62,6 +62,10 @@ def evaluation_page(folder: Path) -> EvaluationPage:
     """
     found = read_json(folder / "results.json")
     results = of_evaluation(found)
+    if "tasks" in found and not results:
+        raise InputError(
+            f"{folder}: no task of this evaluation is finished yet; the same `underpaint evaluate` goes on"
+        )
     if not results:
         raise InputError(f"{folder}: results.json holds no finished task; `underpaint evaluate` makes them")
     limit = TASK_BYTES // (PICTURES * len(results))

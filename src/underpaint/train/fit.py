@@ -3,11 +3,10 @@
 import json
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
-import jsonargparse
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import SingleDeviceStrategy
@@ -21,8 +20,6 @@ from underpaint.train.run_folder import Run
 from underpaint.train.schedules import Duration, Schedule
 from underpaint.train.stepper import Stepper
 from underpaint.trainable import Trainable
-
-Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -93,26 +90,6 @@ def fit_task(
     training.train(batches, resumed)
     task.eval()
     return Trained(steps=training.at.step, minutes=training.at.seconds / 60, loss=training.at.loss)
-
-
-def changed(settings: Settings, given: Mapping[str, object], what: str) -> Settings:
-    """A dataclass of settings with some changed, as `--set NAME=VALUE` gave them, checked by its annotations.
-
-    Raises:
-        InputError: no such setting, or a value of another kind.
-    """
-    kind: Any = type(settings)
-    names = [field.name for field in fields(kind)]
-    for name in given:
-        if name not in names:
-            raise InputError(f"--set {name}: a setting of {what} is one of {', '.join(sorted(names))}")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "set")
-    try:
-        parsed = parser.parse_object({"set": dict(given)}, defaults=True).as_dict()["set"]
-    except Exception as error:
-        raise InputError(" ".join(str(error).split())[:400]) from error
-    return replace(settings, **{name: parsed[name] for name in given})  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _same_settings(folder: Path, settings: Mapping[str, object]) -> None:
