@@ -1,7 +1,6 @@
 """The command line: each command is a plain function of the library."""
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
@@ -15,7 +14,7 @@ from underpaint.config import COMPARED, FLAGS, LENGTHS, declaration
 from underpaint.errors import InputError, Stopped
 from underpaint.evaluation import EVALUATIONS
 from underpaint.evaluation.options import Options
-from underpaint.files import place_of
+from underpaint.files import check_writable, place_of
 from underpaint.methods import LISTED
 from underpaint.signals import Interrupted, answered_signals
 
@@ -170,14 +169,12 @@ def _score_takes(made: argparse.ArgumentParser) -> None:
 def _score(given: argparse.Namespace) -> None:
     _run_at(given.run_folder)
     place_of(given.data)
+    check_writable(given.out, file=True)
+    from underpaint.console import say
     from underpaint.inference import score
 
-    rows = score(given.run_folder, given.data)
-    with open(given.out, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "score", "rank"])
-        writer.writerows((path, f"{value:.6g}", rank) for rank, (path, value) in enumerate(rows, start=1))
-    print(f"{given.out}: {len(rows)} images, most unusual first")
+    rows = score(given.run_folder, given.data, given.out)
+    say(f"{given.out}: {len(rows)} images, most unusual first")
 
 
 def _compare_takes(made: argparse.ArgumentParser) -> None:
@@ -240,6 +237,7 @@ def _predict_takes(made: argparse.ArgumentParser) -> None:
 
 def _predict(given: argparse.Namespace) -> None:
     place_of(given.images)
+    check_writable(given.out)
     from underpaint.prediction import predict
 
     predict(given.trained, given.images, given.out)
@@ -255,10 +253,12 @@ def _embed_takes(made: argparse.ArgumentParser) -> None:
 def _embed(given: argparse.Namespace) -> None:
     place_of(given.data)
     _encoder_at(given.encoder)
+    check_writable(given.out, file=True)
+    from underpaint.console import say
     from underpaint.prediction import embed
 
     count = embed(given.encoder, given.data, given.out, image_size=given.image_size)
-    print(f"{given.out}: {count} images")
+    say(f"{given.out}: {count} images")
 
 
 def _tokenizer_takes(made: argparse.ArgumentParser) -> None:

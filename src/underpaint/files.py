@@ -26,6 +26,7 @@ SOURCES = {
     "wds": ("underpaint.data.sources.webdataset:list_shards", "wds:PATTERN"),
 }
 KINDS = f"a folder, .zip, .tar, .parquet, {' or '.join(form for _, form in SOURCES.values())}"  # of data
+AS_IT_IS = "surrogateescape"  # for names of files in a table: bytes that are no UTF-8 are written as they are
 FORGOTTEN = 86_400  # seconds after which what is half made belongs to nobody
 
 
@@ -122,7 +123,7 @@ def refuse_inside(out: str | Path, *data: str | Path | None) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(utf8(text))
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -147,18 +148,27 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_writable(folder: Path) -> None:
-    """That a folder can be made and written into, without making it.
+def check_writable(out: Path, file: bool = False) -> None:
+    """That a folder, or a file, can be made and written, without making it.
 
     Raises:
         InputError: it cannot.
     """
     try:
-        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        if file and out.is_dir():
+            raise InputError(f"--out {out}: is a folder; give a file")
+        folder = out.absolute().parent if file else out.absolute()
+        there = next(each for each in (folder, *folder.parents) if each.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise InputError(f"--out {folder}: cannot be written: {error.strerror}") from error
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
+
+
+def utf8(name: str) -> str:
+    """A name in which bytes that are no UTF-8 are written as escapes, as `\\xe9` is `\\udce9`: for files of text, which hold
+    nothing else."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:

@@ -1,5 +1,6 @@
 """What a finished or unfinished run can be used for: restoring images, and ranking them."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 from underpaint.backbones import load_encoder, scaling_for, standardize_for
 from underpaint.config import Recipe
-from underpaint.console import say
+from underpaint.console import Going, say
 from underpaint.data import (
     Unreadable,
     centre_boxes,
@@ -19,6 +20,7 @@ from underpaint.data import (
 )
 from underpaint.data.images import Decoding, decode_as
 from underpaint.errors import InputError
+from underpaint.files import AS_IT_IS, check_writable, replacing
 from underpaint.methods import METHODS, Method, Restores
 from underpaint.patches import Standardize
 from underpaint.recipes.recipe import method_options
@@ -75,20 +77,42 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
     sheet({caption: standardize.inverse(frame) for caption, frame in frames.items()}, Path(out))
 
 
-def score(run: str | Path, data: str | Path) -> list[tuple[str, float]]:
+def score(run: str | Path, data: str | Path, out: str | Path | None = None) -> list[tuple[str, float]]:
     """Each image's path and its energy, or the method's own restoration error; most unusual first.
 
+    Args:
+        out: a CSV file to write them to, with their ranks. Names of files are written byte by byte as they are.
+
     Raises:
-        InputError: no run there, or no images that can be read.
+        InputError: no run there, or no images that can be read; a file that cannot be written.
     """
+    path = None if out is None else Path(out)
+    if path is not None:
+        check_writable(path, file=True)
     method, standardize, recipe = load_method(run)
     size = recipe.data.image_size
     source = open_source(data)
     every, channels = range(len(source.entries)), method.encoder.channels
     scaling = settle_scaling(scaling_for(run), source, every, size=size, channels=channels, tell=say)
     images = load_images(source, every, size=size, channels=channels, scaling=scaling)
-    rows = []
-    for batch in eval_batches(images, size=size, batch_size=64):
-        values = method.score(standardize(batch.images)).tolist()
-        rows += [(images.names[k], value) for k, value in zip(batch.samples, values, strict=True)]
-    return sorted(rows, key=lambda row: -row[1])
+    rows: list[tuple[str, float]] = []
+    with Going("scoring", len(images)) as going:
+        for batch in eval_batches(images, size=size, batch_size=64):
+            values = method.score(standardize(batch.images)).tolist()
+            rows += [(images.names[k], value) for k, value in zip(batch.samples, values, strict=True)]
+            going.advance(len(values))
+    rows.sort(key=lambda row: -row[1])
+    if path is not None:
+        _write_scores(path, rows)
+    return rows
+
+
+def _write_scores(path: Path, rows: Sequence[tuple[str, float]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=AS_IT_IS) as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "score", "rank"])
+            writer.writerows((name, f"{value:.6g}", rank) for rank, (name, value) in enumerate(rows, start=1))
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written: {error.strerror}") from error

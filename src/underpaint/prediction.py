@@ -11,8 +11,9 @@ from underpaint.data import eval_batches, open_source, stored_scaling
 from underpaint.errors import InputError
 from underpaint.evaluation import EVALUATIONS, evaluation
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
+from underpaint.evaluation.features import counted
 from underpaint.evaluation.keep import kept
-from underpaint.files import replacing
+from underpaint.files import check_writable, replacing, utf8
 from underpaint.patches import Standardize
 
 
@@ -30,36 +31,54 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
     Raises:
         InputError: nothing trained there; no images.
     """
+    folder = Path(out)
+    check_writable(folder)
     saved, weights = kept(Path(trained))
-    name = saved["task"].partition("-")[0]
+    name = str(saved.get("task")).partition("-")[0]
     if name not in EVALUATIONS:
-        raise InputError(f"a model of task '{saved['task']}'; this version does not know it")
+        raise InputError(f"{trained}: a model of task '{saved.get('task')}'; this version does not know it")
     kind = evaluation(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bundle = EncoderBundle(
-        saved["encoder"],
-        from_arguments(dict(saved["create_model"])),
-        saved["create_model"],
-        Standardize(saved["mean"], saved["std"]).to(device),
-        (saved["image_size"][0], saved["image_size"][1]),
-        True,
-        scaling=stored_scaling(saved.get("scaling")),
-    )
-    model = kind.rebuild(saved, bundle)
-    model.load_state_dict(weights)
+    try:
+        bundle = EncoderBundle(
+            saved["encoder"],
+            from_arguments(dict(saved["create_model"])),
+            saved["create_model"],
+            Standardize(saved["mean"], saved["std"]).to(device),
+            (saved["image_size"][0], saved["image_size"][1]),
+            True,
+            scaling=stored_scaling(saved.get("scaling")),
+        )
+        if {len(saved["mean"]), len(saved["std"])} != {bundle.encoder.channels}:
+            raise ValueError(f"mean and std are not those of {bundle.encoder.channels} channels")
+        model = kind.rebuild(saved, bundle)
+        model.load_state_dict(weights)
+    except InputError as error:
+        raise InputError(f"{trained}: model.json: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(
+            f"{trained}: model.json is damaged, or does not fit model.safetensors ({reason}); evaluate anew in another folder"
+        ) from error
     source = open_source(images)
-    bundle, folder = bundle.scaled(source), Path(out)
+    bundle = bundle.scaled(source)
     folder.mkdir(parents=True, exist_ok=True)
-    kind.write(model.to(device).eval(), saved, bundle, source, folder)
+    try:
+        kind.write(model.to(device).eval(), saved, bundle, source, folder)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
 
 
 @torch.no_grad()
 def embed(encoder: str | Path, data: str | Path, out: str | Path, *, image_size: tuple[int, int] | None = None) -> int:
     """Write path and pooled feature vector of every image to a parquet file; how many there are.
 
+    A name that is not UTF-8, which parquet cannot hold, has its bytes as escapes: `caf\\udce9.png`.
+
     Raises:
-        InputError: an encoder or data that cannot be used.
+        InputError: an encoder or data that cannot be used; a file that cannot be written.
     """
+    check_writable(Path(out), file=True)
     source = open_source(data)
     bundle = open_bundle(str(encoder), image_size=image_size).scaled(source)
     images, path = bundle.images(source), Path(out)
@@ -68,10 +87,11 @@ def embed(encoder: str | Path, data: str | Path, out: str | Path, *, image_size:
         kind = pa.list_(pa.float32(), bundle.encoder.dim)
         schema = pa.schema([("path", pa.string()), ("vector", kind)])
         with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            for batch in eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device):
+            batches = eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device)
+            for batch in counted(batches, "features", len(images)):
                 pooled = bundle.encoder(bundle.standardize(batch.images)).pooled.float().cpu().numpy()
                 vectors = pa.FixedSizeListArray.from_arrays(pa.array(pooled.reshape(-1)), bundle.encoder.dim)
-                names = pa.array([images.names[k] for k in batch.samples])
+                names = pa.array([utf8(images.names[k]) for k in batch.samples])
                 writer.write_table(pa.Table.from_arrays([names, vectors], schema=schema))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error

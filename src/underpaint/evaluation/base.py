@@ -28,6 +28,7 @@ from underpaint.evaluation.options import Options
 from underpaint.evaluation.results import Measured
 from underpaint.evaluation.settings import NoSettings, changed
 from underpaint.evaluation.splits import Split, stratified
+from underpaint.files import utf8
 
 ENCODER, UNTRAINED = "encoder", "untrained"  # the encoder that is judged, and the same choices with random weights
 PIXELS: dict[str, Callable[[Tensor], Tensor]] = {"raw pixels": raw_pixels, "HOG": hog}  # features without a network
@@ -139,7 +140,7 @@ def labelled(source: Source) -> tuple[list[int], list[int]]:
 def class_name(images: ImageSet, label: int) -> str:
     """The name of a class, or its number where it has none."""
     names = images.classes or []
-    return names[label] if label < len(names) else str(label)
+    return utf8(names[label]) if label < len(names) else str(label)
 
 
 Settings = TypeVar("Settings")

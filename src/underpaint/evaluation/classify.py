@@ -1,7 +1,8 @@
 """What all evaluations by class labels share: accuracy, its baseline, classes by name, and using what was trained."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,15 +11,16 @@ import torch
 from torch import nn
 
 from underpaint.console import say
-from underpaint.data import Source, eval_batches
+from underpaint.data import Batch, ImageSet, Source, eval_batches
 from underpaint.evaluation.base import ENCODER, Context, Evaluation, Row, class_name, labelled
 from underpaint.evaluation.baselines import majority
 from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.features import counted
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.plots import confusion_picture, contact_sheet
 from underpaint.evaluation.results import Measured, Probe, means
 from underpaint.evaluation.splits import Split
-from underpaint.files import replacing
+from underpaint.files import AS_IT_IS, replacing
 from underpaint.report.figures.pictures import to_rgb
 
 MAJORITY = "majority"
@@ -84,24 +86,41 @@ class Classification(Evaluation[Settings, Splits, Model, Probe]):
     def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
         """predictions.csv (path, class, probability) and predictions.png."""
         images, names = bundle.images(source), saved["classes"]
-        rows: list[tuple[str, str, str]] = []
         tiles: list[tuple[np.ndarray, str]] = []
-        for batch in eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device):
-            best = model(bundle.standardize(batch.images)).softmax(1).max(1)
-            shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
-            for position, sample in enumerate(batch.samples):
-                name, probability = names[int(best.indices[position])], float(best.values[position])
-                rows.append((images.names[sample], name, f"{probability:.4f}"))
-                if position < len(shown):
-                    tiles.append((shown[position], f"{name} {100 * probability:.0f} %"))
-        write_table(folder, ["path", "class", "probability"], rows)
+        with table(folder, ["path", "class", "probability"]) as add:
+            for batch in every(images, bundle):
+                best = model(bundle.standardize(batch.images)).softmax(1).max(1)
+                shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
+                for position, sample in enumerate(batch.samples):
+                    name, probability = names[int(best.indices[position])], float(best.values[position])
+                    add([images.names[sample], name, f"{probability:.4f}"])
+                    if position < len(shown):
+                        tiles.append((shown[position], f"{name} {100 * probability:.0f} %"))
         contact_sheet(tiles, folder / "predictions.png")
 
 
-def write_table(folder: Path, names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
-    """predictions.csv."""
-    with replacing(folder / "predictions.csv") as temporary, open(temporary, "w", newline="") as file:
+def every(images: ImageSet, bundle: EncoderBundle) -> Generator[Batch, None, None]:
+    """All images as the encoder takes them, with progress."""
+    batches = eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device)
+    return counted(batches, "predicting", len(images))
+
+
+@contextmanager
+def table(folder: Path, names: list[str]) -> Generator[Callable[[Sequence[str]], object], None, None]:
+    """What adds a row to predictions.csv, which is there when all of them are.
+
+    Names of files are written byte by byte as they are, UTF-8 or not.
+    """
+    count = 0
+    path = folder / "predictions.csv"
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=AS_IT_IS) as file:
         writer = csv.writer(file)
         writer.writerow(names)
-        writer.writerows(rows)
-    say(f"{folder / 'predictions.csv'}: {len(rows)} images")
+
+        def add(row: Sequence[str]) -> None:
+            nonlocal count
+            count += 1
+            writer.writerow(row)
+
+        yield add
+    say(f"{path}: {count} images")

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from underpaint.backbones import protocols as backbones
-from underpaint.data import eval_batches
+from underpaint.console import Going, say
+from underpaint.data import Batch, eval_batches
 from underpaint.data.sources.base import cache_root
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import EncoderBundle
@@ -102,7 +103,16 @@ def extract(
         return Features(vectors, tokens.joined(vectors), numbers)
     np.save(folder / "pooled.npy", vectors.numpy())
     np.save(folder / "samples.npy", numbers)
+    np.save(folder / "tokens.npy", np.asarray(tokens.count))
     return stored(folder)
+
+
+def counted(batches: Iterable[Batch], what: str, total: int) -> Generator[Batch, None, None]:
+    """The same batches, with progress in images (`console.progress`)."""
+    with Going(what, total) as going:
+        for batch in batches:
+            yield batch
+            going.advance(len(batch.samples))
 
 
 class _Tokens:
@@ -113,6 +123,7 @@ class _Tokens:
         self.parts: list[Tensor] = []
         self.precision = torch.float32 if folder is None else torch.float16
         self.held = 0  # bytes in full precision
+        self.count = 0  # of an image
 
     @contextmanager
     def opened(self) -> Generator[None, None, None]:
@@ -124,6 +135,7 @@ class _Tokens:
 
     def add(self, tokens: Float[Tensor, "b t d"]) -> None:
         kept = _kept(tokens.float(), self.precision)
+        self.count = tokens.shape[1]
         if self.path is not None:
             self.file.write(kept.numpy().tobytes())
             return
@@ -144,12 +156,18 @@ def _kept(tokens: Float[Tensor, "b t d"], precision: torch.dtype) -> Float[Tenso
 
 
 def stored(folder: Path) -> Features:
-    """What `extract` kept in a folder, memory-mapped; copied on write, so that nobody can spoil the files."""
+    """What `extract` kept in a folder, memory-mapped; copied on write, so that nobody can spoil the files.
+
+    Raises:
+        OSError, ValueError: files that are missing or damaged.
+    """
     pooled, samples = np.load(folder / "pooled.npy", mmap_mode="c"), np.load(folder / "samples.npy")
-    count, dim = pooled.shape
+    (count, dim), tokens = pooled.shape, int(np.load(folder / "tokens.npy"))
+    if len(samples) != count or (folder / "patches.bin").stat().st_size != 2 * count * tokens * dim:
+        raise ValueError(f"{folder}: its files do not fit each other")
     patches = np.zeros((count, 0, dim), np.float16)
-    if (folder / "patches.bin").stat().st_size:
-        patches = np.memmap(folder / "patches.bin", np.float16, "c").reshape(count, -1, dim)
+    if tokens:
+        patches = np.memmap(folder / "patches.bin", np.float16, "c").reshape(count, tokens, dim)
     return Features(torch.from_numpy(pooled), torch.from_numpy(patches), samples)
 
 
@@ -168,6 +186,7 @@ def features_of(
         InputError: none of the images can be read.
     """
     batches = eval_batches(split.images, size=size, indices=split.indices, device=standardize.mean.device)
+    batches = counted(batches, "features", len(split.indices))
     return extract(encoder, batches, transform=standardize, with_patches=with_patches, folder=folder)
 
 
@@ -177,7 +196,7 @@ def pixel_features(features: Callable[[Tensor], Tensor], split: Split, size: tup
     def encoded(images: Tensor) -> Encoded:
         return backbones.Features(features(images), images.new_empty(len(images), 0, 0))
 
-    batches = eval_batches(split.images, size=size, indices=split.indices)
+    batches = counted(eval_batches(split.images, size=size, indices=split.indices), "features", len(split.indices))
     return extract(encoded, batches, with_patches=False)
 
 
@@ -188,11 +207,15 @@ def stored_features(bundle: EncoderBundle, split: Split, *, with_patches: bool) 
         InputError: none of the images can be read.
     """
     folder = cache_root() / "features" / _key(bundle, split, with_patches)
-    if not (folder / "samples.npy").is_file():
-        with replacing_folder(folder, durable=False) as temporary:
-            features_of(
-                *(bundle.encoder, bundle.standardize, split, bundle.size), with_patches=with_patches, folder=temporary
-            )
+    if folder.is_dir():
+        try:
+            return stored(folder)
+        except (OSError, ValueError, EOFError):
+            say(f"damaged, and computed again: the features in {folder}")
+    with replacing_folder(folder, durable=False) as temporary:
+        features_of(
+            *(bundle.encoder, bundle.standardize, split, bundle.size), with_patches=with_patches, folder=temporary
+        )
     return stored(folder)
 
 

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from underpaint.data import Source, eval_batches, split_indices
+from underpaint.data import Source, split_indices
 from underpaint.errors import InputError
 from underpaint.evaluation.base import ENCODER, PIXELS, Context, Evaluation, Kept, Row
 from underpaint.evaluation.bundle import EncoderBundle
-from underpaint.evaluation.classify import SHOWN, Splits, write_table
+from underpaint.evaluation.classify import SHOWN, Splits, every, table
 from underpaint.evaluation.frozen import Headed, LinearHead
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.linear import statistics
@@ -176,12 +176,12 @@ class Regression(Evaluation[NoSettings, Splits, Ridge, Float[np.ndarray, "n"]]):
     def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
         """predictions.csv (path, and the number by its name) and predictions.png."""
         images = bundle.images(source)
-        rows: list[tuple[str, str]] = []
         tiles: list[tuple[np.ndarray, str]] = []
-        for batch in eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device):
-            numbers = model(bundle.standardize(batch.images)).squeeze(1).tolist()
-            rows += [(images.names[k], f"{number:.6g}") for k, number in zip(batch.samples, numbers, strict=True)]
-            shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
-            tiles += [(tile, f"{number:.4g}") for tile, number in zip(shown, numbers, strict=False)]
-        write_table(folder, ["path", saved["settings"]["number"]], rows)
+        with table(folder, ["path", saved["settings"]["number"]]) as add:
+            for batch in every(images, bundle):
+                numbers = model(bundle.standardize(batch.images)).squeeze(1).tolist()
+                for k, number in zip(batch.samples, numbers, strict=True):
+                    add([images.names[k], f"{number:.6g}"])
+                shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
+                tiles += [(tile, f"{number:.4g}") for tile, number in zip(shown, numbers, strict=False)]
         contact_sheet(tiles, folder / "predictions.png")

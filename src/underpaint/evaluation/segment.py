@@ -27,7 +27,7 @@ from underpaint.evaluation.pyramid import Pyramid, padded, sliding, tokens_to_ma
 from underpaint.evaluation.results import Groups, Measured, bootstrap
 from underpaint.evaluation.settings import SegmentConfig
 from underpaint.evaluation.trained import Task, as_tuples, sampled_batches, train, two_rates
-from underpaint.files import write_json
+from underpaint.files import replacing, write_json
 from underpaint.patches import patchify
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.targets import hog_pyramid
@@ -414,7 +414,8 @@ class Segment(Evaluation[SegmentConfig, Masked, nn.Module | int, Segmented]):
             mask = scores.argmax(0).to(torch.uint8).cpu().numpy()
             path = folder / "masks" / _inside(source.entries[index].name).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask).save(path)
+            with replacing(path) as temporary:
+                Image.fromarray(mask).save(temporary, format="PNG")
             count += 1
             if len(columns["image"]) < SHOWN:
                 columns["image"].append(rgb(image))

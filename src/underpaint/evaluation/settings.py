@@ -168,9 +168,9 @@ def foresee(tasks: Sequence[str], options: Options, out: Path) -> None:
     for task, kind in kinds.items():
         recipe = fine_tuning(options.recipe) if task == "finetune" and options.recipe is not None else kind()
         changed(recipe, options.settings, WHAT[task])
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file()):
-        raise InputError(f"--out {out}: exists and holds no evaluation; choose another path")
     check_writable(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
+        raise InputError(f"--out {out}: exists and holds no evaluation; choose another path")
 
 
 def changed(settings: Settings, given: Mapping[str, object], what: str) -> Settings:

@@ -13,7 +13,7 @@ from lightning_fabric.strategies import SingleDeviceStrategy
 
 from underpaint.console import say
 from underpaint.errors import InputError
-from underpaint.files import write_json
+from underpaint.files import read_object, write_json
 from underpaint.train.cadence import Plan
 from underpaint.train.loop import Training
 from underpaint.train.run_folder import Run
@@ -95,7 +95,7 @@ def fit_task(
 def _same_settings(folder: Path, settings: Mapping[str, object]) -> None:
     file, wanted = folder / "settings.json", json.loads(json.dumps(settings))
     if file.is_file():
-        stored = json.loads(file.read_text())
+        stored = read_object(file)
         differ = sorted(name for name in stored | wanted if stored.get(name) != wanted.get(name))
         if differ:
             shown = "; ".join(f"{name} {stored.get(name)} there, {wanted.get(name)} here" for name in differ[:3])
