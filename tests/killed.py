@@ -1,5 +1,7 @@
 """This process ends with SIGKILL, or is told to end, at a chosen moment of the command that it runs; what its steps see."""
 
+import functools
+import importlib
 import json
 import os
 import signal
@@ -24,6 +26,20 @@ def dying(function: Any, count: int, before_dying: Any = None) -> Any:
             if before_dying:
                 before_dying(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+def told(function: Any, count: int) -> Any:
+    """`function`, at whose `count`-th call this process is told to end."""
+    calls = 0
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGTERM)
         return function(*arguments, **named)
 
     return wrapped
@@ -60,8 +76,16 @@ def record(file: str) -> None:
 
 
 def arm(moment: str, count: int) -> None:
-    """From here on this process ends at the `count`-th event of that kind: step, save, probe, judge, or term."""
-    if moment == "step":
+    """From here on this process ends at the `count`-th event of that kind: step, save, probe, judge, or term; or, for
+    "kill MODULE:NAME" and "term MODULE:NAME", with SIGKILL or SIGTERM at the `count`-th call of that function."""
+    if ":" in moment:
+        how, _, function = moment.partition(" ")
+        module, _, name = function.partition(":")
+        *owners, last = name.split(".")
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        calling = dying if how == "kill" else told
+        setattr(owner, last, calling(getattr(owner, last), count))
+    elif moment == "step":
         Stepper.step = stepping(dying(Stepper.step, count))
     elif moment == "save":
         Run.save = dying(Run.save, count, half_a_checkpoint)
@@ -70,13 +94,4 @@ def arm(moment: str, count: int) -> None:
     elif moment == "judge":  # trained, and the last checkpoint written
         ProbeSuite.restoration = dying(ProbeSuite.restoration, count)
     elif moment == "term":
-        real, calls = Stepper.step, 0
-
-        def told(*arguments: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == count:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(*arguments)
-
-        Stepper.step = stepping(told)
+        Stepper.step = stepping(told(Stepper.step, count))

@@ -52,8 +52,12 @@ class Meter:
         self.sums = None
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.sums is None else {"window_sums": self.sums}
+        found = {} if self.sums is None else {"window_sums": self.sums}
+        losses = torch.stack(list(self.recent)) if self.recent else torch.empty(0)
+        return found | {"window_losses": losses[losses.isfinite()]}
 
     def load(self, tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> None:
         self.names = list(names)
         self.sums = tensors["window_sums"].to(device) if "window_sums" in tensors else None
+        # a checkpoint of an earlier version has none
+        self.recent = deque(tensors.get("window_losses", torch.empty(0)).to(device).unbind(), maxlen=LAST)
