@@ -10,7 +10,7 @@ from underpaint.data.loader import Batch, Crops, eval_batches, fair_batches, ste
 from underpaint.data.open import open_source
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.data.sources.base import Entry, Source
-from underpaint.data.splits import labelled_indices, pretraining_indices, split_indices
+from underpaint.data.splits import labelled_indices, labels_judge, pretraining_indices, split_indices
 
 __all__ = [
     "Batch",
@@ -31,6 +31,7 @@ __all__ = [
     "format_check",
     "keep",
     "labelled_indices",
+    "labels_judge",
     "listing",
     "load_images",
     "measure_scaling",

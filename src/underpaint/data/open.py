@@ -11,7 +11,7 @@ from pathlib import Path
 from underpaint.data.sources.base import Listing, Source
 from underpaint.data.sources.names import IMAGE_SUFFIXES
 from underpaint.data.sources.path import list_path
-from underpaint.data.splits import held_out, labelled_indices
+from underpaint.data.splits import held_out, labelled_indices, labels_judge
 from underpaint.errors import InputError
 from underpaint.files import SOURCES, place_of
 
@@ -72,7 +72,8 @@ def _describe(source: Source) -> None:
         notes.append(f"splits: {counts}{outside}{reads}")
     sides = labelled_indices(source)
     if sides is None:
-        notes.append("class labels: none")
+        useless = labels_judge(source)
+        notes.append(f"class labels: not used, {useless}" if useless else "class labels: none")
     else:
         known = sum(entry.label is not None for entry in entries)
         names = source.classes or []

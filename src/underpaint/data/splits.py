@@ -36,10 +36,24 @@ def labelled_indices(source: Source) -> tuple[list[int], list[int]] | None:
 
     The test split judges if it is labelled, else the val split, else a stratified hold-out of 20 % (whole groups,
     where the source was opened with `groups`), which depends on names, labels and groups alone. None where there are
-    no labels.
+    no labels, or none that can judge (`labels_judge`).
     """
     labelled = [i for i, entry in enumerate(source.entries) if entry.label is not None]
-    return split_indices(source, labelled) if labelled else None
+    sides = split_indices(source, labelled) if labelled else ([], [])
+    return sides if labelled and not _useless(source, *sides) else None
+
+
+def labels_judge(source: Source) -> str:
+    """Why class labels cannot judge; nothing where they can, or where there are none."""
+    labelled = [i for i, entry in enumerate(source.entries) if entry.label is not None]
+    return _useless(source, *split_indices(source, labelled)) if labelled else ""
+
+
+def _useless(source: Source, train: list[int], test: list[int]) -> str:
+    classes = {source.entries[i].label for i in train}
+    if len(classes) < 2:
+        return "they are all of one class" if train else "none of them is of an image to train on"
+    return "" if test else "no class has two images, one of which could judge"
 
 
 def split_indices(source: Source, indices: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from underpaint.console import say
-from underpaint.data import ImageSet, Source, labelled_indices
+from underpaint.data import ImageSet, Source, labelled_indices, labels_judge
 from underpaint.errors import InputError
 from underpaint.evaluation.baselines import hog, raw_pixels
 from underpaint.evaluation.bundle import EncoderBundle
@@ -129,9 +129,11 @@ def labelled(source: Source) -> tuple[list[int], list[int]]:
     """Entries with class labels, to train on and to test on.
 
     Raises:
-        InputError: there are none; a class in test that train lacks.
+        InputError: there are none, or none that can judge.
     """
     sides = labelled_indices(source)
+    if sides is None and (useless := labels_judge(source)):
+        raise InputError(f"{source.location}: its class labels cannot judge: {useless}")
     if sides is None:
         raise InputError(f"{source.location} has no class labels; expected a folder a class, or a label column")
     return sides

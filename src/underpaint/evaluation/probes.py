@@ -4,6 +4,7 @@ The untrained encoder gets the same probe with the same choices; nothing is chos
 there is the effective rank of the features (RankMe, arXiv 2210.02885).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from underpaint.data import ImageSet, Source, eval_batches, fair_batches, labell
 from underpaint.errors import InputError
 from underpaint.evaluation.attentive import attentive
 from underpaint.evaluation.baselines import hog, majority, raw_pixels
-from underpaint.evaluation.features import Features, features_of, pixel_features
+from underpaint.evaluation.features import Features, counted, features_of, pixel_features
 from underpaint.evaluation.knn import knn
 from underpaint.evaluation.linear import linear
 from underpaint.evaluation.rank import effective_rank
@@ -36,6 +37,7 @@ RESTORED = 2_000  # images on which the restoration is measured
 SHOTS = 10  # labelled images a class of the probes with few labels
 SUBSET = 0  # the seed by which a part is made smaller: runs of every seed are judged by the same images
 KINDS = ("linear", "attentive", "knn")
+MOST_CLASSES = 1_000  # that a probe tells apart: its time is images times classes
 TOKEN_MEMORY = 1.5e9  # bytes of patch tokens that are held at once
 
 
@@ -109,6 +111,7 @@ class ProbeSuite:
     size: tuple[int, int]
     seed: int
     seen: int = 0  # images of the test part that were pretrained on, without their labels
+    left_out: int = 0  # classes that do not judge, since a probe of so many would take hours
 
     @classmethod
     def of(
@@ -125,11 +128,14 @@ class ProbeSuite:
         if found is None:
             return cls(pool, None, size, seed)
         parts = []
+        found, left_out = _frequent(source, *found)
         for indices in found:
             chosen = list(indices)
             images = pool if chosen == list(pool_indices) and source.classes == pool.classes else load(source, chosen)
             parts.append(Split(images, list(range(len(images)))))
-        return cls(pool, (parts[0], parts[1]), size, seed)
+        if len(np.unique(parts[0].labels)) < 2 or not len(parts[1].images):  # of those that can be read
+            return cls(pool, None, size, seed)
+        return cls(pool, (parts[0], parts[1]), size, seed, left_out=left_out)
 
     @property
     def skipped(self) -> list[dict[str, str]]:
@@ -164,7 +170,8 @@ class ProbeSuite:
         was = method.training
         method.eval()
         sums: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for batch in eval_batches(part.images, size=self.size, indices=chosen, device=device):
+        batches = eval_batches(part.images, size=self.size, indices=chosen, device=device)
+        for batch in counted(batches, "restoring", len(chosen)):
             for name, pair in method.held_out(standardize(batch.images), generator).items():
                 sums.setdefault(name, []).append((pair[0].double().cpu(), pair[1].double().cpu()))
         method.train(was)
@@ -245,6 +252,10 @@ class ProbeSuite:
             return []
         train, test = self.full()
         said = []
+        if self.left_out:
+            said.append(
+                f"The {MOST_CLASSES:,} classes with the most images judge, of {MOST_CLASSES + self.left_out:,} in all."
+            )
         if self.seen:
             said.append(
                 f"{self.seen:,} of the images to test on were pretrained on, without their labels (all_images)."
@@ -356,6 +367,17 @@ class ProbeSuite:
         """Numbers in the patch tokens of an image."""
         rows, columns = encoder.grid(*self.size)
         return rows * columns * encoder.dim
+
+
+def _frequent(source: Source, train: list[int], test: list[int]) -> tuple[tuple[list[int], list[int]], int]:
+    """The images of the `MOST_CLASSES` classes with the most to train on (the first among equals), and how many classes
+    are left out."""
+    counts = Counter(source.entries[i].label for i in train)
+    if len(counts) <= MOST_CLASSES:
+        return (train, test), 0
+    kept = {label for label, _ in sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:MOST_CLASSES]}
+    parts = ([i for i in part if source.entries[i].label in kept] for part in (train, test))
+    return (next(parts), next(parts)), len(counts) - MOST_CLASSES
 
 
 def _rank(pooled: Tensor) -> float:
