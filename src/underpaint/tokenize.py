@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from underpaint.config import Data, bounds_of, outside
-from underpaint.console import say
+from underpaint.console import progress, say
 from underpaint.data import Crops, ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
 from underpaint.report.figures.pictures import sheet
@@ -104,7 +104,7 @@ class Making:
         rows, columns = tokenizer.grid(*self.settings.image_size)
         batches = math.ceil(COUNTED_A_WORD * tokenizer.codebook_size / (self.batch_size * rows * columns))
         with closing(self.crops(0, self.seed)) as crops:
-            tokenizer.count(islice(crops, batches))
+            tokenizer.count(progress(islice(crops, batches), "counting words", batches))
 
 
 def make_ready(tokenizer: Tokenizer, making: Making) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from underpaint.console import progress
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.files import replacing, write_json
@@ -160,7 +161,7 @@ class KMeansPatches(Tokenizer):
         generator = torch.Generator().manual_seed(seed)
         some = patches[torch.randperm(len(patches), generator=generator)[: 40 * self.codebook_size].to(patches.device)]
         centres = _plus_plus(some, self.codebook_size, generator)
-        for _ in range(ITERATIONS):
+        for _ in progress(range(ITERATIONS), "k-means"):
             word, distance = _nearest(patches, centres)
             sums = torch.zeros_like(centres).index_add_(0, word, patches)
             counts = torch.bincount(word, minlength=self.codebook_size)

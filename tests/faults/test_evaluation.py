@@ -1,6 +1,7 @@
 """An evaluation that was interrupted anywhere goes on, and ends with the numbers of one that was not."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,3 +187,29 @@ def test_wrong_questions_are_refused_before_anything_is_decoded_or_made(
         assert said in error
         assert error.count("\n") == 1
         assert not out.exists()
+
+
+def test_whatever_takes_long_shows_how_far_it_is(
+    run: Path, pictures: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("underpaint.console.PATIENCE", 0.0)
+    monkeypatch.setattr("underpaint.console.BETWEEN", 0.0)
+    monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / "cache"))
+    worth, out = str(tmp_path / "worth"), str(tmp_path / "out")
+    evaluating = ["evaluate", str(run), "--data", str(pictures), "--out", worth, "--task"]
+    segmenting = ["evaluate", str(run), "--data", str(scenes), "--out", f"{worth}-scenes", "--untrained", "--task"]
+    brief = ["--set", "steps=1", "--set", "batch_size=2", "--set", "channels=8"]
+    for command, shown in (
+        ([*evaluating, "knn,linear,attentive"], "decoding features nearest~neighbours linear~probe attentive~probe"),
+        ([*segmenting, "segment,detect", *brief], "reading~masks testing standard~errors"),
+        (["predict", f"{worth}/linear", str(pictures), "--out", out], "predicting"),
+        (["predict", f"{worth}-scenes/detect", str(scenes), "--out", out], "predicting"),
+        (["embed", str(run), str(pictures), "--out", f"{out}/v.parquet"], "features"),
+        (["score", str(run), str(pictures), "--out", f"{out}/s.csv"], "scoring"),
+    ):
+        assert main(command) == 0
+        said = capsys.readouterr().out
+        assert all(
+            re.search(f"^{what.replace('~', ' ')}[^:]*: [0-9,]+ (of|so far)", said, re.MULTILINE)
+            for what in shown.split()
+        ), said

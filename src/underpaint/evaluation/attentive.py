@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from underpaint.console import progress
 from underpaint.errors import InputError
 from underpaint.evaluation.results import Probe
 from underpaint.evaluation.splits import Labels, as_task, hold_out
@@ -145,13 +146,13 @@ def _train(
     targets = torch.from_numpy(labels)
     order = torch.Generator().manual_seed(seed + 1)
     index = torch.from_numpy(members)
-    for step in range(steps):
+    for step in progress(range(steps), "attentive probe"):
         if step % an_epoch == 0:
             shuffled = index[torch.randperm(len(index), generator=order)]
         start = (step % an_epoch) * batch
         chosen = shuffled[start : start + batch]
-        progress = max(0.0, (step - warm_up) / max(1, steps - warm_up))
-        factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * progress))
+        share = max(0.0, (step - warm_up) / max(1, steps - warm_up))
+        factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * share))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         tokens, wanted = normalized(patches[chosen.to(device)]), targets[chosen].to(device)

@@ -26,7 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from underpaint.backbones import Backbone
-from underpaint.console import say
+from underpaint.console import progress, say
 from underpaint.data import Source, split_indices
 from underpaint.data.annotations import (
     Coco,
@@ -502,7 +502,7 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
         test, bundle = self.data[1], self.context.encoders[row.who]
         back = dict(enumerate(self.found.categories, start=1))
         found: list[CocoObject] = []
-        for index in test.indices:
+        for index in progress(test.indices, "testing"):
             number = test.annotations.images[index]
             found += detected(model, bundle, test.images[index], number, back, self.found.masks)
         return found

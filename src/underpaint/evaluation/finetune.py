@@ -30,6 +30,7 @@ from underpaint.errors import InputError
 from underpaint.evaluation.base import Context, Kept, Row
 from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.classify import MAJORITY, Classification, Splits
+from underpaint.evaluation.features import counted
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.results import Probe
 from underpaint.evaluation.settings import FineTuning, changed, fine_tuning
@@ -204,7 +205,7 @@ class FineTune(Classification[FineTuning, nn.Module | None]):
         batches = eval_batches(
             self.test.images, size=bundle.size, indices=self.test.indices, device=self.context.device
         )
-        for batch in batches:
+        for batch in counted(batches, "testing", len(self.test.indices)):
             said.append(model(bundle.standardize(batch.images)).argmax(1).cpu().numpy())
             seen += batch.samples
         self.seen, self.wanted = seen, self.test.labels_of(seen)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from underpaint.console import say
+from underpaint.console import progress, say
 from underpaint.data import ImageSet, Scaling, Source, Unreadable, load_images
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import EncoderBundle
@@ -37,7 +37,7 @@ class FullResImages:
         """
         images = cls(source, range(len(source.entries)), bundle.encoder.channels, bundle.scaling)
         count = 0
-        for index in range(len(source.entries)):
+        for index in progress(range(len(source.entries)), "predicting"):
             if index in images:
                 try:
                     yield index, images[index]

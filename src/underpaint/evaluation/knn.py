@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from underpaint.console import progress
 from underpaint.evaluation.results import Probe
 from underpaint.evaluation.splits import Labels, as_task, hold_out, stratified
 
@@ -55,7 +56,7 @@ def _predict(
     """The winning class of every query, for each of the ascending `ks`; all vectors have length 1."""
     labels = torch.from_numpy(y).to(x.device)
     winners = []
-    for part in queries.split(max(1, CHUNK // len(x))):
+    for part in progress(queries.split(max(1, CHUNK // len(x))), "nearest neighbours"):
         similarity, index = (part @ x.T).topk(ks[-1], dim=1)
         # the common factor exp(1 / temperature) left out, so that a small temperature cannot overflow
         weight = ((similarity.double() - 1) / temperature).exp()

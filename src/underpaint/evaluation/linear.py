@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from underpaint.console import Going
 from underpaint.evaluation.results import Probe
 from underpaint.evaluation.splits import Labels, as_task, hold_out, stratified
 
@@ -122,9 +123,10 @@ def _fit(
         scores = torch.addmm(weights[:, -1], x, weights[:, :-1].T)
         value = F.cross_entropy(scores, y) + 0.5 * decay * weights[:, :-1].square().sum()
         value.backward()
+        going.advance()
         return value
 
-    with torch.enable_grad():
+    with torch.enable_grad(), Going("linear probe, steps", total=None) as going:
         optimizer.step(loss)
     return free.detach() * unit
 

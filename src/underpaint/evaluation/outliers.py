@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from underpaint.data import eval_batches, open_source, split_indices
 from underpaint.errors import InputError
 from underpaint.evaluation.base import ENCODER, Context, Evaluation, Row
+from underpaint.evaluation.features import counted
 from underpaint.evaluation.plots import histogram_picture
 from underpaint.evaluation.results import Groups, Measured, bootstrap
 from underpaint.evaluation.settings import NoSettings
@@ -137,7 +138,8 @@ class Outliers(Evaluation[NoSettings, Sets, None, Scores]):
         found = []
         for split in (self.data.usual, self.data.strange):
             batches = eval_batches(split.images, size=recipe.data.image_size, batch_size=64)
-            found.append(torch.cat([method.score(standardize(batch.images)) for batch in batches]).double().numpy())
+            some = counted(batches, "scoring", len(split.images))
+            found.append(torch.cat([method.score(standardize(batch.images)) for batch in some]).double().numpy())
         return Scores(*found)
 
     def measure(self, found: Scores) -> Measured:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from underpaint.console import progress
 from underpaint.errors import InputError
 
 Groups = Sequence[str] | np.ndarray | None  # of the images, in order; None where each is by itself
@@ -160,7 +161,7 @@ def bootstrap(
         return np.concatenate([start + part for start, part in zip(starts, parts, strict=False)])
 
     values = dict(aggregate(np.arange(starts[-1])))
-    found = [aggregate(redrawn()) for _ in range(redraws)]
+    found = [aggregate(redrawn()) for _ in progress(range(redraws), "standard errors")]
     return Measured(values, {}, {name: np.array([one[name] for one in found], float) for name in values})
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from underpaint.backbones import Backbone, Features, PatchBackbone
-from underpaint.console import say
+from underpaint.console import progress, say
 from underpaint.data import Source, split_indices
 from underpaint.data.annotations import Masks, masks_of
 from underpaint.errors import InputError
@@ -361,7 +361,7 @@ class Segment(Evaluation[SegmentConfig, Masked, nn.Module | int, Segmented]):
         test, classes, bundle = self.data.test, len(self.data.names), self.context.bundle
         drawn = set(spread(len(test), SHOWN))
         confusions, shown = [], []
-        for number in range(len(test)):
+        for number in progress(range(len(test)), "testing"):
             image, mask = test.read(number)
             if isinstance(model, int):
                 found = np.full_like(mask, model)
@@ -444,7 +444,7 @@ def pixels_of_classes(train: MaskedSplit, test: MaskedSplit, names: list[str]) -
     counts = []
     for part in (train, test):
         total = np.zeros(len(names), np.int64)
-        for number in range(len(part)):
+        for number in progress(range(len(part)), "reading masks"):
             mask = part.read(number)[1]
             total += np.bincount(mask[mask != VOID], minlength=len(names))
         counts.append(total)
