@@ -8,20 +8,28 @@ import yaml
 
 from underpaint.errors import InputError
 
+DEEPEST_YAML = 32  # levels of nesting; a recipe has 4
 LARGEST_YAML = 2**18  # bytes; a recipe has 2 KiB, and reading takes a second for each 100 KiB
 
 
 class _PlainLoader(yaml.SafeLoader):
     """No aliases: a few lines of them stand for gigabytes, and none of our files has any."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read; write out what they stand for")
-        return super().compose_node(parent, index)
+        if self.depth == DEEPEST_YAML:
+            raise yaml.YAMLError("nested too deeply")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def plain_yaml(text: str) -> Any:
-    """Plain data from YAML of at most `LARGEST_YAML` bytes, without aliases.
+    """Plain data from YAML of at most `LARGEST_YAML` bytes and `DEEPEST_YAML` levels, without aliases.
 
     Raises:
         ValueError: it is something else; the text says why in one line.
@@ -30,8 +38,6 @@ def plain_yaml(text: str) -> Any:
         raise ValueError(f"more than the {LARGEST_YAML:,} bytes that are read as YAML")
     try:
         return yaml.load(text, _PlainLoader)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
     # Beside YAMLError, what stands behind a tag raises ValueError, KeyError, AttributeError and more.
     except Exception as error:
         raise ValueError(f"not YAML: {one_line(error) or type(error).__name__}") from error

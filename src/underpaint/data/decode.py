@@ -3,9 +3,13 @@
 import io
 import logging
 import math
+import multiprocessing
+import resource
+import signal
 import struct
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +20,16 @@ import tifffile
 from PIL import Image
 
 MAX_PIXELS = 200_000_000
+PIXEL_BYTES = (
+    7  # of memory that decoding may take for each of `max_pixels`: RGB of 8 bit takes as much, wider types more
+)
+BLOCK_PIXELS = 2**18  # that are brought to another form at a time
+SECONDS = 20  # of processor time that reading one image may take
+TIFF_PAGES = 65_536
+TIFF_VALUES = 2**22  # of one tag; they become Python's numbers
+SPARE_BYTES = 2**28  # that reading a TIFF may take beside its pixels
+# bytes of a value, by the type that a tag of TIFF has
+TIFF_SIZES = np.array([1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8])
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF")  # TIFF goes to tifffile: PIL cuts it to 8 bit
 ORIENTATION_TAG = 274
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -38,6 +52,10 @@ class Unreadable(Exception):
     """An image cannot be read; the text is the reason, one short line."""
 
 
+class _TooLong(BaseException):
+    """The time for an image is over; none of a decoder's own handlers takes it for damage that can be passed over."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What a file says about itself before its pixels are decoded.
@@ -57,11 +75,10 @@ class Header:
 
 @dataclass
 class _Pixels:
-    """Decoded but not yet brought to the wanted channels: [h, w, c] colours, and [h, w] alpha in [0, 1] or None."""
+    """Decoded but not yet brought to the wanted channels: [h, w, c] colours, and [h, w] alpha in their units or None."""
 
     colour: np.ndarray
     alpha: np.ndarray | None
-    raw_alpha: np.ndarray | None  # in the file's own units, for those who want it as a channel
     premultiplied: bool = False  # colours are already multiplied by alpha
     missing: np.ndarray | None = None  # [h, w, c], where a channel has no value; None where all have
 
@@ -74,7 +91,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     """
     with _guarded():
         if data[:4] in TIFF_STARTS:
-            with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            with _opened_tiff(data, max_pixels) as tiff:
                 layout = _tiff_layout(tiff, len(data), max_pixels)
             height, width = layout.size
             if layout.orientation >= 5:
@@ -82,7 +99,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
             return Header(height, width, layout.colours, layout.dtype, layout.alpha, layout.nodata is not None)
         image = _open(data, max_pixels)
         width, height = image.size
-        if _orientation(image) >= 5:
+        if _orientation(image, data) >= 5:
             height, width = width, height
         mode = _target_mode(image)
         wide = _is_wide_png(data)
@@ -101,10 +118,10 @@ def read_orientation(data: bytes) -> int:
     """
     with _guarded():
         if data[:4] in TIFF_STARTS:
-            with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            with _opened_tiff(data, MAX_PIXELS) as tiff:
                 tag = tiff.pages.first.tags.get(ORIENTATION_TAG)
             return int(tag.value) if tag is not None and 1 <= int(tag.value) <= 8 else 1
-        return _orientation(_open(data, MAX_PIXELS))
+        return _orientation(_open(data, MAX_PIXELS), data)
 
 
 def decode(
@@ -154,8 +171,9 @@ def decode_known(
     nodata: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What `decode` returns, and which of it has no value in the file: [h, w, c], or None where all has."""
-    pixels = _decode_pixels(data, max_pixels, reduce_to, nodata)
-    return _to_channels(pixels, channels, background), _missing_channels(pixels, channels)
+    with _guarded():
+        pixels = _decode_pixels(data, max_pixels, reduce_to, nodata)
+        return _to_channels(pixels, channels, background), _missing_channels(pixels, channels)
 
 
 def alpha_weighted_sum(data: bytes, *, channels: int, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, float]:
@@ -163,11 +181,19 @@ def alpha_weighted_sum(data: bytes, *, channels: int, max_pixels: int = MAX_PIXE
 
     Their ratio over a data set is the colour on which transparent images are composed.
     """
-    pixels = _decode_pixels(data, max_pixels, 64)
-    alpha = np.ones(pixels.colour.shape[:2], np.float32) if pixels.alpha is None else pixels.alpha
-    opaque = _Pixels(pixels.colour, None, None)
-    colour = _to_channels(opaque, channels, 0.5).astype(np.float64) / full_scale(pixels.colour.dtype)
-    return (colour if pixels.premultiplied else colour * alpha[..., None]).sum((0, 1)), float(alpha.sum())
+    total, weight = np.zeros(channels), 0.0
+    with _guarded():
+        pixels = _decode_pixels(data, max_pixels, 64)
+        for rows in _blocks(pixels.colour):
+            colour = _to_channels(_Pixels(pixels.colour[rows], None), channels, 0.5).astype(np.float64)
+            colour /= full_scale(pixels.colour.dtype)
+            if pixels.alpha is None:
+                alpha = np.ones(colour.shape[:2], np.float32)
+            else:
+                alpha = _opacity(pixels.alpha[rows])
+            total += (colour if pixels.premultiplied else colour * alpha[..., None]).sum((0, 1))
+            weight += float(alpha.sum())
+    return total, weight
 
 
 def full_scale(dtype: Any) -> float:
@@ -177,20 +203,52 @@ def full_scale(dtype: Any) -> float:
 
 @contextmanager
 def _guarded() -> Iterator[None]:
-    """Silence decoders' warnings and PIL's own size limit (ours stands in), and turn errors into Unreadable."""
+    """Silence decoders' warnings and PIL's own size limit (ours stands in), bound the time, and turn errors into
+    Unreadable."""
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata is no reason to refuse an image that decodes
         Image.MAX_IMAGE_PIXELS = None
         try:
-            yield
+            with _time_limit():
+                yield
         except Unreadable:
             raise
+        except _TooLong as error:
+            raise Unreadable(f"takes longer than {SECONDS} s of processor time to read") from error
         # Decoders raise OSError, SyntaxError, struct.error, KeyError, zlib.error, ... on damaged files.
         except Exception as error:
             raise Unreadable(_reason(error)) from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise _TooLong in the block after `SECONDS` of processor time, where signals can be used: in the main thread.
+
+    Code in C is interrupted only where it returns to Python. In a worker process, which others replace, the system ends
+    the process itself after twice the time.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(number: int, frame: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGVTALRM, over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    worker = multiprocessing.parent_process() is not None
+    if worker:
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # whose signal ends a process that does not handle it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        if worker:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _reason(error: Exception) -> str:
@@ -219,10 +277,39 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise Unreadable(f"claims {width} x {height} pixels, more than max_pixels {max_pixels}")
     if width <= 0 or height <= 0:
         raise Unreadable(f"claims {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise Unreadable(f"claims {width} x {height} pixels, more than data.max_pixels={max_pixels}")
+
+
+def _check_memory(width: int, height: int, pixel_bytes: int, max_pixels: int) -> None:
+    """Refuse what would take more memory than images of 8-bit RGB within `max_pixels`, but for small images."""
+    needed = math.ceil(width * height * pixel_bytes / PIXEL_BYTES)
+    if needed > max(max_pixels, BLOCK_PIXELS):
+        raise Unreadable(
+            f"claims {width} x {height} pixels that take {pixel_bytes} bytes each to decode, more than "
+            f"data.max_pixels={max_pixels} allows; {needed} would do"
+        )
+
+
+def _blocks(array: np.ndarray) -> Iterator[slice]:
+    """Stretches of rows of [h, w, ...] with some `BLOCK_PIXELS` each."""
+    rows = max(1, BLOCK_PIXELS // array.shape[1])
+    return (slice(top, top + rows) for top in range(0, array.shape[0], rows))
+
+
+def _by_blocks(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
+    """`function`, which takes each pixel of [h, w, c] by itself, in little memory."""
+    result: np.ndarray | None = None
+    for rows in _blocks(array):
+        part = function(array[rows])
+        if len(part) == len(array):
+            return part
+        if result is None:
+            result = np.empty((len(array), *part.shape[1:]), part.dtype)
+        result[rows] = part
+    return function(array) if result is None else result
 
 
 def _is_wide_png(data: bytes) -> bool:
@@ -230,7 +317,11 @@ def _is_wide_png(data: bytes) -> bool:
     return data[:8] == PNG_START and len(data) > 25 and data[24] == 16
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, data: bytes) -> int:
+    # a PNG may say it behind its pixels, so PIL decodes them to look there, and finds that one is cut off
+    whole = image.format == "PNG" and b"IEND" in data[-64:]
+    if whole and not any(word in data for word in (b"eXIf", b"exif", b"xmp")):
+        return 1
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
     except (
@@ -267,38 +358,74 @@ def _orient(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _decode_pixels(data: bytes, max_pixels: int, reduce_to: int | None, nodata: float | None = None) -> _Pixels:
-    with _guarded():
-        if data[:4] in TIFF_STARTS:
-            return _decode_tiff(data, max_pixels, nodata)
-        image = _open(data, max_pixels)
-        if _is_wide_png(data):
-            array = imagecodecs.png_decode(data)
-            array = array.reshape(*array.shape[:2], -1)
-            has_alpha = array.shape[2] in (2, 4)
-        else:
-            if reduce_to is not None and image.format in ("JPEG", "MPO"):
-                image.draft(None, (reduce_to, reduce_to))
-            mode = _target_mode(image)
-            array = np.asarray(image if image.mode == mode else image.convert(mode))
-            array = array.reshape(*array.shape[:2], -1)
-            has_alpha = mode in ("LA", "RGBA")
-        array = _orient(array, _orientation(image))
-        return _with_alpha(array, has_alpha, _missing(array[..., : array.shape[2] - has_alpha], [nodata]))
+    if data[:4] in TIFF_STARTS:
+        return _decode_tiff(data, max_pixels, nodata)
+    image = _open(data, max_pixels)
+    if reduce_to is not None and image.format in ("JPEG", "MPO"):
+        image.draft(None, (reduce_to, reduce_to))
+    mode = _target_mode(image)
+    _check_memory(*image.size, _pixel_bytes(image, len(mode), _is_wide_png(data), nodata is not None), max_pixels)
+    orientation = _orientation(image, data)
+    if _is_wide_png(data):
+        array = imagecodecs.png_decode(data)
+        array = array.reshape(*array.shape[:2], -1)
+        has_alpha = array.shape[2] in (2, 4)
+    else:
+        array = _array_of(image, mode)
+        has_alpha = mode in ("LA", "RGBA")
+    del image
+    array = _orient(array, orientation)
+    return _with_alpha(array, has_alpha, _missing(array[..., : array.shape[2] - has_alpha], [nodata]))
+
+
+def _pixel_bytes(image: Image.Image, channels: int, wide: bool, nodata: bool) -> int:
+    """Memory that decoding takes at its peak, in bytes a pixel: what PIL and its decoder hold, and the array beside it; or
+    two arrays. As measured; the tests hold it."""
+    if wide:
+        held = 2 * channels
+    else:
+        held = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}.get(image.mode, 4)
+        if "progressive" in image.info:  # coefficients of two bytes
+            held += 2 * len(image.getbands())
+        held += {"WEBP": 12, "GIF": 4}.get(image.format or "", 0)
+    after = channels + (6 if channels == 2 else 3)  # grey is copied to RGB, and that composed
+    return max(held + channels * (1 + wide), after * (1 + wide)) + 5 * nodata * (1 + wide)
+
+
+def _array_of(image: Image.Image, mode: str) -> np.ndarray:
+    """[h, w, c] of a mode; PIL converts and hands out whole images twice."""
+    width, height = image.size
+    image.load()
+    array = np.empty((height, width, len(mode)), np.uint8)
+    for rows in _blocks(array):
+        whole = rows.stop >= height and rows.start == 0
+        part = image if whole else image.crop((0, rows.start, width, min(rows.stop, height)))
+        part = part if part.mode == mode else part.convert(mode)
+        array[rows] = np.asarray(part).reshape(part.height, width, -1)
+    return array
 
 
 def _with_alpha(array: np.ndarray, has_alpha: bool, missing: np.ndarray | None, premultiplied: bool = False) -> _Pixels:
     if not has_alpha:
-        return _Pixels(_filled(array, missing), None, None, missing=missing)
-    raw = array[..., -1]
-    alpha = raw.astype(np.float32) / full_scale(array.dtype)
-    return _Pixels(_filled(array[..., :-1], missing), np.clip(alpha, 0, 1), raw, premultiplied, missing)
+        return _Pixels(_filled(array, missing), None, missing=missing)
+    return _Pixels(_filled(array[..., :-1], missing), array[..., -1], premultiplied, missing)
+
+
+def _opacity(alpha: np.ndarray) -> np.ndarray:
+    """Alpha in [0, 1] from the file's own units."""
+    return np.clip(alpha.astype(np.float32) / full_scale(alpha.dtype), 0, 1)
 
 
 def _missing(array: np.ndarray, values: Sequence[float | None]) -> np.ndarray | None:
     """Where [h, w, c] has no value: it is one of `values` there, or no finite number. None where all has."""
-    floating = np.issubdtype(array.dtype, np.floating)
-    if not floating and all(value is None for value in values):
+    if not np.issubdtype(array.dtype, np.floating) and all(value is None for value in values):
         return None
+    missing = _by_blocks(lambda part: _missing_of(part, values), array)
+    return missing if missing.any() else None
+
+
+def _missing_of(array: np.ndarray, values: Sequence[float | None]) -> np.ndarray:
+    floating = np.issubdtype(array.dtype, np.floating)
     missing: np.ndarray = np.zeros(array.shape, dtype=bool)
     if floating:
         missing |= np.asarray(~((array > -LARGEST) & (array < LARGEST)))  # NaN is not inside
@@ -311,14 +438,14 @@ def _missing(array: np.ndarray, values: Sequence[float | None]) -> np.ndarray | 
         elif float(value).is_integer() and np.iinfo(array.dtype).min <= value <= np.iinfo(array.dtype).max:
             same = array == int(value)
             missing |= np.asarray(same.all(axis=2, keepdims=True) if array.dtype == np.uint8 else same)
-    return np.asarray(missing) if missing.any() else None
+    return missing
 
 
 def _filled(array: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
     """[h, w, c] with the mean of the others of a channel where it has no value."""
     if missing is None:
         return array
-    array = array.copy()
+    array = array if array.flags.writeable else array.copy()
     for channel in range(array.shape[2]):
         known = array[..., channel][~missing[..., channel]]
         if known.size == 0:
@@ -333,7 +460,7 @@ def _missing_channels(pixels: _Pixels, channels: int | None) -> np.ndarray | Non
     missing = pixels.missing
     if missing is None or channels is None or channels == missing.shape[2]:
         return missing
-    if pixels.raw_alpha is not None and channels == missing.shape[2] + 1 and channels != 3:  # alpha is a channel
+    if pixels.alpha is not None and channels == missing.shape[2] + 1 and channels != 3:  # alpha is a channel
         return np.concatenate([missing, np.zeros((*missing.shape[:2], 1), dtype=bool)], axis=2)
     return np.asarray(missing.any(axis=2, keepdims=True)) if channels == 1 else np.repeat(missing, channels, axis=2)
 
@@ -342,19 +469,22 @@ def _to_channels(pixels: _Pixels, channels: int | None, background: float | Sequ
     colour, alpha = pixels.colour, pixels.alpha
     own = colour.shape[2]
     wanted = own if channels is None else channels
-    if pixels.raw_alpha is not None and wanted == own + 1 and wanted != 3:
-        return np.ascontiguousarray(np.concatenate([colour, pixels.raw_alpha[..., None]], axis=2))
+    if alpha is not None and wanted == own + 1 and wanted != 3:
+        return np.ascontiguousarray(np.concatenate([colour, alpha[..., None]], axis=2))
     if wanted == 1 and own == 3:
-        colour = _like(colour.astype(np.float32) @ LUMA, colour.dtype)[..., None]
+        colour = _by_blocks(lambda part: _like(part.astype(np.float32) @ LUMA, part.dtype)[..., None], colour)
     elif wanted == 3 and own == 1:
         colour = np.repeat(colour, 3, axis=2)
     elif wanted != own:
         raise Unreadable(f"has {own} channels, expected {wanted}")
-    if alpha is not None and alpha.min() < 1:
+    if alpha is not None and alpha.min() < full_scale(alpha.dtype):
         behind = np.asarray(background, dtype=np.float32) * full_scale(colour.dtype)
-        shown = colour.astype(np.float32) if pixels.premultiplied else colour * alpha[..., None]
-        mixed = shown + behind * (1 - alpha[..., None])
-        colour = _like(mixed, colour.dtype)
+        result = np.empty(colour.shape, colour.dtype)
+        for rows in _blocks(colour):
+            part, opacity = colour[rows], _opacity(alpha[rows])[..., None]
+            shown = part.astype(np.float32) if pixels.premultiplied else part * opacity
+            result[rows] = _like(shown + behind * (1 - opacity), part.dtype)
+        colour = result
     return np.require(colour, requirements=["C", "W"])  # PIL hands out read-only views
 
 
@@ -382,7 +512,69 @@ class _TiffLayout:
     nodata: float | None
 
 
-def _tiff_layout(tiff: tifffile.TiffFile, length: int, max_pixels: int) -> _TiffLayout:
+@contextmanager
+def _opened_tiff(data: bytes, max_pixels: int) -> Iterator[tifffile.TiffFile]:
+    """A TIFF file that is no trap. Codecs inside of it say sizes of their own, so the system bounds their memory."""
+    _check_directories(data)
+    with _memory_limit(PIXEL_BYTES * max_pixels + SPARE_BYTES), tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        yield tiff
+
+
+def _check_directories(data: bytes) -> None:
+    """Refuse pages that go round in a circle, or whose tags claim more than there is."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    link, counted, skip = (f"{order}Q", f"{order}Q", 8) if big else (f"{order}I", f"{order}H", 4)
+    width = 8 if big else 4
+    entry = np.dtype(
+        [("code", f"{order}u2"), ("kind", f"{order}u2"), ("count", f"{order}u{width}"), ("at", f"V{width}")]
+    )
+    (place,) = struct.unpack_from(link, data, skip)
+    seen: set[int] = set()
+    claimed = 0
+    while place:
+        if place in seen:
+            raise Unreadable("damaged: its pages go round in a circle")
+        if len(seen) >= TIFF_PAGES:
+            raise Unreadable(f"has more than {TIFF_PAGES} pages")
+        seen.add(place)
+        if place + struct.calcsize(counted) > len(data):
+            raise Unreadable("truncated: a page lies behind its end")
+        (tags,) = struct.unpack_from(counted, data, place)
+        end = place + struct.calcsize(counted) + tags * entry.itemsize
+        if end + width > len(data):
+            raise Unreadable("truncated: the tags of a page lie behind its end")
+        listed = np.frombuffer(data, entry, tags, place + struct.calcsize(counted))
+        kinds, counts = np.minimum(listed["kind"], len(TIFF_SIZES) - 1), listed["count"].astype(np.float64)
+        sizes = counts * TIFF_SIZES[kinds]
+        claimed += float(sizes[sizes > 4_096].sum())  # small ones may be shared
+        if claimed > len(data) or (counts[TIFF_SIZES[kinds] > 1] > TIFF_VALUES).any():
+            raise Unreadable("damaged: its tags claim more values than there are")
+        (place,) = struct.unpack_from(link, data, end)
+
+
+@contextmanager
+def _memory_limit(more: int) -> Iterator[None]:
+    """Let this process take so many bytes more, where the system can bound them; beyond, it is a MemoryError."""
+    try:
+        with open("/proc/self/statm") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # not Linux
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = taken + more
+    if before[0] != resource.RLIM_INFINITY and before[0] <= limit:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _tiff_layout(tiff: tifffile.TiffFile, length: int, max_pixels: int, nodata: float | None = None) -> _TiffLayout:
     page = tiff.pages.first
     _check_size(page.imagewidth, page.imagelength, max_pixels)
     series = tiff.series[0]
@@ -393,8 +585,14 @@ def _tiff_layout(tiff: tifffile.TiffFile, length: int, max_pixels: int) -> _Tiff
     ]
     whole = len(extra) == 1 and extra[0][0] in "CSQ" and series.shape != page.shape
     shape, axes = (series.shape, series.axes) if whole else (page.shape, page.axes)
-    if math.prod(shape) * np.dtype(page.dtype or np.uint8).itemsize > 16 * max_pixels:
-        raise Unreadable(f"claims an array of {shape}, more than max_pixels {max_pixels} allows")
+    samples = math.prod(shape) // (page.imagewidth * page.imagelength)
+    itemsize = np.dtype(page.dtype or np.uint8).itemsize
+    # what is read, and beside it what its codec returns or what it becomes: RGB or more, and where there is no value
+    becomes = max(samples, 3) * min(itemsize, 4) * (2 if samples == 2 else 1)
+    if itemsize > 2 or nodata is not None or NODATA_TAG in page.tags:
+        becomes += 2 * max(samples, 3)
+    pixel_bytes = samples * itemsize + max(samples * itemsize, becomes)
+    _check_memory(page.imagewidth, page.imagelength, pixel_bytes, max_pixels)
     used = list(series.pages) if whole else [page]
     for each in used:
         for offset, count in zip(each.dataoffsets, each.databytecounts, strict=False) if each else ():
@@ -434,8 +632,8 @@ def _nodata_of(page: Any) -> float | None:
 
 
 def _decode_tiff(data: bytes, max_pixels: int, nodata: float | None) -> _Pixels:
-    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        layout = _tiff_layout(tiff, len(data), max_pixels)
+    with _opened_tiff(data, max_pixels) as tiff:
+        layout = _tiff_layout(tiff, len(data), max_pixels, nodata)
         page = tiff.pages.first
         array = np.asarray(tiff.series[0].asarray() if layout.whole_series else page.asarray())
         colormap = getattr(page, "colormap", None)
@@ -448,8 +646,8 @@ def _decode_tiff(data: bytes, max_pixels: int, nodata: float | None) -> _Pixels:
         array = array.astype(np.uint8) * 255
     missing = _missing(array[..., : array.shape[2] - layout.alpha], [layout.nodata, nodata])
     if layout.dtype == "float32":
-        array = array.astype(np.float32)
-    array = _colours(array, layout, colormap, compression)
+        array = array.astype(np.float32, copy=False)
+    array = _by_blocks(lambda part: _colours(part, layout, colormap, compression), array)
     if missing is not None and array.shape[2] != missing.shape[2] + layout.alpha:  # of palette, or of four inks
         missing = np.repeat(missing.any(axis=2, keepdims=True), array.shape[2], axis=2)
     missing = None if missing is None else _orient(missing, layout.orientation)
@@ -462,7 +660,7 @@ def _colours(array: np.ndarray, layout: _TiffLayout, colormap: np.ndarray | None
     if kind == tifffile.PHOTOMETRIC.PALETTE:
         if colormap is None:
             raise Unreadable("damaged: a palette TIFF without its palette")
-        return (colormap.T[array[..., 0]] >> 8).astype(np.uint8)
+        return (colormap >> 8).astype(np.uint8).T[array[..., 0]]
     if layout.dtype == "float32":
         return array
     if 1 < layout.bits < 8:  # 2 and 4 bit, in bytes

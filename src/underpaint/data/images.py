@@ -4,8 +4,10 @@ import hashlib
 import json
 import math
 import random
+import signal
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch.nn import functional
 from underpaint.console import Going
 from underpaint.data.decode import (
     MAX_PIXELS,
+    SECONDS,
     Header,
     Unreadable,
     alpha_weighted_sum,
@@ -24,7 +27,7 @@ from underpaint.data.decode import (
     full_scale,
     read_header,
 )
-from underpaint.data.parallel import ordered_map
+from underpaint.data.parallel import WorkerLost, ordered_map
 from underpaint.data.scaling import KINDS, Scaling, robust_range, stored_scaling, told_of_channel
 from underpaint.data.sources.base import Source, cache_root
 from underpaint.errors import InputError
@@ -38,6 +41,7 @@ VERIFIED = (
 SAMPLED_HEADERS = 512  # read to estimate sizes and to choose the data set's type
 SAMPLED_IMAGES = 2_000  # decoded for mean, std and range; a quarter of it where nothing is cached
 CHUNK = 32  # images a worker decodes at a time
+STRIP = 2**24  # values that are resized at a time, at least a row of them
 SAMPLED_PIXELS = 2_000_000  # of which a range is measured, equally many an image
 STD_FLOOR = 1e-3  # of 8 bit: a quarter of a grey level
 Statistics = tuple[list[float], list[float]]  # mean, std
@@ -323,15 +327,27 @@ def resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Bicubic: what is cut from the result is resized once more, by a triangle, and two triangles blur more than one.
     """
-    # copied: torch takes no read-only array, and the cache is mapped read-only
-    values = np.array(array, dtype=np.uint8 if array.dtype == np.uint8 else np.float32)
-    tensor = torch.from_numpy(values).permute(2, 0, 1)[None]
-    resized = functional.interpolate(tensor, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    height, width, channels = array.shape
+    rows = max(1, STRIP // (width * channels))
+    narrowed = array
+    if height > rows and width > size[1]:  # the same in two steps: torch narrows rows first, too
+        strips = [array[top : top + rows] for top in range(0, height, rows)]
+        narrowed = np.concatenate([_interpolated(strip, (len(strip), size[1])) for strip in strips])
+    resized = _interpolated(narrowed, size)
     if array.dtype != np.uint8:  # there torch stays within the type's range; here it may overshoot
-        resized = resized.clip(*(edge.reduce(values, axis=(0, 1)) for edge in (np.fmin, np.fmax)))
+        resized = resized.clip(*(edge.reduce(array, axis=(0, 1)) for edge in (np.fmin, np.fmax)))
     if array.dtype == np.uint16:
         resized = np.rint(resized)
     return np.ascontiguousarray(resized.astype(array.dtype))
+
+
+def _interpolated(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[h, w, c] resized by torch: as bytes, or as floats which may overshoot."""
+    kind = np.uint8 if array.dtype == np.uint8 else np.float32
+    # copied where it has to be: torch takes no read-only array, and the cache is mapped read-only
+    values = array if array.flags.writeable and array.dtype == kind else np.array(array, dtype=kind)
+    tensor = torch.from_numpy(values).permute(2, 0, 1)[None]
+    return functional.interpolate(tensor, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def _key(source: Source, indices: list[int], channels: int, limit: int, max_pixels: int, scaling: Any) -> str:
@@ -458,14 +474,42 @@ class _DecodeChunk:
         self._decoding = decoding
 
     def __call__(self, chunk: int) -> list[np.ndarray | str]:
-        results: list[np.ndarray | str] = []
-        for i in self._indices[chunk * CHUNK : (chunk + 1) * CHUNK]:
-            try:
-                array = decode_as(self._source.read(i), self._decoding, self._decoding.limit)
-                results.append(_reduced(array, self._decoding.limit))
-            except Unreadable as error:
-                results.append(str(error))
-        return results
+        return [self.one(place) for place in self.places(chunk)]
+
+    def places(self, chunk: int) -> range:
+        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self._indices)))
+
+    def one(self, place: int) -> np.ndarray | str:
+        """An image, or the reason why there is none."""
+        try:
+            array = decode_as(self._source.read(self._indices[place]), self._decoding, self._decoding.limit)
+            return _reduced(array, self._decoding.limit)
+        except Unreadable as error:
+            return str(error)
+
+
+def _decoded(decode: _DecodeChunk, chunks: int, workers: int) -> Generator[list[np.ndarray | str], None, None]:
+    """The results of each chunk. Where a worker is lost, each image of the chunk gets a process of its own, and the one
+    that ends that, too, is left out."""
+    done = 0
+    while done < chunks:
+        try:
+            with closing(ordered_map(decode, range(done, chunks), workers)) as found:
+                for results in found:
+                    yield results
+                    done += 1
+        except WorkerLost:
+            yield [_alone(decode.one, place) for place in decode.places(done)]
+            done += 1
+
+
+def _alone(decode: Callable[[int], np.ndarray | str], place: int) -> np.ndarray | str:
+    try:
+        return next(ordered_map(decode, [place], 1))
+    except WorkerLost as error:
+        if error.number == signal.SIGPROF:
+            return f"takes longer than {2 * SECONDS} s of processor time to read"
+        return f"its decoding was killed (signal {error.number})"
 
 
 def _build(
@@ -545,7 +589,7 @@ def _decode_all(
     done = 0
     decode_chunk = _DecodeChunk(source, indices, decoding)
     with Going("decoding", len(indices)) as going:
-        for results in ordered_map(decode_chunk, range(math.ceil(len(indices) / CHUNK)), workers):
+        for results in _decoded(decode_chunk, math.ceil(len(indices) / CHUNK), workers):
             for result in results:
                 if isinstance(result, str):
                     skipped.append({"path": source.entries[indices[done]].name, "reason": result})

@@ -1,15 +1,27 @@
 """Apply a function to the numbers 0, 1, 2, ... in worker processes, results in order."""
 
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from underpaint.errors import InputError
 from underpaint.signals import WATCHED
 
 T = TypeVar("T")
+
+
+class WorkerLost(InputError):
+    """A worker process ended while it computed; `number` is the signal that ended it, 0 where that is not known."""
+
+    def __init__(self, number: int):
+        self.number = number
+        how = f"was killed (signal {number})" if number else "ended"
+        memory = ", probably for memory; fewer --workers need less" if number == signal.SIGKILL else ""
+        super().__init__(f"a process that decodes images {how}{memory}")
 
 
 class _Calls(Dataset[T], Generic[T]):
@@ -27,6 +39,9 @@ def ordered_map(
 
     With 0 workers everything happens here, on demand. Closing the iterator ends the workers. The random state of this
     process is left alone.
+
+    Raises:
+        WorkerLost: a worker process has ended, some seconds ago.
     """
     if workers == 0:
         yield from map(function, numbers)
@@ -41,9 +56,17 @@ def ordered_map(
         worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # else a seed for the workers is drawn from the global one
     )
-    iterator = iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator: Any = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)  # torch's would raise wherever this process is, as in writing a file
     try:
         yield from iterator
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        ended = [worker.exitcode or 0 for worker in iterator._workers if not worker.is_alive()]
+        raise WorkerLost(max(0, -min(ended, default=0))) from error
     finally:
         del iterator, loader  # the workers end with the last reference
 
