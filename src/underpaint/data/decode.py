@@ -381,9 +381,8 @@ def _decode_pixels(data: bytes, max_pixels: int, reduce_to: int | None, nodata: 
 def _pixel_bytes(image: Image.Image, channels: int, wide: bool, nodata: bool) -> int:
     """Memory that decoding takes at its peak, in bytes a pixel: what PIL and its decoder hold, and the array beside it; or
     two arrays. As measured; the tests hold it."""
-    if wide:
-        held = 2 * channels
-    else:
+    held = 0  # imagecodecs decodes into the array
+    if not wide:
         held = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}.get(image.mode, 4)
         if "progressive" in image.info:  # coefficients of two bytes
             held += 2 * len(image.getbands())

@@ -1,0 +1,253 @@
+"""Small files that would fill a machine or hang it: within 2 GiB and some seconds they are read, or said to be too large."""
+
+import importlib
+import io
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import write_pictures
+from PIL import Image
+from underpaint.data import Unreadable, decode, read_header
+from underpaint.data import images as images_module
+from underpaint.data.decode import SECONDS, decode_known
+from underpaint.data.images import load_images, resize
+from underpaint.data.open import open_source
+from underpaint.data.parallel import WorkerLost, ordered_map
+
+decoding = importlib.import_module("underpaint.data.decode")  # the package has a function of that name
+
+# reads a file and says its fate and the memory that was taken at most, in KiB
+READ = """
+import json, re, sys
+from pathlib import Path
+from underpaint.data import Unreadable, decode
+from underpaint.data.images import resize
+try:
+    array = decode(Path(sys.argv[1]).read_bytes(), channels=3, reduce_to=64, nodata=None)
+    fate = list(resize(array, (64, 64)).shape)
+except Unreadable as error:
+    fate = str(error)
+memory = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(json.dumps([fate, memory]))
+"""
+
+
+def png(side: int, bits: int, kind: int, channels: int, *extra: tuple[bytes, bytes]) -> bytes:
+    """A black PNG, made row by row."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    packer, row = zlib.compressobj(1), bytes(1 + side * channels * bits // 8)
+    body = b"".join([*(packer.compress(row) for _ in range(side)), packer.flush()])
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, kind, 0, 0, 0))
+    return b"".join(
+        [b"\x89PNG\r\n\x1a\n", head, *(chunk(*each) for each in extra), chunk(b"IDAT", body), chunk(b"IEND", b"")]
+    )
+
+
+def float_tiff(side: int) -> bytes:
+    """Half of it has no value."""
+    buffer, array = io.BytesIO(), np.full((side, side), -9999, np.float32)
+    array[: side // 2] = 1
+    options: dict[str, Any] = {"compression": "deflate", "rowsperstrip": 100, "photometric": "minisblack"}
+    tifffile.imwrite(buffer, array, extratags=[(42113, "s", 0, "-9999", True)], **options)
+    return buffer.getvalue()
+
+
+LARGE: dict[str, tuple[Any, bool]] = {  # how it is made, and whether it is read
+    "RGB": (lambda: png(14_000, 8, 2, 3), True),
+    "RGBA": (lambda: png(13_000, 8, 6, 4), True),
+    "palette with transparency": (
+        lambda: png(14_000, 8, 3, 1, (b"PLTE", bytes(range(256)) * 3), (b"tRNS", bytes(128))),
+        True,
+    ),
+    "16-bit RGBA": (lambda: png(9_900, 16, 6, 4), True),
+    "too large 16-bit RGBA": (lambda: png(14_000, 16, 6, 4), False),
+    "float TIFF with missing pixels": (lambda: float_tiff(7_900), True),
+    "too large float TIFF": (lambda: float_tiff(9_000), False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", LARGE)
+def test_no_image_takes_more_than_2_gib(kind: str, tmp_path: Path) -> None:
+    make, fits = LARGE[kind]
+    file = tmp_path / "image"
+    file.write_bytes(make())
+    assert file.stat().st_size < 8e6
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(
+        [sys.executable, "-c", READ, file], capture_output=True, text=True, check=True, env=environment
+    )
+    fate, memory = json.loads(made.stdout)
+    assert memory < 2**21, fate
+    if fits:
+        assert fate == [64, 64, 3]
+    else:
+        assert re.search(r"data\.max_pixels=200000000 allows; \d+ would do", fate)
+
+
+@pytest.mark.quick
+def test_the_limit_that_is_named_is_the_one_that_suffices() -> None:
+    data = png(1_500, 16, 6, 4)
+    with pytest.raises(Unreadable, match="more than data.max_pixels=2400000 allows; 4500000 would do"):
+        decode(data, max_pixels=2_400_000)
+    assert decode(data, max_pixels=4_500_000).shape == (1_500, 1_500, 3)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("size", [(20, 17), (99, 50), (7, 99)])
+def test_resizing_in_strips_gives_the_same(dtype: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random((121, 100, 3))
+    array = (values * {"uint8": 255, "uint16": 65_535, "float32": 1}[dtype]).astype(dtype)
+    whole = resize(array, size)
+    monkeypatch.setattr(images_module, "STRIP", 2_000)
+    np.testing.assert_array_equal(resize(array, size), whole)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "CMYK", "L"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decoding_in_blocks_gives_the_same(mode: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, {"P": 1, "L": 1, "LA": 2}.get(mode, 4)), np.uint8)
+    image = Image.frombytes(mode, (30, 40), noise.tobytes())
+    buffer = io.BytesIO()
+    if mode == "P":
+        image.putpalette(np.random.default_rng(1).integers(0, 256, 768, np.uint8).tobytes())
+        image.save(buffer, "PNG", transparency=bytes(range(256)))
+    else:
+        image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    whole = decode_known(buffer.getvalue(), channels=channels, nodata=7.0, background=0.3)
+    monkeypatch.setattr(decoding, "BLOCK_PIXELS", 100)
+    parts = decode_known(buffer.getvalue(), channels=channels, nodata=7.0, background=0.3)
+    np.testing.assert_array_equal(parts[0], whole[0])
+    assert (parts[1] is None) == (whole[1] is None)
+
+
+def tiff_of(tags: list[tuple[int, int, int, int]], link: int = 0, rest: bytes = b"") -> bytes:
+    """A TIFF with one page: (code, type, count, value) of its tags, and where the next page lies."""
+    page = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<I", 8) + page + struct.pack("<I", link) + rest
+
+
+SMALL = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 200)]
+SMALL += [(277, 3, 1, 1), (278, 3, 1, 8), (279, 4, 1, 64)]
+TRAPS = {
+    "a circle of pages": (tiff_of(SMALL, link=8, rest=bytes(300)), "go round in a circle"),
+    "a tag of gigabytes": (tiff_of([*SMALL, (65_000, 12, 2**31, 8)], rest=bytes(300)), "claim more values"),
+    "tags that share their values": (
+        tiff_of([*SMALL, *((65_000 + n, 1, 6_000, 8) for n in range(400))], rest=bytes(6_000)),
+        "claim more values",
+    ),
+    "offsets without number": (
+        tiff_of([*SMALL[:5], (273, 4, 2**22 + 1, 8)], rest=bytes(2**24 + 100)),
+        "claim more values",
+    ),
+    "a page behind the end": (tiff_of(SMALL, link=2**31, rest=bytes(300)), "a page lies behind its end"),
+    "tags behind the end": (b"II*\0" + struct.pack("<IH", 8, 65_535) + bytes(100), "tags of a page lie behind"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.parametrize("read", [read_header, decode])
+def test_a_tiff_that_is_a_trap_is_refused_at_once(name: str, read: Any) -> None:
+    data, said = TRAPS[name]
+    start = time.process_time()
+    with pytest.raises(Unreadable, match=said):
+        read(data)
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.quick
+def test_the_small_tiff_is_one() -> None:
+    """Or the tests above would show nothing."""
+    assert decode(tiff_of(SMALL, rest=bytes(300))).shape == (8, 8, 3)
+
+
+@pytest.mark.quick
+def test_a_palette_without_the_colour_of_a_pixel_is_damage() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).convert("P").save(buffer, "TIFF")
+    data = buffer.getvalue().replace(struct.pack("<HHI", 320, 3, 768), struct.pack("<HHI", 320, 3, 3))
+    assert data != buffer.getvalue()
+    with pytest.raises(Unreadable):
+        decode(data)
+
+
+def forever(*_: Any, **__: Any) -> None:
+    while True:
+        pass
+
+
+@pytest.mark.quick
+@pytest.mark.timeout(40)
+def test_an_image_that_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SECONDS", 0.2)
+    monkeypatch.setattr(decoding, "_tiff_layout", forever)
+    before = signal.getsignal(signal.SIGVTALRM)
+    for read in (read_header, decode):
+        with pytest.raises(Unreadable, match=r"takes longer than 0\.2 s of processor time"):
+            read(tiff_of(SMALL, rest=bytes(300)))
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+
+
+def killed_for(name: str, number: int) -> Any:
+    """A decoder that ends its process at the image whose first pixel is `name`'s."""
+
+    def decode_or_die(data: bytes, *rest: Any, **options: Any) -> Any:
+        if data == Path(name).read_bytes():
+            os.kill(os.getpid(), number)
+        return decode_known(data, *rest, **options)
+
+    return decode_or_die
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "its decoding was killed (signal 9)"),
+        (signal.SIGPROF, f"takes longer than {2 * SECONDS} s of processor time to read"),
+    ],
+)
+def test_an_image_that_ends_its_worker_is_left_out(
+    number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(images_module, "CHUNK", 2)
+    pictures = write_pictures(tmp_path / "pictures", 6, classes=1)
+    bad = pictures / "class0" / "0003.png"
+    monkeypatch.setattr(images_module, "decode_known", killed_for(str(bad), number))
+    source = open_source(pictures)
+    found = load_images(source, range(6), size=(16, 16), workers=1)
+    assert found.skipped == [{"path": "class0/0003.png", "reason": said}]
+    assert len(found) == 5
+
+
+def dies(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_worker_is_one_line() -> None:
+    with pytest.raises(WorkerLost, match=r"^a process that decodes images was killed \(signal 9\).*fewer --workers"):
+        list(ordered_map(dies, range(8), 1))
