@@ -283,9 +283,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise Unreadable(f"claims {width} x {height} pixels, more than data.max_pixels={max_pixels}")
 
 
-def _check_memory(width: int, height: int, pixel_bytes: int, max_pixels: int) -> None:
-    """Refuse what would take more memory than images of 8-bit RGB within `max_pixels`, but for small images."""
-    needed = math.ceil(width * height * pixel_bytes / PIXEL_BYTES)
+def _check_memory(width: int, height: int, pixel_bytes: int, length: int, max_pixels: int) -> None:
+    """Refuse what would take more memory, with the file's own `length`, than images of 8-bit RGB within `max_pixels`, but
+    for small images."""
+    needed = math.ceil((width * height * pixel_bytes + length) / PIXEL_BYTES)
     if needed > max(max_pixels, BLOCK_PIXELS):
         raise Unreadable(
             f"claims {width} x {height} pixels that take {pixel_bytes} bytes each to decode, more than "
@@ -364,7 +365,8 @@ def _decode_pixels(data: bytes, max_pixels: int, reduce_to: int | None, nodata: 
     if reduce_to is not None and image.format in ("JPEG", "MPO"):
         image.draft(None, (reduce_to, reduce_to))
     mode = _target_mode(image)
-    _check_memory(*image.size, _pixel_bytes(image, len(mode), _is_wide_png(data), nodata is not None), max_pixels)
+    pixel_bytes = _pixel_bytes(image, len(mode), _is_wide_png(data), nodata is not None)
+    _check_memory(*image.size, pixel_bytes, len(data), max_pixels)
     orientation = _orientation(image, data)
     if _is_wide_png(data):
         array = imagecodecs.png_decode(data)
@@ -591,7 +593,7 @@ def _tiff_layout(tiff: tifffile.TiffFile, length: int, max_pixels: int, nodata: 
     if itemsize > 2 or nodata is not None or NODATA_TAG in page.tags:
         becomes += 2 * max(samples, 3)
     pixel_bytes = samples * itemsize + max(samples * itemsize, becomes)
-    _check_memory(page.imagewidth, page.imagelength, pixel_bytes, max_pixels)
+    _check_memory(page.imagewidth, page.imagelength, pixel_bytes, length, max_pixels)
     used = list(series.pages) if whole else [page]
     for each in used:
         for offset, count in zip(each.dataoffsets, each.databytecounts, strict=False) if each else ():

@@ -7,13 +7,18 @@ import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
-from underpaint.data.sources.base import Listing, RangeReader, Reader, flat_copy, stamp_of
+from underpaint.data.decode import Unreadable
+from underpaint.data.sources.base import LARGEST_FILE, Listing, RangeReader, Reader, flat_copy, stamp_of
 from underpaint.data.sources.tree import File, list_files
 from underpaint.errors import InputError
 
+# bytes that a compressed tar file may become: as much as images can, and four times the file where that is more
+LARGEST_UNPACKED, UNPACKED_RATIO = 64 * 2**30, 4
+FREE_AFTERWARDS = 2**30  # bytes of disk that unpacking leaves to others
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
@@ -28,10 +33,23 @@ class _ZipReader:
     def read(self, index: int) -> bytes:
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), zipfile.ZipFile(self._path))
-        return self._opened[1].read(self._names[index])
+        return _member(self._opened[1], self._names[index])
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": None}
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """The bytes of a file, whatever the archive says of its size.
+
+    Raises:
+        Unreadable: more than `LARGEST_FILE`.
+    """
+    with archive.open(name) as file:
+        data = file.read(LARGEST_FILE + 1)
+    if len(data) > LARGEST_FILE:
+        raise Unreadable(f"unpacks to more than {LARGEST_FILE:,} bytes; unpack the archive and give the folder")
+    return data
 
 
 def list_zip(path: Path) -> Listing:
@@ -44,8 +62,12 @@ def list_zip(path: Path) -> Listing:
     files = [File(name, info.file_size, f"{stamp} {info.CRC}") for name, info in members.items()]
 
     def read(name: str) -> bytes:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(name)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return _member(archive, name)
+        # BadZipFile, zlib.error, RuntimeError for encryption, NotImplementedError for a compression, ...
+        except Exception as error:
+            raise InputError(f"{path}: {name} cannot be read: {error}") from error
 
     return list_files("zip file", path, files, [], read, lambda names: _ZipReader(str(path), names))
 
@@ -58,6 +80,8 @@ def list_tar(path: Path) -> Listing:
 
     def read(name: str) -> bytes:
         offset, size = members[name]
+        if size > LARGEST_FILE:
+            raise InputError(f"{path}: {name} has more than {LARGEST_FILE:,} bytes")
         with flat.open("rb") as file:
             return os.pread(file.fileno(), size, offset)
 
@@ -75,7 +99,8 @@ def tar_members(flat: Path, shown: Path) -> dict[str, tuple[int, int]]:
             for member in archive:
                 if member.isreg():
                     members[member.name.removeprefix("./")] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
+    # beside TarError: ValueError of numbers, UnicodeDecodeError of names, OverflowError of sizes, ...
+    except Exception as error:
         if not members:
             raise InputError(f"{shown} is not a readable tar file: {error}") from error
         # cut off in the middle: what was listed before is still there
@@ -92,15 +117,33 @@ def uncompressed(path: Path, stamp: str) -> tuple[Path, Any]:
     def write(target: Path) -> None:
         try:
             with opener(path, "rb") as packed, target.open("wb") as flat:
-                shutil.copyfileobj(packed, flat, 2**20)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+                _copy(packed, flat, path)
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{path} is not a readable tar file: {error}") from error
 
     return flat_copy(f"{path.resolve()} {stamp}", ".tar", write)
 
 
+def _copy(packed: Any, flat: Any, path: Path) -> None:
+    """Unpack into a file.
+
+    Raises:
+        InputError: it becomes too large, or fills the disk.
+    """
+    largest = max(LARGEST_UNPACKED, UNPACKED_RATIO * path.stat().st_size)
+    advice = "unpack it where there is room and give the folder"
+    while block := packed.read(2**20):
+        if flat.tell() + len(block) > largest:
+            raise InputError(f"{path} unpacks to more than {largest:,} bytes; if that is right, {advice}")
+        if flat.tell() % 2**26 == 0 and shutil.disk_usage(flat.name).free < FREE_AFTERWARDS:
+            raise InputError(
+                f"{path} would fill the disk of the cache ({flat.tell():,} bytes unpacked so far); {advice}"
+            )
+        flat.write(block)
+
+
 def is_tar(path: Path) -> bool:
     try:
         return tarfile.is_tarfile(path)
-    except (OSError, EOFError, lzma.LZMAError):  # a damaged compressed stream
+    except Exception:  # a damaged compressed stream, or what only looks like a tar file
         return False

@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 from underpaint.data.decode import Unreadable
 from underpaint.files import replacing, write_text
 
+LARGEST_FILE = 2**30  # bytes of one file of an archive when unpacked
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -131,6 +133,8 @@ class RangeReader:
 
     def read(self, index: int) -> bytes:
         path, offset, size = self._ranges[index]
+        if size > LARGEST_FILE:
+            raise Unreadable(f"has more than {LARGEST_FILE:,} bytes")
         key = (os.getpid(), path)
         if key not in self._files:
             self._files[key] = os.open(path, os.O_RDONLY)

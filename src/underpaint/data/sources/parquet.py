@@ -16,7 +16,12 @@ from underpaint.data.sources.columns import column_labels, numbers_of
 from underpaint.data.sources.names import split_folders, split_of_file
 from underpaint.errors import InputError
 
+ROWS = 16  # that are read at a time
 IN_MEMORY = 512 * 2**20  # bytes of encoded images held in memory; more is copied to a flat file once
+
+
+# what they may become where the file says less than it holds, in memory and on disk
+LARGEST_IN_MEMORY, LARGEST_COPY = 2 * IN_MEMORY, 2**40
 
 
 class _RowReader:
@@ -31,8 +36,7 @@ class _RowReader:
     def read(self, index: int) -> bytes:
         number, row = self._rows[index]
         if number not in self._images:
-            table = pq.ParquetFile(self._paths[number]).read(columns=[self._column])
-            self._images[number] = _image_bytes(table.column(0))
+            self._images[number] = pa.chunked_array(list(_chunks(self._paths[number], self._column, LARGEST_IN_MEMORY)))
         data = self._images[number][row].as_py()
         if data is None:
             raise Unreadable("the row holds no image bytes")
@@ -48,6 +52,20 @@ def _image_bytes(column: pa.ChunkedArray | pa.Array) -> Any:
         chunks = [_image_bytes(chunk) for chunk in column.chunks]
         return pa.chunked_array(chunks) if chunks else pa.chunked_array([], pa.binary())
     return column.field("bytes") if pa.types.is_struct(column.type) else column
+
+
+def _chunks(path: str | Path, column: str, largest: int) -> Iterator[Any]:
+    """The image bytes of a file, some rows at a time: a few values that many rows share may stand for terabytes.
+
+    Raises:
+        Unreadable: more than `largest` bytes.
+    """
+    held = 0
+    for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=[column]):
+        held += batch.nbytes
+        if held > largest:
+            raise Unreadable(f"{path} unpacks to more than {largest:,} bytes; write its images to files")
+        yield _image_bytes(batch.column(0))
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -150,8 +168,8 @@ def _copy_rows(paths: list[Path], column: str, notes: list[str]) -> Reader:
 
     def batches() -> Iterator[Any]:
         for path in paths:
-            for batch in pq.ParquetFile(path).iter_batches(256, columns=[column]):
-                yield from _image_bytes(batch.column(0))
+            for chunk in _chunks(path, column, LARGEST_COPY):
+                yield from chunk
 
     def write(target: Path) -> None:
         with target.open("wb") as flat:

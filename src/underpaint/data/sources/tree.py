@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from underpaint.data.sources.names import (
     split_of,
 )
 from underpaint.errors import InputError
+from underpaint.reading import plain_json
 
 SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".pdf"}
 SIDE_NAMES = {"license", "licence", "readme", "notice", "copying", "sha256sums", "md5sums", "thumbs.db"}
@@ -103,7 +103,7 @@ def coco_splits(files: list[File], names: list[str], read: Any, notes: list[str]
     listed: dict[str, list[str]] = {}
     for name in sorted(file.name for file in files if coco_split(file.name) and not is_hidden(file.name)):
         try:
-            listed[name] = [str(image["file_name"]) for image in json.loads(read(name))["images"]]
+            listed[name] = [str(image["file_name"]) for image in plain_json(read(name))["images"]]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{name} is not COCO json ({type(error).__name__}: {error}); expected a list 'images' of objects "
