@@ -229,7 +229,10 @@ def bounds_of(path: str) -> dict[str, int | float]:
 
 def outside(number: int | float, bounds: Mapping[str, int | float]) -> str:
     """What is wrong with a number, and what would be right; nothing where it is within its bounds."""
-    if math.isfinite(number) and all(TESTS[word](number, limit) for word, limit in bounds.items()):
+    # a whole number may be too large to be a float
+    if (isinstance(number, int) or math.isfinite(number)) and all(
+        TESTS[word](number, limit) for word, limit in bounds.items()
+    ):
         return ""
     wanted = " and ".join(f"{word} {limit:,}" for word, limit in bounds.items()) or "a finite number"
     return f"{number if isinstance(number, int) else format(number, 'g')}; it must be {wanted}"

@@ -131,23 +131,6 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(finite(value), indent=indent) + "\n")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that underpaint wrote.
-
-    Raises:
-        InputError: it cannot be read, or is damaged.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged: {error}; restore it, or choose another folder") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: is damaged: it holds no object; restore it, or choose another folder")
-    return found
-
-
 def check_writable(out: Path, file: bool = False) -> None:
     """That a folder, or a file, can be made and written, without making it.
 

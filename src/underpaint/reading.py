@@ -74,16 +74,21 @@ def read_yaml(file: Path) -> dict[Any, Any]:
     return found
 
 
-def read_json(file: Path) -> Any:
-    """Plain data from a JSON file.
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that underpaint wrote.
 
     Raises:
-        InputError: it cannot be read, or is something else.
+        InputError: it cannot be read, or is damaged.
     """
     try:
-        return plain_json(file.read_bytes())
-    except (OSError, ValueError) as error:
+        found = plain_json(file.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("holds no object")
+    except OSError as error:
         raise InputError(f"{file}: {_reason(error)}") from error
+    except ValueError as error:
+        raise InputError(f"{file}: is damaged ({_reason(error)}); restore it, or choose another folder") from error
+    return found
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -7,7 +7,6 @@ An encoder on disk is `encoder.safetensors` (timm's own parameter names) and `en
 import difflib
 import functools
 import inspect
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
+from underpaint.reading import one_line, read_object
 
 FORMAT = 1
 REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -181,7 +181,7 @@ def create_model(arguments: Mapping[str, Any]) -> nn.Module:
     try:
         return timm.create_model(**arguments)
     except Exception as error:  # of arguments that it does not check itself: a division by 0, an index, a size
-        raise InputError(f"encoder: timm cannot build '{name}': {error}") from error
+        raise InputError(f"encoder: timm cannot build '{name}': {one_line(error)}") from error
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> Backbone:
@@ -199,8 +199,8 @@ def from_arguments(arguments: Mapping[str, Any]) -> Backbone:
         if isinstance(model, SwinTransformer):
             return Swin(model, arguments["in_chans"])
         return MapBackbone(model, arguments["in_chans"])
-    except ValueError as error:
-        raise InputError(f"encoder: '{arguments['model_name']}' cannot be used: {error}") from error
+    except Exception as error:  # beside our ValueError, of sizes that only timm takes
+        raise InputError(f"encoder: '{arguments['model_name']}' cannot be used: {one_line(error)}") from error
 
 
 def _own_patch_size(name: str) -> int | None:
@@ -264,7 +264,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(read_tensors(path))
     except RuntimeError as error:
-        raise InputError(f"{path}: does not fit the encoder that is described beside it: {error}") from error
+        raise InputError(f"{path}: does not fit the encoder that is described beside it: {one_line(error)}") from error
 
 
 def describe_encoder(path: str | Path) -> dict[str, Any]:
@@ -277,9 +277,30 @@ def describe_encoder(path: str | Path) -> dict[str, Any]:
     file = folder / "encoder.json"
     if not file.is_file():
         raise InputError(f"{path}: no encoder.json here; a run folder of 'underpaint pretrain' has one")
-    description = json.loads(file.read_text())
-    if description.get("format") != FORMAT:
-        raise InputError(f"{file}: format {description.get('format')}; this version reads format {FORMAT}")
+    return read_description(file, FORMAT)
+
+
+def read_description(file: Path, format: int) -> dict[str, Any]:
+    """What a JSON file says of an encoder: `create_model`, `mean`, `std`, `scaling` and more.
+
+    Raises:
+        InputError: it is damaged, or of another format.
+    """
+    description = read_object(file)
+    if (found := description.get("format")) != format:
+        raise InputError(f"{file}: format {str(found)[:100]!r}; this version reads format {format}")
+    if not isinstance(description.get("create_model"), dict):
+        raise InputError(f"{file}: 'create_model' is no object with the arguments of an encoder")
+    try:
+        mean, std = (torch.tensor(description[name], dtype=torch.float32) for name in ("mean", "std"))
+        if not (
+            mean.ndim == 1 and mean.shape == std.shape and bool((mean.isfinite() & std.isfinite() & (std > 0)).all())
+        ):
+            raise ValueError("they are finite numbers, one of each for every channel")
+        stored_scaling(description.get("scaling"))
+    # of what is not there, no list, no numbers, too large, of other names: TypeError, KeyError, RuntimeError, ...
+    except Exception as error:
+        raise InputError(f"{file}: 'mean', 'std' or 'scaling' is damaged: {one_line(error)}") from error
     return description
 
 

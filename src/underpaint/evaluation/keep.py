@@ -1,14 +1,14 @@
 """What an evaluation trained, on disk: `model.safetensors`, and `model.json` with all that is needed to use it."""
 
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
-from underpaint.backbones.build import read_tensors, write_weights
+from underpaint.backbones.build import read_description, read_tensors, write_weights
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import EncoderBundle
-from underpaint.files import read_object, write_json
+from underpaint.files import write_json
 
 FORMAT = 1
 
@@ -69,7 +69,5 @@ def kept(folder: Path) -> tuple[Saved, dict[str, Tensor]]:
                 f"{folder}: no model.json here; 'underpaint evaluate' writes one for each task that trains"
             )
         file = trained[0]
-    described = read_object(file)
-    if described.get("format") != FORMAT:
-        raise InputError(f"{file}: format {described.get('format')}; this version reads format {FORMAT}")
-    return cast(Saved, described), read_tensors(file.parent / "model.safetensors")
+    described: Any = read_description(file, FORMAT)
+    return described, read_tensors(file.parent / "model.safetensors")

@@ -30,7 +30,8 @@ from underpaint.evaluation.options import Options
 from underpaint.evaluation.probes import SETTLING
 from underpaint.evaluation.results import Measured
 from underpaint.evaluation.settings import foresee
-from underpaint.files import read_object, write_json, write_text
+from underpaint.files import write_json, write_text
+from underpaint.reading import read_object
 from underpaint.report import write_report
 from underpaint.report.results import of_evaluation
 from underpaint.report.tables import markdown, metric, summary, terminal

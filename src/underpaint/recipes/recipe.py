@@ -71,11 +71,11 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
     parser.add_class_arguments(METHODS[method["name"]], "method", skip={"encoder"})
-    given = {section: _worded(settings.get(section) or {}, kind) for section, kind in SECTIONS.items()}
+    given = {section: _worded(section, settings.get(section) or {}, kind) for section, kind in SECTIONS.items()}
     if isinstance(side := given["data"].get("image_size"), int):
         given["data"]["image_size"] = (side, side)
     given["method"] = _worded(
-        {key: value for key, value in method.items() if key != "name"}, METHODS[method["name"]].__init__
+        "method", {key: value for key, value in method.items() if key != "name"}, METHODS[method["name"]].__init__
     )
     try:
         parsed = parser.parse_object(given, defaults=True).as_dict()
@@ -117,10 +117,17 @@ def names_known(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return method, encoder
 
 
-def _worded(given: Mapping[str, Any], annotated: Any) -> dict[str, Any]:
+def _worded(section: str, given: Mapping[str, Any], annotated: Any) -> dict[str, Any]:
     """Settings as they were written, where one of a few words is asked for: YAML reads `off` as a boolean, `32` as a
-    number, and so does whoever writes `--set run.compile=off`."""
+    number, and so does whoever writes `--set run.compile=off`.
+
+    Raises:
+        InputError: nothing is written where there has to be something.
+    """
     kinds = get_type_hints(annotated)
+    for name, value in given.items():
+        if value is None and name in kinds and type(None) not in get_args(kinds[name]) and kinds[name] is not Any:
+            raise InputError(f"{section}.{name}: has no value; leave it out for the default")
     return {name: _word(value, _words(kinds.get(name))) for name, value in given.items()}
 
 

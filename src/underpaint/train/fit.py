@@ -13,7 +13,8 @@ from lightning_fabric.strategies import SingleDeviceStrategy
 
 from underpaint.console import say
 from underpaint.errors import InputError
-from underpaint.files import read_object, write_json
+from underpaint.files import write_json
+from underpaint.reading import read_object
 from underpaint.train.cadence import Plan
 from underpaint.train.loop import Training
 from underpaint.train.run_folder import Run

@@ -56,7 +56,8 @@ def list_zip(path: Path) -> Listing:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    # beside BadZipFile: OSError, ValueError, NotImplementedError, IndexError of an empty name, ...
+    except Exception as error:
         raise InputError(f"{path} is not a readable zip file: {error}") from error
     stamp = stamp_of(path)
     files = [File(name, info.file_size, f"{stamp} {info.CRC}") for name, info in members.items()]

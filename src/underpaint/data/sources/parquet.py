@@ -17,6 +17,7 @@ from underpaint.data.sources.names import split_folders, split_of_file
 from underpaint.errors import InputError
 
 ROWS = 16  # that are read at a time
+LARGEST_COUNT = 2**27  # rows
 IN_MEMORY = 512 * 2**20  # bytes of encoded images held in memory; more is copied to a flat file once
 
 
@@ -109,13 +110,15 @@ class _Table(NamedTuple):
             wanted = [name for name in dict.fromkeys(["label", *numeric]) if name in schema.names]
             wanted += [f"{field.name}.path"] if named else []
             table = file.read(columns=wanted) if wanted else None
-        except (pa.ArrowException, OSError) as error:
+            if count > LARGEST_COUNT or (table is not None and table.num_rows != count):
+                raise ValueError(f"it claims {count:,} rows")
+            read = {} if table is None else {name: table.column(name).to_pylist() for name in table.column_names}
+            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+            chunks = [group.column(k) for group in groups for k in range(group.num_columns)]
+            ours = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == field.name]
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError of text that is none
             raise InputError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from error
-        read = {} if table is None else {name: table.column(name).to_pylist() for name in table.column_names}
         names = [item["path"] if item else None for item in read[field.name]] if named else [None] * count
-        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-        chunks = [group.column(k) for group in groups for k in range(group.num_columns)]
-        ours = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == field.name]
         size = sum(chunk.total_uncompressed_size for chunk in ours)
         labels = read.get("label", [None] * count)
         return cls(field.name, names, labels, {name: read[name] for name in numeric}, _class_names(schema), size)

@@ -1,6 +1,7 @@
 """Images of local WebDataset shards: wds:PATTERN."""
 
 import glob
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from underpaint.data.sources.base import Entry, Listing, RangeReader, stamp_of
 from underpaint.data.sources.columns import column_labels
 from underpaint.data.sources.names import IMAGE_SUFFIXES, split_folders, split_of_file
 from underpaint.errors import InputError
+
+LARGEST_PATTERN = 1_000_000  # shards that braces may stand for
 
 
 def list_shards(text: str) -> Listing:
@@ -64,7 +67,12 @@ def _expand(pattern: str, text: str) -> list[Path]:
             import braceexpand
         except ImportError as error:
             raise InputError(f"{text} needs the package webdataset: pip install underpaint[webdataset]") from error
-        patterns = list(braceexpand.braceexpand(pattern))
+        try:
+            patterns = list(itertools.islice(braceexpand.braceexpand(pattern), LARGEST_PATTERN + 1))
+        except ValueError as error:
+            raise InputError(f"{text}: {error}") from error
+        if len(patterns) > LARGEST_PATTERN:
+            raise InputError(f"{text}: stands for more than {LARGEST_PATTERN:,} shards")
     shards: list[Path] = []
     for each in patterns:
         matches = sorted(glob.glob(os.path.expanduser(each), recursive=True))
