@@ -159,7 +159,7 @@ def pictures() -> list[bytes]:
         if mode == "P":
             save(image, "PNG", transparency=3)
             save(image, "GIF", transparency=3)
-        save(image, "TIFF", compression=rng.choice([None, "tiff_lzw", "tiff_adobe_deflate", "packbits"]))
+        save(image, "TIFF", compression=str(rng.choice(["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"])))
     save(Image.fromarray(smooth[..., :3]), "WEBP", lossless=True, exif=exif)
     save(Image.fromarray(smooth[..., :3]), "GIF", save_all=True, append_images=[Image.fromarray(smooth[..., 1:])])
     wide = rng.integers(0, 65_536, (9, 8, 4)).astype(np.uint16)
@@ -273,7 +273,7 @@ def archive_kinds(folder: Path) -> dict[str, Kind]:
         try:
             source = open_source(f"wds:{file}" if name == "wds" else file)
             for index in range(min(len(source.entries), 20)):
-                with contextlib.suppress(refused()):
+                with contextlib.suppress(*refused()):
                     source.read(index)
         finally:
             for left in (folder / "cache").glob("flat-*"):

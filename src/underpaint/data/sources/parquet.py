@@ -96,7 +96,7 @@ class _Table(NamedTuple):
     labels: list[Any]
     numbers: dict[str, list[Any]]  # every numeric column
     classes: list[str] | None
-    size: int  # bytes of the images
+    size: int  # bytes of the images, and of the few of other columns
 
     @classmethod
     def of(cls, path: Path) -> "_Table":
@@ -113,13 +113,11 @@ class _Table(NamedTuple):
             if count > LARGEST_COUNT or (table is not None and table.num_rows != count):
                 raise ValueError(f"it claims {count:,} rows")
             read = {} if table is None else {name: table.column(name).to_pylist() for name in table.column_names}
-            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-            chunks = [group.column(k) for group in groups for k in range(group.num_columns)]
-            ours = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == field.name]
+            # of all columns: what describes a single one lets pyarrow end the process where it is damaged
+            size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError of text that is none
             raise InputError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from error
         names = [item["path"] if item else None for item in read[field.name]] if named else [None] * count
-        size = sum(chunk.total_uncompressed_size for chunk in ours)
         labels = read.get("label", [None] * count)
         return cls(field.name, names, labels, {name: read[name] for name in numeric}, _class_names(schema), size)
 
