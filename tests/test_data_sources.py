@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -65,6 +66,11 @@ def tarred(root: Path, target: Path, mode: str = "w") -> Path:
     return target
 
 
+def lists(sides: tuple[np.ndarray, np.ndarray] | None) -> tuple[list[int], list[int]]:
+    assert sides is not None
+    return sides[0].tolist(), sides[1].tolist()
+
+
 def names(source: Source, split: str | None = None) -> list[str]:
     return [entry.name for entry in source.entries if split is None or entry.split == split]
 
@@ -77,7 +83,7 @@ def test_plain_folder_of_any_depth(tmp_path):
     assert names(source) == ["1.png", "a/2.png", "a/b/c/3.png"]
     assert source.entries[0] == Entry("1.png", None, None)
     assert source.classes is None
-    assert pretraining_indices(source) == [0, 1, 2]
+    assert pretraining_indices(source).tolist() == [0, 1, 2]
     assert labelled_indices(source) is None
     assert decode(source.read(2))[0, 0].tolist() == [2, 7, 9]
 
@@ -99,7 +105,7 @@ def test_kinds_of_files_read_the_same(tmp_path, kind):
         assert [decode(again.read(i))[0, 0, 0] for i in range(8)] == [0, 1, 3, 2, 4, 5, 7, 6]
     assert open_source(data).fingerprint() == source.fingerprint()
     assert any("top" in note for note in source.notes)
-    assert labelled_indices(source) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert lists(labelled_indices(source)) == ([0, 1, 2, 3], [4, 5, 6, 7])
 
 
 def test_top_folder_is_looked_through_once(tmp_path):
@@ -209,7 +215,7 @@ def test_a_stray_image_or_a_split_of_one_class_takes_no_labels_away(tmp_path):
         "train/stray.png": None,
         "val/dog/1.png": 1,
     }
-    assert labelled_indices(source) == ([0, 1, 2, 3], [5])
+    assert lists(labelled_indices(source)) == ([0, 1, 2, 3], [5])
     assert any("1 of 5 images in train lie beside" in note and "train/stray.png" in note for note in source.notes)
     assert "1 of the 2 classes occur in val" in source.notes
     plain = open_source(tree(tmp_path / "plain", *CLASSES, "5.png"))
@@ -258,11 +264,11 @@ def test_hold_out_is_stratified_and_left_out_of_pretraining(tmp_path):
     source = open_source(tree(tmp_path, *(f"{name}/{n}.png" for name in ("a", "b") for n in range(20))))
     sides = labelled_indices(source)
     assert sides is not None
-    assert sorted(sides[0] + sides[1]) == list(range(40))
+    assert sorted(np.concatenate(sides).tolist()) == list(range(40))
     assert [source.entries[i].label for i in sides[1]] == [0] * 4 + [1] * 4
     assert any("hold-out of 8 images" in note for note in source.notes)
-    assert pretraining_indices(source) == sides[0]
-    assert pretraining_indices(source, all_images=True) == list(range(40))
+    assert pretraining_indices(source).tolist() == sides[0].tolist()
+    assert pretraining_indices(source, all_images=True).tolist() == list(range(40))
 
 
 def held_names(source: Source) -> set[str]:
@@ -497,7 +503,7 @@ def test_webdataset_shards(tmp_path):
     assert [int(decode(source.read(i))[0, 0, 0]) for i in range(6)] == [0, 1, 2, 10, 11, 12]
     whole = open_source(f"wds:{tmp_path}/*.tar")
     assert [entry.split for entry in whole.entries] == ["train"] * 6 + ["val"]
-    assert labelled_indices(whole) == (list(range(6)), [6])
+    assert lists(labelled_indices(whole)) == (list(range(6)), [6])
 
 
 def test_hugging_face_datasets(tmp_path, monkeypatch):
@@ -510,7 +516,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     source = open_source(f"hf:{tmp_path / 'set'}")
     assert {entry.split for entry in source.entries} == {"train", "test"}
     assert source.classes == ["cat", "dog"]
-    assert labelled_indices(source) == ([0, 1], [2, 3])
+    assert lists(labelled_indices(source)) == ([0, 1], [2, 3])
     assert [int(decode(source.read(i))[0, 0, 0]) for i in range(4)] == [1, 2, 3, 4]
     part = open_source(f"hf:{tmp_path / 'set'}:train[:1]")
     assert [(e.split, e.label) for e in part.entries] == [("train", 1)]

@@ -18,7 +18,7 @@ from underpaint.backbones import Backbone, create_arguments, from_arguments
 from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features
 from underpaint.cli import main
-from underpaint.data import Crops, ImageSet, Source, load_images, open_source, pretraining_indices
+from underpaint.data import Crops, ImageSet, Indices, Source, load_images, open_source, pretraining_indices
 from underpaint.evaluation import probes as probes_module
 from underpaint.evaluation.base import Context
 from underpaint.evaluation.baselines import raw_pixels
@@ -48,7 +48,7 @@ class Seen:
 
         def noted_of(*given: Any) -> ProbeSuite:
             made = of(*given)
-            self.judged += [] if made.splits is None else [made.splits[1].images.names]
+            self.judged += [] if made.splits is None else [list(made.splits[1].images.names)]
             return made
 
         def noted_load(context: Context) -> Any:
@@ -181,7 +181,7 @@ class RecordingMethod(Method):
 
 
 def judge_of(folder: Path) -> ProbeSuite:
-    def load(source: Source, indices: list[int]) -> ImageSet:
+    def load(source: Source, indices: Indices) -> ImageSet:
         return load_images(source, indices, size=(16, 16))
 
     source = open_source(folder)

@@ -11,7 +11,7 @@ import torch
 from conftest import write_pictures
 
 import underpaint
-from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
+from underpaint.data import ImageSet, Indices, Source, load_images, open_source, pretraining_indices
 from underpaint.evaluation.probes import ProbeSuite
 from underpaint.patches import Standardize
 
@@ -19,7 +19,7 @@ SIZE = (16, 16)
 
 
 def judge_of(folder: Path) -> ProbeSuite:
-    def load(source: Source, indices: list[int]) -> ImageSet:
+    def load(source: Source, indices: Indices) -> ImageSet:
         return load_images(source, indices, size=SIZE)
 
     source = open_source(folder)
@@ -83,7 +83,7 @@ def test_probes_leave_training_as_it_was(pictures: Path, encoder: Any) -> None:
 def test_images_of_one_patient_are_judged_as_one(tmp_path: Path, encoder: Any) -> None:
     folder = write_pictures(tmp_path / "pictures", 90)
 
-    def load(source: Source, indices: list[int]) -> ImageSet:
+    def load(source: Source, indices: Indices) -> ImageSet:
         return load_images(source, indices, size=SIZE)
 
     source = open_source(folder, groups=r"(\d)\.\w+$")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import underpaint
 from underpaint.backbones import Backbone
 from underpaint.backbones.protocols import Features
-from underpaint.data import ImageSet, Source, load_images, open_source, pretraining_indices
+from underpaint.data import ImageSet, Indices, Source, load_images, open_source, pretraining_indices
 from underpaint.evaluation import visualizations
 from underpaint.evaluation.probes import ProbeSuite
 from underpaint.evaluation.visualizations import Colours, on_grid, plane, same_label, small, write_visualizations
@@ -53,7 +53,7 @@ def write_coloured(folder: Path, count: int, size: tuple[int, int] = (32, 32), c
 
 
 def judge_of(folder: Path, size: tuple[int, int] = (32, 32), labels: bool = True, channels: int = 3) -> ProbeSuite:
-    def load(source: Source, indices: list[int]) -> ImageSet:
+    def load(source: Source, indices: Indices) -> ImageSet:
         return load_images(source, indices, size=size, channels=channels)
 
     source = open_source(folder)

@@ -24,6 +24,7 @@ from underpaint.data import (
     Batch,
     Crops,
     ImageSet,
+    Indices,
     Source,
     copies,
     labelled_indices,
@@ -173,7 +174,7 @@ class Opened(NamedTuple):
 
     source: Source
     labelled: Source
-    indices: list[int]
+    indices: np.ndarray
     seen: int
 
 
@@ -196,7 +197,7 @@ def open_data(recipe: Recipe, shout: Any) -> Opened:
     if settings.groups and not labelled.matched:
         raise InputError(
             f"--groups {settings.groups!r}: no name in {labelled.location} matches, the first is "
-            f"{labelled.entries[0].name}; give a regular expression that does"
+            f"{labelled.entries.names[0]}; give a regular expression that does"
         )
     return Opened(source, labelled, *_chosen(source, labelled, settings.all_images, shout))
 
@@ -226,7 +227,7 @@ def load_data(recipe: Recipe, opened: Opened, shout: Any) -> tuple[ImageSet, Pro
     if scaling is None and recipe.method.get("tokenizer"):
         scaling = tokenizer_scaling(recipe.method["tokenizer"])
 
-    def load(source: Any, indices: list[int]) -> ImageSet:
+    def load(source: Source, indices: Indices) -> ImageSet:
         return load_images(
             source,
             indices,
@@ -264,16 +265,16 @@ def load_data(recipe: Recipe, opened: Opened, shout: Any) -> tuple[ImageSet, Pro
     return images, judge
 
 
-def _chosen(source: Source, labelled: Source, all_images: bool, shout: Any) -> tuple[list[int], int]:
+def _chosen(source: Source, labelled: Source, all_images: bool, shout: Any) -> tuple[np.ndarray, int]:
     """The entries to pretrain on, and how many of them are images that the run is judged by: none, unless it is asked
     for `all_images`."""
     sides = labelled_indices(labelled)
     if labelled is source:
         indices = pretraining_indices(source, all_images=all_images)
-        seen = len(set(indices) & set(sides[1])) if sides else 0
+        seen = len(np.intersect1d(indices, sides[1])) if sides else 0
     else:  # it is judged by other images, so it needs no hold-out of its own
-        indices, judged = pretraining_indices(source, all_images=True), sides[1] if sides else []
-        if judged:
+        indices, judged = pretraining_indices(source, all_images=True), sides[1] if sides else np.empty(0, np.int64)
+        if len(judged):
             shout(f"looking for the {len(judged):,} test images of --labels among those to pretrain on ...")
         found = copies(source, indices, labelled, judged)
         seen = len(found) if all_images else 0
@@ -281,10 +282,10 @@ def _chosen(source: Source, labelled: Source, all_images: bool, shout: Any) -> t
             named = ", ".join(source.entries[i].name for i in found[:3]) + (", ..." if len(found) > 3 else "")
             shout(f"{len(found):,} images are test images of --labels too ({named})" + ("" if seen else "; left out"))
         if not all_images:
-            indices = sorted(set(indices) - set(found))
+            indices = np.setdiff1d(indices, np.asarray(found, np.int64))
         if len(pretraining_indices(source)) < len(pretraining_indices(source, all_images=True)):
             shout("judged by --labels: the hold-out of the images to pretrain on is not left out")
-        if not indices:
+        if not len(indices):
             raise InputError(
                 f"{source.location}: every image is a test image of --labels too; none is left to train on"
             )

@@ -90,5 +90,5 @@ def test_the_most_frequent_of_many_classes_judge(tmp_path: Path, monkeypatch: py
 def test_the_first_among_equally_frequent_classes_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "MOST_CLASSES", 2)
     source = open_source(labelled(tmp_path / "images.parquet", [0, 1, 2, 2, 2, 0, 1, 1]))
-    (train, test), left_out = probes._frequent(source, list(range(7)), [7])
-    assert (train, test, left_out) == ([0, 2, 3, 4, 5], [], 1)
+    (train, test), left_out = probes._frequent(source, np.arange(7), np.asarray([7]))
+    assert (train.tolist(), test.tolist(), left_out) == ([0, 2, 3, 4, 5], [], 1)

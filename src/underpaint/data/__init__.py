@@ -10,6 +10,7 @@ from underpaint.data.loader import Batch, Crops, eval_batches, fair_batches, ste
 from underpaint.data.open import open_source
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.data.sources.base import Entry, Source
+from underpaint.data.sources.index import Indices
 from underpaint.data.splits import labelled_indices, labels_judge, pretraining_indices, split_indices
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Crops",
     "Entry",
     "ImageSet",
+    "Indices",
     "Scaling",
     "Source",
     "Unreadable",

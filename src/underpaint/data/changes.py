@@ -18,21 +18,16 @@ DIGESTED, DIGESTED_BYTES = 20_000, 2**30
 NAMED = 2  # of each kind of change
 
 
-def listed(source: Source) -> pa.Table:
-    """Name and stamp (size, time of change) of every entry, in order; names may hold bytes that are no text."""
-    names = [source.entries[i].name.encode("utf-8", "surrogateescape") for i in range(len(source.entries))]
-    return pa.table({"name": pa.array(names, pa.binary()), "stamp": pa.array(source._stamps, pa.string())})
-
-
 def listing(source: Source, before: Path) -> tuple[pa.Table, str]:
     """What a source holds now, to be kept; and how that differs from what was kept in the file `before`, as text.
 
     A file that only has another time of change has not changed, where its set is small enough (`DIGESTED`) that
     digests are kept.
     """
-    now = listed(source)
+    now = source.listed()
     try:
-        old = pq.read_table(before) if before.is_file() else None
+        kept = now.schema.append(pa.field("digest", pa.binary()))
+        old = pq.read_table(before).cast(kept) if before.is_file() else None
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{before}: damaged; what the run was trained on is not known: remove it to go on") from error
     if old is not None and old.select(["name", "stamp"]).equals(now):

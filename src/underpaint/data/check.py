@@ -11,7 +11,7 @@ import numpy as np
 from underpaint.data.decode import MAX_PIXELS, Unreadable, decode, read_header
 from underpaint.data.images import measure_scaling, resize
 from underpaint.data.open import open_source
-from underpaint.data.parallel import ordered_map
+from underpaint.data.parallel import ordered_map, spare_workers
 from underpaint.data.sources.base import Source
 from underpaint.data.splits import pretraining_indices
 
@@ -43,9 +43,11 @@ def check(
         InputError: as `open_source`.
     """
     source = open_source(data, groups=groups)
-    chunks = ordered_map(_Examine(source, max_pixels), range(math.ceil(len(source.entries) / CHUNK)), workers)
+    entries, numbers = source.entries, range(math.ceil(len(source.entries) / CHUNK))
+    workers = workers or spare_workers(len(entries))
+    chunks = ordered_map(_Examine(source, max_pixels), numbers, workers)
     seen = dict(enumerate(result for results in chunks for result in results))
-    names = [entry.name for entry in source.entries]
+    names = entries.names
     known = {index: result for index, result in seen.items() if not isinstance(result, str)}
     channels = Counter(str(count) for _, count, _, _, _ in known.values())
     dtypes = Counter(dtype for _, _, dtype, _, _ in known.values())
@@ -59,8 +61,8 @@ def check(
     near = near_groups(np.asarray([hashes[i] for i in numbers], dtype=np.uint64))
     near = [[numbers[p] for p in group] for group in near]
     heights, widths = ([size[axis] for size, *_ in known.values()] for axis in (0, 1))
-    labels = Counter(entry.label for entry in source.entries if entry.label is not None)
     classes = source.classes or []
+    labels = np.bincount(entries.labels[entries.labels >= 0], minlength=len(classes)).tolist()
     return {
         "location": source.location,
         "notes": source.notes,
@@ -71,7 +73,7 @@ def check(
         "channels": dict(channels),
         "dtypes": dict(dtypes),
         "scaling": _scaling(source, channels, dtypes, max_pixels),
-        "splits": dict(Counter(entry.split or "none" for entry in source.entries)),
+        "splits": {split or "none": count for split, count in entries.counts().items()},
         "classes": {name: labels[n] for n, name in enumerate(classes)},
         "unreadable": [{"path": names[i], "reason": why} for i, why in seen.items() if isinstance(why, str)],
         "left_out": source.skipped,
@@ -204,8 +206,8 @@ def _range(values: list[int]) -> tuple[int, float, int] | None:
 
 
 def _names(source: Source, groups: list[list[int]]) -> list[list[str]]:
-    return [[source.entries[i].name for i in group] for group in groups]
+    return [[source.entries.names[i] for i in group] for group in groups]
 
 
 def _across(source: Source, groups: list[list[int]]) -> int:
-    return sum(len({source.entries[i].split for i in group}) > 1 for group in groups)
+    return sum(len(np.unique(source.entries.splits[group])) > 1 for group in groups)

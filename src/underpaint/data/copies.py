@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from underpaint.data.decode import Unreadable
 from underpaint.data.sources.base import Source, cache_root
+from underpaint.data.sources.index import Indices
 from underpaint.files import write_json
 
 
@@ -18,7 +18,7 @@ def same_place(one: str | Path, other: str | Path) -> bool:
     return str(one) == str(other) or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def copies(source: Source, indices: Sequence[int], other: Source, judged: Sequence[int]) -> list[int]:
+def copies(source: Source, indices: Indices, other: Source, judged: Indices) -> list[int]:
     """Which entries `indices` of `source` hold the same bytes as one of the entries `judged` of `other`.
 
     Nothing is decoded, and only files of the size of one of `judged` are read. What was found is kept in the cache, by
@@ -31,12 +31,12 @@ def copies(source: Source, indices: Sequence[int], other: Source, judged: Sequen
     with suppress(OSError, ValueError):
         return json.loads(file.read_text())
     wanted: dict[int, set[bytes]] = {}
-    for i in judged:
+    for i in np.asarray(judged).tolist():
         with suppress(Unreadable):
             data = other.read(i)
             wanted.setdefault(len(data), set()).add(hashlib.blake2b(data, digest_size=16).digest())
     found = []
-    for i in indices:
+    for i in np.asarray(indices).tolist():
         with suppress(Unreadable):
             same = wanted.get(source.size(i))
             if same and hashlib.blake2b(source.read(i), digest_size=16).digest() in same:

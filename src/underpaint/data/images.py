@@ -27,9 +27,10 @@ from underpaint.data.decode import (
     full_scale,
     read_header,
 )
-from underpaint.data.parallel import WorkerLost, ordered_map
+from underpaint.data.parallel import WorkerLost, ordered_map, spare_workers
 from underpaint.data.scaling import KINDS, Scaling, robust_range, stored_scaling, told_of_channel
 from underpaint.data.sources.base import Source, cache_root
+from underpaint.data.sources.index import Indices, Names
 from underpaint.errors import InputError
 from underpaint.files import replacing_folder
 
@@ -99,7 +100,8 @@ class ImageSet:
     """Images by number, cached or streamed; made by `load_images`.
 
     Attributes:
-        names, labels, numbers, classes: of the images, in order; images that could not be read are left out of a cached set.
+        names, labels, numbers, classes: of the images, in order, label -1 and number NaN for one that has none, `numbers`
+            None where none has one; images that could not be read are left out of a cached set.
         groups: of each image (patient, slide, video), where the source was opened with `groups`, else None.
         channels: of every image.
         skipped: {"path", "reason"} of the images that could not be read.
@@ -113,18 +115,20 @@ class ImageSet:
     def __init__(
         self,
         source: Source,
-        indices: Sequence[int],
+        indices: Indices,
         decoding: Decoding,
         pixels: Pixels | None,
         skipped: list[dict[str, str]],
         statistics: Statistics,
         notes: list[str],
     ):
-        self.names = [source.entries[i].name for i in indices]
-        self.labels = [source.entries[i].label for i in indices]
-        self.numbers = [source.entries[i].number for i in indices]
+        self._indices = np.asarray(indices, np.int64)
+        entries = source.entries
+        self.names = Names(entries.names.column, self._indices)
+        self.labels = entries.labels[self._indices]
+        self.numbers = None if entries.numbers is None else entries.numbers[self._indices]
         self.classes = source.classes
-        self.groups = [source.group_of(i) for i in indices] if source.grouped else None
+        self.groups = [source.groups[1][k] for k in source.groups[0][self._indices]] if source.grouped else None
         self.channels = decoding.channels
         self.skipped = skipped
         self.cached = pixels is not None
@@ -133,11 +137,10 @@ class ImageSet:
         self.notes = [*notes, *_flat_channels(self.std, decoding.scaling)]
         self.pixels = pixels
         self._source = source
-        self._indices = list(indices)
         self._decoding = decoding
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._indices)
 
     def fingerprint(self) -> str:
         """Tells these images, as they are decoded, from all others."""
@@ -159,7 +162,7 @@ class ImageSet:
         """
         if self.pixels is not None:
             return np.array(self.pixels[index])
-        return decode_as(self._source.read(self._indices[index]), self._decoding, reduce_to)
+        return decode_as(self._source.read(int(self._indices[index])), self._decoding, reduce_to)
 
     def pending(self, index: int) -> Pending:
         """An image's size now and its pixels later: a crop chosen in between decides how far a JPEG is reduced.
@@ -171,7 +174,7 @@ class ImageSet:
         if pixels is not None:
             height, width, _ = pixels.shapes[index]
             return Pending((int(height), int(width)), lambda reduce_to: pixels[index])
-        data = self._source.read(self._indices[index])
+        data = self._source.read(int(self._indices[index]))
         header = read_header(data, max_pixels=self._decoding.max_pixels)
         decoding = self._decoding
         return Pending((header.height, header.width), lambda reduce_to: decode_as(data, decoding, reduce_to))
@@ -179,7 +182,7 @@ class ImageSet:
 
 def load_images(
     source: Source,
-    indices: Sequence[int],
+    indices: Indices,
     *,
     size: tuple[int, int],
     channels: int = 3,
@@ -204,9 +207,10 @@ def load_images(
     Raises:
         InputError: no image at all could be read.
     """
-    if not indices:
+    if not len(indices):
         raise InputError(f"{source.location}: no images to load")
-    indices = list(indices)
+    indices = np.asarray(indices, np.int64)
+    workers = workers or spare_workers(len(indices))
     limit = 2 * min(size)
     root = cache_root()
     key = _key(source, indices, channels, limit, max_pixels, scaling or nodata)
@@ -245,7 +249,7 @@ def load_images(
 
 def measure_scaling(
     source: Source,
-    indices: Sequence[int],
+    indices: Indices,
     *,
     size: tuple[int, int],
     channels: int = 3,
@@ -253,7 +257,7 @@ def measure_scaling(
     nodata: float | None = None,
 ) -> tuple[Scaling, list[str]]:
     """The scaling that `load_images` would measure on these images, and what a user should know of it."""
-    indices = list(indices)
+    indices = np.asarray(indices, np.int64)
     headers = _headers(source, indices, max_pixels)
     decoding, _, notes = _measure(source, indices, headers, channels, max_pixels, 2 * min(size), nodata)
     return decoding.scaling, notes
@@ -262,7 +266,7 @@ def measure_scaling(
 def settle_scaling(
     scaling: Scaling | None,
     source: Source,
-    indices: Sequence[int],
+    indices: Indices,
     *,
     size: tuple[int, int],
     channels: int,
@@ -350,19 +354,19 @@ def _interpolated(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return functional.interpolate(tensor, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def _key(source: Source, indices: list[int], channels: int, limit: int, max_pixels: int, scaling: Any) -> str:
+def _key(source: Source, indices: np.ndarray, channels: int, limit: int, max_pixels: int, scaling: Any) -> str:
     """`scaling` is the one given, or the `nodata` with which it is measured on these images."""
     settings = f"{CACHE_VERSION} {source.fingerprint()} {channels} {limit} {max_pixels} {scaling!r} "
     return hashlib.sha256(settings.encode() + np.asarray(indices, dtype="<i8").tobytes()).hexdigest()[:32]
 
 
-def _spread(indices: list[int], count: int) -> list[int]:
+def _spread(indices: Indices, count: int) -> list[int]:
     """At most `count` of the indices, evenly spaced."""
     places = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
-    return [indices[p] for p in places]
+    return np.asarray(indices)[places].tolist()
 
 
-def _headers(source: Source, indices: list[int], max_pixels: int) -> list[Header]:
+def _headers(source: Source, indices: np.ndarray, max_pixels: int) -> list[Header]:
     """Of a sample of the images, those that can be read."""
     headers: list[Header] = []
     for i in _spread(indices, SAMPLED_HEADERS):
@@ -375,7 +379,7 @@ def _headers(source: Source, indices: list[int], max_pixels: int) -> list[Header
 
 def _measure(
     source: Source,
-    indices: list[int],
+    indices: np.ndarray,
     headers: list[Header],
     channels: int,
     max_pixels: int,
@@ -417,7 +421,7 @@ def _named(channel: int, channels: int) -> str:
     return f"channel {channel + 1} of {channels}"
 
 
-def _pixel_sample(source: Source, indices: list[int], decoding: Decoding) -> list[np.ndarray]:
+def _pixel_sample(source: Source, indices: np.ndarray, decoding: Decoding) -> list[np.ndarray]:
     """Pixels [k, c] drawn from each of some images, NaN where there is no value; the same at every call."""
     chosen = _spread(indices, SAMPLED_IMAGES // 4)
     generator = np.random.default_rng(0)
@@ -468,7 +472,7 @@ def _cached_bytes(header: Header, decoding: Decoding) -> float:
 class _DecodeChunk:
     """Decodes the n-th chunk of entries; a class of its own, so that it pickles into workers."""
 
-    def __init__(self, source: Source, indices: list[int], decoding: Decoding):
+    def __init__(self, source: Source, indices: np.ndarray, decoding: Decoding):
         self._source = source
         self._indices = indices
         self._decoding = decoding
@@ -482,7 +486,7 @@ class _DecodeChunk:
     def one(self, place: int) -> np.ndarray | str:
         """An image, or the reason why there is none."""
         try:
-            array = decode_as(self._source.read(self._indices[place]), self._decoding, self._decoding.limit)
+            array = decode_as(self._source.read(int(self._indices[place])), self._decoding, self._decoding.limit)
             return _reduced(array, self._decoding.limit)
         except Unreadable as error:
             return str(error)
@@ -514,7 +518,7 @@ def _alone(decode: Callable[[int], np.ndarray | str], place: int) -> np.ndarray 
 
 def _build(
     source: Source,
-    indices: list[int],
+    indices: np.ndarray,
     decoding: Decoding,
     folder: Path,
     estimate: float,
@@ -542,12 +546,12 @@ def _build(
     shapes, kept, skipped = decode_into(lambda array: chunks.append(array.reshape(-1)))
     pixels = Pixels(np.concatenate(chunks), decoding.scaling.dtype, shapes)
     statistics = statistics or _cached_statistics(pixels)
-    return ImageSet(source, [indices[place] for place in kept], decoding, pixels, skipped, statistics, notes)
+    return ImageSet(source, indices[kept], decoding, pixels, skipped, statistics, notes)
 
 
 def _stream(
     source: Source,
-    indices: list[int],
+    indices: np.ndarray,
     decoding: Decoding,
     folder: Path,
     estimate: float,
@@ -577,7 +581,7 @@ def _stream(
 
 def _decode_all(
     source: Source,
-    indices: list[int],
+    indices: np.ndarray,
     decoding: Decoding,
     workers: int,
     write: Callable[[np.ndarray], Any],
@@ -610,7 +614,7 @@ def _none_readable(source: Source, skipped: list[dict[str, str]]) -> InputError:
 
 
 def _cached_statistics(pixels: Pixels) -> Statistics:
-    return _statistics([pixels[i] for i in _spread(list(range(len(pixels.shapes))), SAMPLED_IMAGES)])
+    return _statistics([pixels[i] for i in _spread(range(len(pixels.shapes)), SAMPLED_IMAGES)])
 
 
 def _statistics(sample: list[np.ndarray]) -> Statistics:
@@ -699,15 +703,15 @@ def _damaged_block(file: Path, sums: np.ndarray) -> int | None:
     return None
 
 
-def _from_store(source: Source, indices: list[int], folder: Path, stored: dict[str, Any]) -> ImageSet:
+def _from_store(source: Source, indices: np.ndarray, folder: Path, stored: dict[str, Any]) -> ImageSet:
     scaling = stored_scaling(stored["decoding"]["scaling"])
     assert scaling is not None
     decoding = Decoding(**{**stored["decoding"], "scaling": scaling})
     pixels = None
     if not stored["streamed"]:
         with np.load(folder / "index.npz") as index:
-            shapes, kept = index["shapes"], index["kept"].tolist()
+            shapes, kept = index["shapes"], index["kept"]
         pixels = Pixels(folder / "pixels.bin", scaling.dtype, shapes)
-        indices = [indices[place] for place in kept]
+        indices = indices[kept]
     mean, std = stored["statistics"]
     return ImageSet(source, indices, decoding, pixels, stored["skipped"], (mean, std), stored["notes"])

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +16,8 @@ from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
 from underpaint.data.decode import Unreadable
 from underpaint.data.images import ImageSet, resize
 from underpaint.data.parallel import ordered_map
+from underpaint.data.shuffle import LARGE, shuffled
+from underpaint.data.sources.index import Indices
 from underpaint.errors import InputError
 
 REPLACEMENTS = 100  # other samples tried in place of one that cannot be decoded
@@ -86,7 +88,7 @@ def eval_batches(
     *,
     size: tuple[int, int],
     batch_size: int = 256,
-    indices: Sequence[int] | None = None,
+    indices: Indices | None = None,
     device: str | torch.device = "cpu",
     workers: int = 0,
 ) -> Generator[Batch, None, None]:
@@ -97,7 +99,7 @@ def eval_batches(
     Args:
         indices: which images; default all.
     """
-    chosen = list(range(len(images))) if indices is None else list(indices)
+    chosen = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
     prepare = _EvalRows(images, size, batch_size, chosen)
     numbers = range(math.ceil(len(chosen) / batch_size))
     return _batches(prepare, numbers, images, size, workers, torch.device(device), None)
@@ -132,7 +134,8 @@ class Crops:
     """Which crops of which images a batch holds, a function of its number; called with it, what this process reads.
 
     Each epoch is a permutation by (seed, epoch) cut into whole batches, the rest dropped; a set smaller than the
-    batch goes on in the next epoch's permutation within a batch.
+    batch goes on in the next epoch's permutation within a batch. Of more than `LARGE` images no permutation is held in
+    memory.
 
     Attributes:
         size: height and width, in pixels.
@@ -150,7 +153,7 @@ class Crops:
     size: tuple[int, int]
     batch_size: int
     seed: int
-    indices: Sequence[int] | None = None
+    indices: Indices | None = None
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     rank: int = 0
@@ -189,25 +192,27 @@ class Crops:
         count, size = len(self._chosen), self.batch_size
         if count >= size:
             epoch, step = divmod(batch, count // size)
-            order = self._permutation(epoch)[step * size : (step + 1) * size]
-            return np.full(size, epoch)[self._rows], order[self._rows]
+            places = np.arange(step * size, (step + 1) * size)[self._rows]
+            return np.full(len(places), epoch), self._permuted(epoch, places)
         places = np.arange(batch * size, (batch + 1) * size)[self._rows]
         epochs = places // count
-        orders = {epoch: self._permutation(epoch) for epoch in np.unique(epochs).tolist()}
-        samples = [orders[epoch][place] for epoch, place in zip(epochs.tolist(), places % count, strict=True)]
-        return epochs, np.asarray(samples)
+        parts = [self._permuted(epoch, places[epochs == epoch] % count) for epoch in np.unique(epochs).tolist()]
+        return epochs, np.concatenate(parts)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _permuted(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The samples at some places of an epoch's order."""
+        if len(self._chosen) > LARGE:
+            return self._chosen[shuffled(places, len(self._chosen), self.seed, epoch)]
         if self._order[0] != epoch:
             generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
             self._order = (epoch, self._chosen[generator.permutation(len(self._chosen))])
-        return self._order[1]
+        return self._order[1][places]
 
 
 class _EvalRows:
     """The centres of the n-th stretch of the chosen images."""
 
-    def __init__(self, images: ImageSet, size: tuple[int, int], batch_size: int, indices: list[int]):
+    def __init__(self, images: ImageSet, size: tuple[int, int], batch_size: int, indices: np.ndarray):
         self._images = images
         self._size = size
         self._batch_size = batch_size
@@ -217,7 +222,7 @@ class _EvalRows:
         def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return centre_boxes(sizes, self._size), np.zeros(len(sizes), dtype=bool)
 
-        samples = np.asarray(self._indices[batch * self._batch_size : (batch + 1) * self._batch_size])
+        samples = self._indices[batch * self._batch_size : (batch + 1) * self._batch_size]
         return _cut(self._images, samples, self._size, draw, lambda row: iter(()))
 
 

@@ -5,8 +5,9 @@ A source lists what there is (names, splits, labels, numbers) and reads encoded 
 
 import importlib
 import re
-from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from underpaint.data.sources.base import Listing, Source
 from underpaint.data.sources.names import IMAGE_SUFFIXES
@@ -61,7 +62,7 @@ def _nothing(text: str, listing: Listing) -> str:
 def _describe(source: Source) -> None:
     """Say counts, splits, labels and the hold-out, before anything starts."""
     entries, notes = source.entries, source.notes
-    splits = Counter(entry.split for entry in entries)
+    splits = entries.counts()
     notes.insert(0, f"{source.kind}: {len(entries):,} images")
     if set(splits) == {None}:
         notes.append("splits: none")
@@ -75,23 +76,24 @@ def _describe(source: Source) -> None:
         useless = labels_judge(source)
         notes.append(f"class labels: not used, {useless}" if useless else "class labels: none")
     else:
-        known = sum(entry.label is not None for entry in entries)
+        known = int((entries.labels >= 0).sum())
         names = source.classes or []
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         notes.append(f"class labels: {known:,} images, {len(names)} classes ({shown})")
-        if held := held_out(source):
+        if len(held := held_out(source)):
             how = f"whole groups by {source.pattern.pattern!r}" if source.pattern else "stratified"
             notes.append(
                 f"no labelled train and test splits: a hold-out of {len(held):,} images ({how}) judges, which pretraining "
                 "leaves out unless --all-images"
             )
-    if source.number is not None:
-        numbered = sum(entry.number is not None for entry in entries)
+    if source.number is not None and entries.numbers is not None:
+        numbered = len(entries) - int(np.isnan(entries.numbers).sum())
         notes.append(f"numbers: {numbered:,} images, column {source.number!r}")
     if source.pattern is not None:
         unmatched = len(entries) - source.matched
-        groups = len({source.group_of(i) for i in range(len(entries))})
-        notes.append(f"groups: {groups:,}" + (f"; {unmatched:,} names do not match" if unmatched else ""))
+        notes.append(
+            f"groups: {len(source.groups[1]):,}" + (f"; {unmatched:,} names do not match" if unmatched else "")
+        )
     if source.skipped:
         notes.append(f"left out: {len(source.skipped):,} files, the first: {_one(source.skipped[0])}")
 

@@ -1,6 +1,8 @@
 """Apply a function to the numbers 0, 1, 2, ... in worker processes, results in order."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Generic, TypeVar
@@ -12,6 +14,9 @@ from underpaint.errors import InputError
 from underpaint.signals import WATCHED
 
 T = TypeVar("T")
+MANY = 2_000  # images from which on it pays to start processes for one pass over them
+# forked processes share the index of the images, start at once, and run no script of the user's a second time
+FORK = "fork" if sys.platform == "linux" else None
 
 
 class WorkerLost(InputError):
@@ -30,6 +35,14 @@ class _Calls(Dataset[T], Generic[T]):
 
     def __getitem__(self, index: int) -> T:
         return self._function(index)
+
+
+def spare_workers(images: int) -> int:
+    """Processes for a single pass over so many images, where nobody says how many: one for each core."""
+    if FORK is None or images < MANY:
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    return cores if cores > 1 else 0
 
 
 def ordered_map(
@@ -52,6 +65,7 @@ def ordered_map(
         sampler=numbers,  # type: ignore[arg-type]  # any iterable of keys serves
         num_workers=workers,
         collate_fn=_same,
+        multiprocessing_context=FORK,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # else a seed for the workers is drawn from the global one

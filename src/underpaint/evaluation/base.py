@@ -7,7 +7,7 @@ paired differences, results, tables, what is kept for `underpaint predict`. A ne
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from underpaint.console import say
-from underpaint.data import ImageSet, Source, labelled_indices, labels_judge
+from underpaint.data import ImageSet, Indices, Source, labelled_indices, labels_judge
 from underpaint.errors import InputError
 from underpaint.evaluation.baselines import hog, raw_pixels
 from underpaint.evaluation.bundle import EncoderBundle
@@ -79,13 +79,13 @@ class Context:
     def device(self) -> torch.device:
         return self.bundle.standardize.mean.device
 
-    def load(self, source: Source, indices: Sequence[int]) -> Split:
+    def load(self, source: Source, indices: Indices) -> Split:
         """All of these images that can be read, at the encoder's size; what is left out is said."""
         images = self.bundle.images(source, indices)
         if images.skipped:
             first = f"{images.skipped[0]['path']}: {images.skipped[0]['reason']}"
             say(f"{len(images.skipped)} images of {source.location} are left out, the first: {first}")
-        return Split(images, list(range(len(images))))
+        return Split(images, np.arange(len(images)))
 
     def features(self, who: str, split: Split) -> Features:
         """Of an encoder (from disk, where an earlier call had the same), or of `PIXELS`; one pass for all evaluations."""
@@ -116,16 +116,16 @@ class Context:
             raise InputError(f"{source.location}: {len(lacking)} classes occur in test and not in train ({shown})")
         return train, test
 
-    def fewer(self, indices: list[int]) -> list[int]:
+    def fewer(self, indices: Indices) -> Indices:
         """The share of the training images that is used."""
         fraction = self.options.label_fraction
         if fraction == 1:
             return indices
         count = max(1, round(fraction * len(indices)))
-        return [indices[k] for k in stratified(np.zeros(len(indices), int), count, self.options.seed)]
+        return np.asarray(indices)[stratified(np.zeros(len(indices), int), count, self.options.seed)]
 
 
-def labelled(source: Source) -> tuple[list[int], list[int]]:
+def labelled(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Entries with class labels, to train on and to test on.
 
     Raises:

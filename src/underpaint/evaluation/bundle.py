@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from underpaint.backbones import Backbone, create_arguments, describe_encoder, f
 from underpaint.backbones.build import fill, init_from, with_drop_path
 from underpaint.backbones.norms import settled
 from underpaint.console import say
-from underpaint.data import ImageSet, Scaling, Source, load_images, settle_scaling, stored_scaling
+from underpaint.data import ImageSet, Indices, Scaling, Source, load_images, settle_scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
 from underpaint.train.run_folder import Run
@@ -63,12 +63,12 @@ class EncoderBundle:
             encoder = settled(encoder, self.clean)
         return replace(self, encoder=encoder, trained=False)
 
-    def images(self, source: Source, indices: Sequence[int] | None = None) -> ImageSet:
+    def images(self, source: Source, indices: Indices | None = None) -> ImageSet:
         """Images of a source, all where None, at the encoder's size, channels and scaling."""
-        chosen = range(len(source.entries)) if indices is None else list(indices)
+        chosen = range(len(source.entries)) if indices is None else indices
         return load_images(source, chosen, size=self.size, channels=self.encoder.channels, scaling=self.scaling)
 
-    def scaled(self, source: Source, indices: Sequence[int] | None = None) -> "EncoderBundle":
+    def scaled(self, source: Source, indices: Indices | None = None) -> "EncoderBundle":
         """With a scaling for all images: its own, else one measured on these, all of a source where None."""
         chosen = range(len(source.entries)) if indices is None else indices
         channels = self.encoder.channels

@@ -383,8 +383,8 @@ def boxed(context: Context) -> tuple[Boxed, Boxed]:
         parts = [(by_split[split], sorted(by_split[split].images)) for split in ("train", tested)]
     else:
         tested, only = next(iter(by_split.items()))
-        parts = [(only, indices) for indices in split_indices(source, sorted(only.images))]
-    parts[0] = (parts[0][0], context.fewer(parts[0][1]))
+        parts = [(only, indices.tolist()) for indices in split_indices(source, sorted(only.images))]
+    parts[0] = (parts[0][0], np.asarray(context.fewer(parts[0][1])).tolist())
     bundle = context.bundle
     images = FullResImages(source, [*parts[0][1], *parts[1][1]], bundle.encoder.channels, bundle.scaling)
     train, test = (Boxed(images, found, [k for k in indices if k in images]) for found, indices in parts)

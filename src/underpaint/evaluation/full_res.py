@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from underpaint.console import progress, say
-from underpaint.data import ImageSet, Scaling, Source, Unreadable, load_images
+from underpaint.data import ImageSet, Indices, Scaling, Source, Unreadable, load_images
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import EncoderBundle
 
@@ -17,15 +18,12 @@ AS_THEY_ARE = (2**14, 2**14)  # pixels: cached images are reduced to twice the s
 class FullResImages:
     """Images of a source by their number there, float32 [c, h, w] in [0, 1]."""
 
-    def __init__(self, source: Source, indices: Sequence[int], channels: int, scaling: Scaling | None = None):
+    def __init__(self, source: Source, indices: Indices, channels: int, scaling: Scaling | None = None):
         """`scaling`: that of the encoder's images; measured on these where None."""
-        self._images: ImageSet = load_images(
-            source, list(indices), size=AS_THEY_ARE, channels=channels, scaling=scaling
-        )
+        self._images: ImageSet = load_images(source, indices, size=AS_THEY_ARE, channels=channels, scaling=scaling)
         position = {name: number for number, name in enumerate(self._images.names)}
-        self._position = {
-            index: position[source.entries[index].name] for index in indices if source.entries[index].name in position
-        }
+        named = {index: source.entries.names[index] for index in np.asarray(indices).tolist()}
+        self._position = {index: position[name] for index, name in named.items() if name in position}
         self.skipped = self._images.skipped
 
     @classmethod

@@ -111,9 +111,10 @@ class Outliers(Evaluation[NoSettings, Sets, None, Scores]):
         if context.options.against is None:
             raise InputError("--task outliers: give the other images with --against DATA")
         source, other = context.source, open_source(context.options.against)
-        train, test = split_indices(source, list(range(len(source.entries))))
-        every = list(range(len(other.entries)))
-        return Sets(context.load(source, train), context.load(source, test), context.load(other, every))
+        train, test = split_indices(source, range(len(source.entries)))
+        return Sets(
+            context.load(source, train), context.load(source, test), context.load(other, range(len(other.entries)))
+        )
 
     def rows(self) -> list[Row]:
         name, trained = self.context.bundle.name, self.context.bundle.trained

@@ -4,7 +4,6 @@ The untrained encoder gets the same probe with the same choices; nothing is chos
 there is the effective rank of the features (RankMe, arXiv 2210.02885).
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from underpaint.backbones import Backbone
 from underpaint.backbones.norms import settled
-from underpaint.data import ImageSet, Source, eval_batches, fair_batches, labelled_indices
+from underpaint.data import ImageSet, Indices, Source, eval_batches, fair_batches, labelled_indices
 from underpaint.errors import InputError
 from underpaint.evaluation.attentive import attentive
 from underpaint.evaluation.baselines import hog, majority, raw_pixels
@@ -117,9 +116,9 @@ class ProbeSuite:
     def of(
         cls,
         source: Source,
-        load: Callable[[Source, list[int]], ImageSet],
+        load: Callable[[Source, Indices], ImageSet],
         pool: ImageSet,
-        pool_indices: Sequence[int],
+        pool_indices: Indices,
         size: tuple[int, int],
         seed: int,
     ) -> "ProbeSuite":
@@ -130,9 +129,9 @@ class ProbeSuite:
         parts = []
         found, left_out = _frequent(source, *found)
         for indices in found:
-            chosen = list(indices)
-            images = pool if chosen == list(pool_indices) and source.classes == pool.classes else load(source, chosen)
-            parts.append(Split(images, list(range(len(images)))))
+            same = np.array_equal(indices, pool_indices) and source.classes == pool.classes
+            images = pool if same else load(source, indices)
+            parts.append(Split(images, np.arange(len(images))))
         if len(np.unique(parts[0].labels)) < 2 or not len(parts[1].images):  # of those that can be read
             return cls(pool, None, size, seed)
         return cls(pool, (parts[0], parts[1]), size, seed, left_out=left_out)
@@ -164,7 +163,7 @@ class ProbeSuite:
         restoration, on test images where there is a test part that was not trained on; each image's draw is its own, the
         same at every call."""
         part = self.splits[1] if self.splits is not None else Split(self.pool, list(range(len(self.pool))))
-        chosen = [part.indices[k] for k in evenly(len(part.indices), RESTORED)]
+        chosen = [int(part.indices[k]) for k in evenly(len(part.indices), RESTORED)]
         device = standardize.mean.device
         generator = torch.Generator().manual_seed(self.seed)
         was = method.training
@@ -293,7 +292,7 @@ class ProbeSuite:
         chosen = [shots(labels, SHOTS, SUBSET + k) for k in range(draws)]
         pairs = [(a, b) for n, a in enumerate(chosen) for b in chosen[:n]]
         shared = [len(np.intersect1d(a, b)) / len(a) for a, b in pairs]
-        parts = [Split(part.images, [part.indices[k] for k in draw]) for draw in chosen]
+        parts = [Split(part.images, np.asarray(part.indices)[draw]) for draw in chosen]
         return FewLabels(parts, float(np.mean(shared)) if shared else 0.0, "")
 
     def worth(self, encoder: Backbone, standardize: Standardize, draws: int = 0) -> Worth:
@@ -369,15 +368,13 @@ class ProbeSuite:
         return rows * columns * encoder.dim
 
 
-def _frequent(source: Source, train: list[int], test: list[int]) -> tuple[tuple[list[int], list[int]], int]:
+def _frequent(source: Source, train: np.ndarray, test: np.ndarray) -> tuple[list[np.ndarray], int]:
     """The images of the `MOST_CLASSES` classes with the most to train on (the first among equals), and how many classes
     are left out."""
-    counts = Counter(source.entries[i].label for i in train)
-    if len(counts) <= MOST_CLASSES:
-        return (train, test), 0
-    kept = {label for label, _ in sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:MOST_CLASSES]}
-    parts = ([i for i in part if source.entries[i].label in kept] for part in (train, test))
-    return (next(parts), next(parts)), len(counts) - MOST_CLASSES
+    labels = source.entries.labels
+    classes, counts = np.unique(labels[train], return_counts=True)
+    kept = classes[np.argsort(-counts, kind="stable")[:MOST_CLASSES]]
+    return [part[np.isin(labels[part], kept)] for part in (train, test)], len(classes) - len(kept)
 
 
 def _rank(pooled: Tensor) -> float:

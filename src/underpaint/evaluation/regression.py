@@ -97,16 +97,16 @@ class Regression(Evaluation[NoSettings, Splits, Ridge, Float[np.ndarray, "n"]]):
         self.penalties: dict[str, float] = {}
 
     @classmethod
-    def annotated(cls, source: Source) -> tuple[list[int], list[int]]:
+    def annotated(cls, source: Source) -> tuple[np.ndarray, np.ndarray]:
         """Raises InputError: no image has a number, or those to train on or to test on have none."""
-        numbered = [i for i, entry in enumerate(source.entries) if entry.number is not None]
-        if not numbered:
+        numbers = source.entries.numbers
+        if numbers is None:
             raise InputError(
                 f"{source.location} has no numbers; expected a numeric column (the only one, or one called number, target "
                 "or value) of parquet files, or of labels.csv or metadata.csv beside the images"
             )
-        train, test = split_indices(source, numbered)
-        if len(train) < 2 or not test:
+        train, test = split_indices(source, np.flatnonzero(~np.isnan(numbers)))
+        if len(train) < 2 or not len(test):
             raise InputError(
                 f"{source.location}: {len(train)} images with a number to train on, {len(test)} to test on"
             )

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+import numpy as np
 from torch import Tensor
 
 from underpaint.backbones.norms import batch_norms, settled
@@ -100,7 +101,7 @@ def evaluate(
         say(note)
     if options.groups and not source.matched:
         raise InputError(
-            f"--groups {options.groups!r}: no name in {data} matches, the first is {source.entries[0].name}; give a "
+            f"--groups {options.groups!r}: no name in {data} matches, the first is {source.entries.names[0]}; give a "
             "regular expression that does, or '' for none"
         )
     kinds = {name: evaluation(name) for name in EVALUATIONS if name in tasks}
@@ -197,7 +198,7 @@ def _opened(encoder: str, source: Source, options: Options) -> EncoderBundle:
     """The encoder, with a scaling for all images of the evaluation (its own, else that of those it trains on) and, where
     it has batch norms, clean images from which those of a random-init network take their statistics."""
     bundle = open_bundle(encoder, image_size=options.image_size, untrained=options.untrained, seed=options.seed)
-    train, _ = labelled_indices(source) or split_indices(source, list(range(len(source.entries))))
+    train, _ = labelled_indices(source) or split_indices(source, range(len(source.entries)))
     bundle = bundle.scaled(source, train)
     for note in bundle.notes:
         say(f"note: {note}")
@@ -210,7 +211,7 @@ def _opened(encoder: str, source: Source, options: Options) -> EncoderBundle:
 
 def _clean(source: Source, bundle: EncoderBundle, seed: int) -> Iterator[Tensor]:
     """Training images for the batch norms of a random-init network."""
-    train, _ = split_indices(source, list(range(len(source.entries))))
+    train, _ = split_indices(source, range(len(source.entries)))
     images, device = bundle.images(source, train), bundle.standardize.mean.device
     for batch in fair_batches(images, size=bundle.size, count=SETTLING, seed=seed, device=device):
         yield bundle.standardize(batch.images)
@@ -250,8 +251,8 @@ def _seen(run: Recipe | None, source: Source) -> list[str]:
     apart = run.data.labels is not None and not same_place(run.data.labels, run.data.path)
     own = open_source(source.location, groups=run.data.groups)
     trained = pretraining_indices(own, all_images=run.data.all_images or apart)
-    sides = labelled_indices(source) or split_indices(source, list(range(len(source.entries))))
-    shared = len(set(trained) & set(sides[1]))
+    sides = labelled_indices(source) or split_indices(source, range(len(source.entries)))
+    shared = len(np.intersect1d(trained, sides[1]))
     if not shared:
         return []
     return [f"{shared:,} of the {len(sides[1]):,} images held out to test on were pretrained on, without their labels."]

@@ -233,12 +233,12 @@ def masked(context: Context) -> Masked:
     lacking = len(source.entries) - len(masks.names)
     if lacking:
         say(f"{lacking} of {len(source.entries)} images have no mask and are left out")
-    train, test = split_indices(source, sorted(masks.names))
+    train, test = (part.tolist() for part in split_indices(source, sorted(masks.names)))
     if not train or not test:
         raise InputError(
             f"{source.location}: masks are needed for train and for test images; there are {len(train)} and {len(test)}"
         )
-    train = context.fewer(train)
+    train = np.asarray(context.fewer(train)).tolist()
     given = options.ignore_index if options.ignore_index is not None else masks.ignore
     ignore = IGNORE if given is None else given
     names = list(masks.classes)

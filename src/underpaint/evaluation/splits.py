@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from underpaint.data import ImageSet
+from underpaint.data import ImageSet, Indices
 from underpaint.errors import InputError
 
 Labels = np.ndarray | Tensor | Sequence[int]
@@ -107,25 +107,26 @@ class Split:
     """Some labelled images of a set."""
 
     images: ImageSet
-    indices: list[int]
+    indices: Indices
 
     @property
     def labels(self) -> np.ndarray:
         return self.labels_of(self.indices)
 
-    def labels_of(self, samples: Sequence[int]) -> np.ndarray:
+    def labels_of(self, samples: Indices) -> np.ndarray:
         """A streamed set learns only on the way which images can be read."""
-        return np.array([self.images.labels[k] for k in samples])
+        return self.images.labels[np.asarray(samples, np.int64)].astype(np.int64)
 
-    def numbers_of(self, samples: Sequence[int]) -> np.ndarray:
+    def numbers_of(self, samples: Indices) -> np.ndarray:
         """The number to be predicted of each."""
-        return np.array([self.images.numbers[k] for k in samples], float)
+        assert self.images.numbers is not None  # what is read for its numbers has them
+        return self.images.numbers[np.asarray(samples, np.int64)]
 
-    def groups_of(self, samples: Sequence[int]) -> list[str] | None:
+    def groups_of(self, samples: Indices) -> list[str] | None:
         """The group (patient, slide, video) of each; None where each image is by itself."""
         groups = self.images.groups
         return None if groups is None else [groups[k] for k in samples]
 
     def subset(self, count: int, seed: int) -> "Split":
         chosen = stratified(self.labels, count, seed)
-        return Split(self.images, [self.indices[k] for k in chosen])
+        return Split(self.images, np.asarray(self.indices)[chosen])

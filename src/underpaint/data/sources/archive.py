@@ -13,6 +13,7 @@ from typing import Any
 
 from underpaint.data.decode import Unreadable
 from underpaint.data.sources.base import LARGEST_FILE, Listing, RangeReader, Reader, flat_copy, stamp_of
+from underpaint.data.sources.index import Names
 from underpaint.data.sources.tree import File, list_files
 from underpaint.errors import InputError
 
@@ -25,7 +26,7 @@ COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 class _ZipReader:
     """Opens the archive once a process: a file position shared after a fork would mix up two readers."""
 
-    def __init__(self, path: str, names: list[str]):
+    def __init__(self, path: str, names: Names):
         self._path = path
         self._names = names
         self._opened: tuple[int, zipfile.ZipFile] | None = None
@@ -86,8 +87,8 @@ def list_tar(path: Path) -> Listing:
         with flat.open("rb") as file:
             return os.pread(file.fileno(), size, offset)
 
-    def reader(names: list[str]) -> Reader:
-        return RangeReader([(str(flat), *members[name]) for name in names], keep)
+    def reader(names: Names) -> Reader:
+        return RangeReader([str(flat)], [(0, *members[name]) for name in names], keep)
 
     return list_files("tar file", path, files, [], read, reader)
 

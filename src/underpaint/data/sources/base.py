@@ -1,28 +1,26 @@
 """What a source is: entries that are listed once, and a reader of their encoded bytes."""
 
 import hashlib
+import operator
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from underpaint.data.decode import Unreadable
+from underpaint.data.sources.index import STRETCH, Entries, Entry
 from underpaint.files import replacing, write_text
 
 LARGEST_FILE = 2**30  # bytes of one file of an archive when unpacked
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One image: its path as people know it (unique in the source), split, class number, and number to be predicted."""
-
-    name: str
-    split: str | None
-    label: int | None
-    number: float | None = None
 
 
 @runtime_checkable
@@ -42,25 +40,27 @@ class Source:
 
     def __init__(self, location: str, listing: "Listing", groups: re.Pattern[str] | None = None):
         self.location = location
-        self.entries = listing.entries
+        found = listing.entries
+        self.entries = found if isinstance(found, Entries) else _columns(found)
         self.classes = listing.classes
         self.number = listing.number  # the column that the numbers are of
         self.notes = listing.notes
         self.skipped = listing.skipped
         self.kind = listing.kind
         self._place = listing.place
-        self._stamps = listing.stamps
+        self._stamps: Any = listing.stamps
+        self._fingerprint = ""
         self._reader = listing.reader
         self.pattern = groups
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: SupportsIndex) -> bytes:
         """The encoded bytes of an entry.
 
         Raises:
             Unreadable: the file has gone, is locked away, or its archive is damaged there.
         """
         try:
-            return self._reader.read(index)
+            return self._reader.read(operator.index(index))
         except Unreadable:
             raise
         # Archives and file systems fail in many ways (OSError, BadZipFile, RuntimeError for encryption, zlib.error).
@@ -68,7 +68,7 @@ class Source:
             text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise Unreadable(f"cannot be read: {' '.join(text.split())[:160] or type(error).__name__}") from error
 
-    def size(self, index: int) -> int:
+    def size(self, index: SupportsIndex) -> int:
         """Bytes of an entry as it is stored, without reading it where its kind of source knows.
 
         Raises:
@@ -76,24 +76,68 @@ class Source:
         """
         measure = getattr(self._reader, "size", None)
         try:
-            return measure(index) if measure is not None else len(self.read(index))
+            return measure(operator.index(index)) if measure is not None else len(self.read(index))
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror}") from error
 
     def fingerprint(self) -> str:
         """sha256 over the kind, the resolved place, and the names, sizes and modification times of the files."""
-        digest = hashlib.sha256(f"{self.kind}\0{self._place}\0".encode("utf-8", "surrogateescape"))
-        for entry, stamp in zip(self.entries, self._stamps, strict=True):
-            digest.update(f"{entry.name}\0{stamp}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        if not self._fingerprint:
+            digest = hashlib.sha256(f"{self.kind}\0{self._place}\0".encode("utf-8", "surrogateescape"))
+            zero, line, empty = (pa.scalar(part, pa.large_binary()) for part in (b"\0", b"\n", b""))
+            for start in range(0, len(self.entries), STRETCH):
+                stamps = self._stamped(start)
+                names = self.entries.names.column.slice(start, STRETCH)
+                lines: Any = pc.binary_join_element_wise(names, zero, stamps, line, empty)  # type: ignore[attr-defined]
+                digest.update(b"".join(lines.to_pylist()))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
-    def group_of(self, index: int) -> str:
+    def listed(self) -> pa.Table:
+        """Name and stamp (size, time of change) of every entry, in order, as bytes: names may be no text."""
+        parts = [self._stamped(start) for start in range(0, len(self.entries), STRETCH)]
+        return pa.table({"name": self.entries.names.column, "stamp": pa.chunked_array(parts, pa.large_binary())})
+
+    def _stamped(self, start: int) -> Any:
+        return _text(self._stamps[start : start + STRETCH])
+
+    def group_of(self, index: SupportsIndex) -> str:
         """The group of an entry: the match of the `groups` expression, else its own name."""
-        name = self.entries[index].name
+        return self._group(self.entries.names[index])[0]
+
+    def _group(self, name: str) -> tuple[str, bool]:
+        """The group of a name, and whether the expression matches."""
         match = self.pattern.search(name) if self.pattern else None
         if match is None:
-            return name
-        return (match.group(1) if match.re.groups else match.group(0)) or name
+            return name, False
+        return (match.group(1) if match.re.groups else match.group(0)) or name, True
+
+    @cached_property
+    def _grouped(self) -> tuple[np.ndarray, list[str], int]:
+        numbers: dict[str, int] = {}
+        found = np.empty(len(self.entries), np.int32)
+        matched = 0
+        for index, name in enumerate(self.entries.names):
+            group, fits = self._group(name)
+            found[index] = numbers.setdefault(group, len(numbers))
+            matched += fits
+        return found, list(numbers), matched
+
+    @property
+    def groups(self) -> tuple[np.ndarray, list[str]]:
+        """The number of each entry's group, and the groups' names."""
+        return self._grouped[:2]
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """The groups, or the entries where each is by itself, in the order of the hashes of their names, in which a
+        hold-out takes them: no seed moves it, and images that are added later move few others."""
+        names: Sequence[str] = self.groups[1] if self.grouped else self.entries.names
+        hashes = np.fromiter((_hash(name) for name in names), ">u8", len(names)).astype(np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        if (np.diff(hashes[order]) == 0).any():  # one hash for two names, which then decide
+            order = np.asarray(sorted(order.tolist(), key=lambda k: (int(hashes[k]), names[k])))
+        return order
 
     @property
     def grouped(self) -> bool:
@@ -103,18 +147,34 @@ class Source:
     @property
     def matched(self) -> int:
         """How many names the `groups` expression occurs in."""
-        return sum(self.pattern is not None and self.pattern.search(e.name) is not None for e in self.entries)
+        return self._grouped[2] if self.grouped else 0
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+
+
+def _columns(entries: Sequence[Entry]) -> Entries:
+    return Entries.of(*([getattr(entry, name) for entry in entries] for name in ("name", "split", "label", "number")))
+
+
+def _text(stamps: Any) -> Any:
+    """Stamps as bytes: strings, or rows of a size and a time."""
+    if not isinstance(stamps, np.ndarray):
+        return pa.array([stamp.encode("utf-8", "surrogateescape") for stamp in stamps], pa.large_binary())
+    columns = [pa.array(column).cast(pa.large_string()).cast(pa.large_binary()) for column in stamps.T]
+    return pc.binary_join_element_wise(*columns, pa.scalar(b" ", pa.large_binary()))  # type: ignore[attr-defined]
 
 
 @dataclass
 class Listing:
-    """What a kind of source found; `stamps` tell apart versions of each entry's file, `place` (resolved, empty where
-    the stamps say it) sets that have equal ones."""
+    """What a kind of source found; `stamps` (texts, or [n, 2] of size and time in ns) tell apart versions of each
+    entry's file, `place` (resolved, empty where the stamps say it) sets that have equal ones."""
 
     kind: str
     place: str
-    entries: list[Entry]
-    stamps: list[str]
+    entries: Sequence[Entry]  # `Entries` where there may be millions
+    stamps: Sequence[str] | np.ndarray
     reader: Reader
     classes: list[str] | None
     notes: list[str]
@@ -124,27 +184,33 @@ class Listing:
 
 
 class RangeReader:
-    """Entries are stretches of flat files: members of tar files, or rows copied out of large parquet files."""
+    """Entries are stretches of flat files: members of tar files, or rows copied out of large parquet files.
 
-    def __init__(self, ranges: list[tuple[str, int, int]], keep: Any = None):
-        self._ranges = ranges
+    Args:
+        paths: of the files.
+        ranges: [n, 3] whole numbers: position in `paths`, offset and size in bytes.
+    """
+
+    def __init__(self, paths: list[str], ranges: Sequence[tuple[int, int, int]] | np.ndarray, keep: Any = None):
+        self._paths = paths
+        self._ranges = np.asarray(ranges, np.int64).reshape(-1, 3)
         self._keep = keep  # a temporary folder that must live as long as the reader
-        self._files: dict[tuple[int, str], int] = {}
+        self._files: dict[tuple[int, int], int] = {}
 
     def read(self, index: int) -> bytes:
-        path, offset, size = self._ranges[index]
+        number, offset, size = self._ranges[index].tolist()
         if size > LARGEST_FILE:
             raise Unreadable(f"has more than {LARGEST_FILE:,} bytes")
-        key = (os.getpid(), path)
+        key = (os.getpid(), number)
         if key not in self._files:
-            self._files[key] = os.open(path, os.O_RDONLY)
+            self._files[key] = os.open(self._paths[number], os.O_RDONLY)
         data = os.pread(self._files[key], size, offset)
         if len(data) < size:
             raise Unreadable(f"truncated: its archive ends {size - len(data)} bytes too early")
         return data
 
     def size(self, index: int) -> int:
-        return self._ranges[index][2]
+        return int(self._ranges[index, 2])
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}, "_keep": None}

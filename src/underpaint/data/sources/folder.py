@@ -5,33 +5,53 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from underpaint.data.sources.base import Listing, Reader
+from underpaint.data.sources.index import Names
 from underpaint.data.sources.names import IMAGE_SUFFIXES, is_hidden, is_image
 from underpaint.data.sources.parquet import list_parquet
-from underpaint.data.sources.tree import File, list_files
+from underpaint.data.sources.stored import load_listing, store_listing
+from underpaint.data.sources.tree import TABLES, File, coco_split, list_files
 from underpaint.errors import InputError
 
+LISTED_ANEW = 20_000  # images up to which a folder is listed each time, in a fraction of a second
 
-class _FolderReader:
-    def __init__(self, paths: list[str]):
-        self._paths = paths
+
+class FolderReader:
+    """Reads files below a folder by their names."""
+
+    def __init__(self, root: str, names: Names):
+        self._root = root
+        self._names = names
 
     def read(self, index: int) -> bytes:
-        with open(self._paths[index], "rb") as file:
+        with open(f"{self._root}/{self._names[index]}", "rb") as file:
             return file.read()
 
     def size(self, index: int) -> int:
-        return os.path.getsize(self._paths[index])
+        return os.path.getsize(f"{self._root}/{self._names[index]}")
 
 
 def list_folder(path: Path, text: str) -> Listing:
+    """What lies in a folder: as it was stored where nothing seems to have changed since (`load_listing`), else listed.
+
+    Raises:
+        InputError: the folder holds no images but an archive; as `list_files`.
+    """
+
+    def reader(names: Names) -> Reader:
+        return FolderReader(str(path), names)
+
+    listing = load_listing(path, reader)
+    if listing is not None:
+        return listing
     files: list[File] = []
     skipped: list[dict[str, str]] = []
-    for relative, entry in walk(path, skipped):
+    folders: dict[str, tuple[int, int]] = {}
+    for relative, entry in walk(path, skipped, folders):
         name = relative.replace(os.sep, "/")
         try:
             if entry.is_file():
                 status = entry.stat()
-                files.append(File(name, status.st_size, f"{status.st_size} {status.st_mtime_ns}"))
+                files.append(File(name, status.st_size, (status.st_size, status.st_mtime_ns)))
             elif PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
                 skipped.append({"path": name, "reason": "not a regular file (a broken link, a pipe or a device)"})
         except OSError as error:
@@ -43,18 +63,28 @@ def list_folder(path: Path, text: str) -> Listing:
     def read(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    def reader(names: list[str]) -> Reader:
-        return _FolderReader([f"{path}/{name}" for name in names])
-
     listing = list_files("folder", path, files, skipped, read, reader)
-    archives = [f.name for f in files if f.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
-    if not listing.entries and archives:
-        raise InputError(f"{text} holds no images but an archive; give that instead: {path / archives[0]}")
+    if not listing.entries:
+        archives = [f.name for f in files if f.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
+        if archives:
+            raise InputError(f"{text} holds no images but an archive; give that instead: {path / archives[0]}")
+    if len(listing.entries) > LISTED_ANEW:
+        # what says something of the images, and images that may yet be written or be made readable
+        sides = [f.name for f in files if coco_split(f.name) or PurePosixPath(f.name).name.lower() in TABLES]
+        sides += [skip["path"] for skip in skipped if skip["reason"] != "not an image"]
+        store_listing(path, listing, folders, sides)
     return listing
 
 
-def walk(root: Path, skipped: list[dict[str, str]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Files below a folder in sorted order, links followed, each real folder once."""
+def walk(
+    root: Path, skipped: list[dict[str, str]], folders: dict[str, tuple[int, int]] | None = None
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Files below a folder in sorted order, links followed, each real folder once.
+
+    Args:
+        skipped: gets {"path", "reason"} of what cannot be listed.
+        folders: gets the times (in ns, of contents and of status) of each folder from before it was listed.
+    """
     seen: set[str] = set()
     stack = [""]
     while stack:
@@ -65,6 +95,9 @@ def walk(root: Path, skipped: list[dict[str, str]]) -> Iterator[tuple[str, os.Di
             continue
         seen.add(real)
         try:
+            if folders is not None:
+                status = os.stat(folder)
+                folders[relative] = (status.st_mtime_ns, status.st_ctime_ns)
             with os.scandir(folder) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:

@@ -3,21 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from underpaint.data.decode import Unreadable
-from underpaint.data.sources.base import Entry, Listing
+from underpaint.data.sources.base import Listing
 from underpaint.data.sources.columns import column_labels
+from underpaint.data.sources.index import Entries
 from underpaint.data.sources.names import first_word
 from underpaint.errors import InputError
 
 
 class _HubReader:
-    def __init__(self, tables: list[Any], rows: list[tuple[int, int]], column: str):
+    def __init__(self, tables: list[Any], rows: np.ndarray, column: str):
         self._tables = tables
         self._rows = rows
         self._column = column
 
     def read(self, index: int) -> bytes:
-        number, row = self._rows[index]
+        number, row = self._rows[index].tolist()
         item = self._tables[number][row][self._column]
         if item is None or (item["bytes"] is None and item["path"] is None):
             raise Unreadable("the row holds no image bytes")
@@ -43,7 +46,8 @@ def list_hub(text: str) -> Listing:
     column = next((c for c, kind in first.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise InputError(f"{text} has no image column; its columns are {', '.join(first.features)}")
-    entries: list[tuple[str, str | None]] = []
+    listed: list[str] = []
+    splits: list[str | None] = []
     labels: list[Any] = []
     rows: list[tuple[int, int]] = []
     stamps: list[str] = []
@@ -52,14 +56,16 @@ def list_hub(text: str) -> Listing:
         table = table.cast_column(column, datasets.Image(decode=False))
         plain.append(table.select_columns([column]))
         table_split = first_word(str(table_name))
-        entries += [(f"{table_name or 'all'}/{row}", table_split) for row in range(len(table))]
+        listed += [f"{table_name or 'all'}/{row}" for row in range(len(table))]
+        splits += [table_split] * len(table)
         labels += list(table["label"]) if "label" in table.features else [None] * len(table)
         rows += [(number, row) for row in range(len(table))]
         stamps += [str(table._fingerprint)] * len(table)
     notes: list[str] = []
     names = getattr(first.features.get("label"), "names", None)
     numbers, classes = column_labels(labels, names, notes)
-    listed = [Entry(entry, split, label) for (entry, split), label in zip(entries, numbers, strict=True)]
+    reader = _HubReader(plain, np.asarray(rows, np.int64).reshape(-1, 2), column)
     return Listing(
-        "Hugging Face data set", "", listed, stamps, _HubReader(plain, rows, column), classes, notes, [], len(listed)
+        *("Hugging Face data set", "", Entries.of(listed, splits, numbers), stamps, reader),
+        *(classes, notes, [], len(listed)),
     )

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from underpaint.data.decode import Unreadable
-from underpaint.data.sources.base import Entry, Listing, RangeReader, Reader, flat_copy, stamp_of
+from underpaint.data.sources.base import Listing, RangeReader, Reader, flat_copy, stamp_of
 from underpaint.data.sources.columns import column_labels, numbers_of
+from underpaint.data.sources.index import Entries
 from underpaint.data.sources.names import split_folders, split_of_file
 from underpaint.errors import InputError
 
@@ -28,14 +29,14 @@ LARGEST_IN_MEMORY, LARGEST_COPY = 2 * IN_MEMORY, 2**40
 class _RowReader:
     """Encoded images of parquet files held in memory, loaded on first use in each process that was not forked."""
 
-    def __init__(self, paths: list[str], column: str, rows: list[tuple[int, int]]):
+    def __init__(self, paths: list[str], column: str, rows: np.ndarray):
         self._paths = paths
         self._column = column
         self._rows = rows
         self._images: dict[int, pa.Array] = {}
 
     def read(self, index: int) -> bytes:
-        number, row = self._rows[index]
+        number, row = self._rows[index].tolist()
         if number not in self._images:
             self._images[number] = pa.chunked_array(list(_chunks(self._paths[number], self._column, LARGEST_IN_MEMORY)))
         data = self._images[number][row].as_py()
@@ -145,11 +146,8 @@ def list_parquet(paths: list[Path], root: Path) -> Listing:
     columns = {name: [value for table in tables for value in table.numbers[name]] for name in shared}
     number, numbers = numbers_of(columns, len(names), notes)
     splits, stamps = [split_of_file(place.as_posix(), folders) for place in places], [stamp_of(path) for path in paths]
-    entries = [
-        Entry(name, splits[file], label, value)
-        for name, (file, _), label, value in zip(names, rows, labels, numbers, strict=True)
-    ]
-    reader: Reader = _RowReader([str(path) for path in paths], column, rows)
+    entries = Entries.of(names, [splits[file] for file, _ in rows], labels, numbers)
+    reader: Reader = _RowReader([str(path) for path in paths], column, np.asarray(rows, np.int64).reshape(-1, 2))
     if sum(table.size for table in tables) > IN_MEMORY:
         reader = _copy_rows(paths, column, notes)
     kind = "parquet file" if len(paths) == 1 else f"{len(paths)} parquet files"
@@ -187,9 +185,9 @@ def _copy_rows(paths: list[Path], column: str, notes: list[str]) -> Reader:
         count = int(np.frombuffer(file.read(8), dtype="<u8")[0])
         file.seek(-8 * (count + 1), os.SEEK_END)
         stored = np.frombuffer(file.read(8 * count), dtype="<u8").astype(np.int64)
-    offsets = np.concatenate([[0], stored.cumsum()]).tolist()
+    ranges = np.stack([np.zeros_like(stored), stored.cumsum() - stored, stored], axis=1)
     notes.append("the encoded images were copied once to a flat file in the cache, for random access")
-    return RangeReader([(str(flat), offsets[i], int(stored[i])) for i in range(count)], keep)
+    return RangeReader([str(flat)], ranges, keep)
 
 
 def _class_names(schema: pa.Schema) -> list[str] | None:

@@ -4,12 +4,14 @@ import csv
 import io
 import posixpath
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-from underpaint.data.sources.base import Entry, Listing
+import numpy as np
+
+from underpaint.data.sources.base import Listing
 from underpaint.data.sources.columns import numbers_of
+from underpaint.data.sources.index import Entries, Names
 from underpaint.data.sources.names import (
     IMAGE_SUFFIXES,
     coco_places,
@@ -30,11 +32,12 @@ TABLES = {"labels.csv", "metadata.csv"}  # beside images
 NAME_COLUMNS = ("file_name", "filename", "path", "image", "name")  # of a table, the first of these names the images
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
+    """A file of a tree."""
+
     name: str  # with forward slashes, relative to the data
     size: int
-    stamp: str
+    stamp: str | tuple[int, int]  # a text, or size and time in ns
 
 
 def list_files(
@@ -66,13 +69,13 @@ def list_files(
     labels, classes = folder_labels(list(splits), list(rests))
     say_unlabelled(names, list(splits), labels, classes, notes)
     column, numbers = table_numbers([file.name for file in files], names, read, notes)
-    entries = [
-        Entry(name, annotated.get(name) if annotated else split, label, number)
-        for name, split, label, number in zip(names, splits, labels, numbers, strict=True)
-    ]
-    stamps = [file.stamp for file in images]
+    listed = Names.of(names)
+    entries = Entries.of(listed, [annotated.get(name) for name in names] if annotated else splits, labels, numbers)
+    stamps: Any = [file.stamp for file in images]
+    if stamps and not isinstance(stamps[0], str):
+        stamps = np.array(stamps, np.int64)
     return Listing(
-        *(kind, str(place.resolve()), entries, stamps, reader(names), classes, notes, skipped, len(files), column)
+        *(kind, str(place.resolve()), entries, stamps, reader(listed), classes, notes, skipped, len(files), column)
     )
 
 

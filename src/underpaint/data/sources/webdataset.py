@@ -3,13 +3,13 @@
 import glob
 import itertools
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from underpaint.data.sources.archive import is_tar, tar_members, uncompressed
-from underpaint.data.sources.base import Entry, Listing, RangeReader, stamp_of
+from underpaint.data.sources.base import Listing, RangeReader, stamp_of
 from underpaint.data.sources.columns import column_labels
+from underpaint.data.sources.index import Entries
 from underpaint.data.sources.names import IMAGE_SUFFIXES, split_folders, split_of_file
 from underpaint.errors import InputError
 
@@ -23,8 +23,12 @@ def list_shards(text: str) -> Listing:
     shards = _expand(pattern, text)
     notes: list[str] = []
     skipped: list[dict[str, str]] = []
-    found: list[tuple[Entry, str, tuple[str, int, int]]] = []
+    found: list[str] = []
+    splits: list[str | None] = []
+    stamps: list[str] = []
+    ranges: list[tuple[int, int, int]] = []
     labels: list[Any] = []
+    flats: list[str] = []
     keep = []
     seen = 0
     root = os.path.commonpath([shard.parent for shard in shards])
@@ -35,6 +39,8 @@ def list_shards(text: str) -> Listing:
             raise InputError(f"{shard} is not a readable tar file: damaged or cut off")
         flat, kept = uncompressed(shard, stamp_of(shard))
         keep.append(kept)
+        flats.append(str(flat))
+        stamp, split = stamp_of(shard), split_of_file(places[shard], folders)
         members = tar_members(flat, shard)
         seen += len(members)
         classes = _shard_labels(flat, members)
@@ -47,17 +53,19 @@ def list_shards(text: str) -> Listing:
                 skipped.append({"path": f"{shard.name}/{name}", "reason": "empty file"})
                 continue
             used.add(key)
-            entry = Entry(f"{shard.name}/{name}", split_of_file(places[shard], folders), None)
-            found.append((entry, stamp_of(shard), (str(flat), offset, size)))
+            found.append(f"{shard.name}/{name}")
+            splits.append(split)
+            stamps.append(stamp)
+            ranges.append((len(flats) - 1, offset, size))
             labels.append(classes.get(key))
-    if len({entry.name for entry, _, _ in found}) < len(found):  # shards of one name in several folders
-        found = [(replace(e, name=f"{n}/{e.name}"), stamp, where) for n, (e, stamp, where) in enumerate(found)]
+    if len(set(found)) < len(found):  # shards of one name in several folders
+        found = [f"{n}/{name}" for n, name in enumerate(found)]
     numbers, names = column_labels(labels, None, notes)
-    entries = [replace(entry, label=label) for (entry, _, _), label in zip(found, numbers, strict=True)]
-    reader = RangeReader([where for _, _, where in found], keep)
+    entries = Entries.of(found, splits, numbers)
+    reader = RangeReader(flats, ranges, keep)
     kind = f"WebDataset, {len(shards)} shard{'s' if len(shards) != 1 else ''}"
     place = "\n".join(str(shard.resolve()) for shard in shards)
-    return Listing(kind, place, entries, [s for _, s, _ in found], reader, names, notes, skipped, seen)
+    return Listing(kind, place, entries, stamps, reader, names, notes, skipped, seen)
 
 
 def _expand(pattern: str, text: str) -> list[Path]:
