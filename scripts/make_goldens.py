@@ -158,7 +158,8 @@ def evaluate_task(task: str, folder: Path) -> dict[str, Any]:
         found = evaluate(str(folder / "mae-pixels"), data, [task], folder / f"task-{task}", options)
     finally:
         torch.set_num_threads(threads)
-    return flat(found["tasks"][task])
+    measured = {name: value for name, value in found["tasks"][task].items() if name != "asked"}
+    return flat(measured)
 
 
 def compare_methods(name: str, folder: Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_an_evaluation_that_is_interrupted_in_its_first_task_goes_on(
     monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / "cache"))
     assert "the checkpoint of step 3 is kept: the same command goes on" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "out")]) == 2
-    assert "holds no finished task" in capsys.readouterr().err
+    assert "no task of this evaluation is finished yet" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "out")]) == 0
     assert "going on from step 3" in capsys.readouterr().out
     whole, out = (results(tmp_path / name)["tasks"]["finetune"] for name in ("whole", "out"))

@@ -162,7 +162,7 @@ def taken(path: str) -> list[Any]:
     found, refused, (task, _, name) = [], [], path.partition(".")
     for value in VALUES:
         try:
-            foresee([task], Options(settings={name: both(NUMBERS[path], value)}), Path("nowhere"))
+            foresee([task], Options(settings={name: both(NUMBERS[path], value)}), Path("nowhere"), "hf:none")
             found.append(value)
         except InputError as error:
             refused.append(str(error))
@@ -177,7 +177,12 @@ def test_settings_of_an_evaluation_have_bounds(path: str) -> None:
     assert set(taken(path)) <= {0} or path == "finetune.clip"
     name = path.partition(".")[2]
     with pytest.raises(InputError, match=f"--set {name}"):
-        foresee(["segment" if path.startswith("finetune") else "finetune"], Options(settings={name: "no"}), Path("no"))
+        foresee(
+            ["segment" if path.startswith("finetune") else "finetune"],
+            Options(settings={name: "no"}),
+            Path("no"),
+            "hf:none",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +213,7 @@ def test_settings_that_do_not_go_together_or_are_of_no_task() -> None:
         ("segment", {"scale": 2}, "--set scale=2: it must be two numbers"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
-            foresee([task], Options(settings=settings), Path("nowhere"))
+            foresee([task], Options(settings=settings), Path("nowhere"), "hf:none")
 
 
 @pytest.mark.parametrize("flag", ["--minutes", "--seed", "--channels", "--image-size", "--stride", "--codebook-size"])

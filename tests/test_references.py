@@ -29,10 +29,10 @@ from underpaint.errors import InputError
 from underpaint.evaluation.base import Context
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
 from underpaint.evaluation.detect import Detect, DetectConfig, detected, letterbox, mask_of
-from underpaint.evaluation.finetune import FineTune, FineTuning
+from underpaint.evaluation.finetune import FineTune, FineTuning, recipe_for
 from underpaint.evaluation.options import Options
 from underpaint.evaluation.runner import judge
-from underpaint.evaluation.segment import VOID, Segment, SegmentConfig, crop_of, sliding_window_inference
+from underpaint.evaluation.segment import VOID, Segment, crop_of, sliding_window_inference
 from underpaint.evaluation.splits import Split
 from underpaint.methods import LocalMIM
 from underpaint.patches import Standardize
@@ -405,11 +405,12 @@ def test_the_first_loss_of_fine_tuning_is_that_by_hand(
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("size", [0, 7])
-def test_a_batch_that_cannot_be_mixed_is_refused(tuned: tuple[EncoderBundle, Split], tmp_path: Path, size: int) -> None:
-    recipe = FineTuning(epochs=1.0, batch_size=size, augment=None)
-    with pytest.raises(InputError, match=rf"batch_size={size}: 1 or more are needed, and an even number"):
-        fine_tuned(tuned, recipe, tmp_path)
+@pytest.mark.parametrize(
+    ("size", "said"), [(0, "batch_size: 0; it must be at least 1"), (7, "batch_size=7: an even number")]
+)
+def test_a_batch_that_cannot_be_mixed_is_refused(tuned: tuple[EncoderBundle, Split], size: int, said: str) -> None:
+    with pytest.raises(InputError, match=f"--set {said}"):
+        recipe_for(tuned[0], "mae-vit-base", {"batch_size": size})
 
 
 def test_an_odd_batch_is_trained_on_where_nothing_is_mixed(tuned: tuple[EncoderBundle, Split], tmp_path: Path) -> None:
@@ -522,16 +523,19 @@ def test_more_classes_than_masks_of_bytes_tell_apart_are_refused(
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"overlap": 1.0}, "overlap=1"), ({"overlap": -0.5}, "overlap=-0.5"), ({"scale": (0.0, 2.0)}, "scale=")],
+    [
+        ({"overlap": 1.0}, "overlap: 1; it must be at least 0 and below 1"),
+        ({"overlap": -0.5}, "overlap: -0.5; it must be at least 0 and below 1"),
+        ({"scale": [0.0, 2.0]}, "scale: 0; it must be above 0"),
+    ],
 )
 def test_windows_with_gaps_and_scales_of_nothing_are_refused(
     tuned: tuple[EncoderBundle, Split], tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     folder = write_scenes(tmp_path / "scenes", 2, 1, (32, 96))
-    context = Context(tuned[0], open_source(folder), Options(), tmp_path)
-    given = SegmentConfig(steps=1, batch_size=2, channels=16, **settings)
-    with pytest.raises(InputError, match=said):
-        Segment("segment", context, Segment.load(context), given)
+    context = Context(tuned[0], open_source(folder), Options(settings=settings), tmp_path)
+    with pytest.raises(InputError, match=f"--set {said}"):
+        Segment.configure(context)
 
 
 # -- detection ---------------------------------------------------------------------------------------------------------

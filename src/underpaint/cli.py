@@ -14,7 +14,7 @@ from underpaint.config import COMPARED, FLAGS, LENGTHS, declaration
 from underpaint.errors import InputError, Stopped
 from underpaint.evaluation import EVALUATIONS
 from underpaint.evaluation.options import Options
-from underpaint.files import check_writable, place_of
+from underpaint.files import check_writable, place_of, refuse_inside
 from underpaint.methods import LISTED
 from underpaint.signals import Interrupted, answered_signals
 
@@ -223,7 +223,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     options = Options(**flags, settings=dict(given.set))
     from underpaint.evaluation.settings import foresee
 
-    foresee(given.task, options, given.out)
+    foresee(given.task, options, given.out, given.data)
     from underpaint.evaluation.runner import evaluate
 
     evaluate(given.encoder, given.data, given.task, given.out, options)
@@ -236,7 +236,7 @@ def _predict_takes(made: argparse.ArgumentParser) -> None:
 
 
 def _predict(given: argparse.Namespace) -> None:
-    place_of(given.images)
+    refuse_inside(given.out, given.images)
     check_writable(given.out)
     from underpaint.prediction import predict
 
@@ -276,6 +276,7 @@ def _tokenizer_takes(made: argparse.ArgumentParser) -> None:
 
 def _tokenizer(given: argparse.Namespace) -> None:
     place_of(given.data)
+    check_writable(given.out, file=True)
     from underpaint.tokenize import Words, make_tokenizer
 
     words = Words(given.kind, given.image_size, given.stride, given.codebook_size, given.channels)

@@ -157,8 +157,12 @@ def utf8(name: str) -> str:
 def append_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Add lines to a .jsonl file, flushed to disk."""
     text = "".join(json.dumps(finite(line)) + "\n" for line in lines)
-    with path.open("a") as file:
-        file.write(text)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # cut off by a kill
+                file.write(b"\n")
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
             (folder / HOLDER).unlink()
         if lock is not None:
             lock.release()
-        if made and not holds_anything(folder):
+        if made and folder.is_dir() and not holds_anything(folder):
             with suppress(OSError):
                 (folder / LOCK).unlink(missing_ok=True)
                 folder.rmdir()

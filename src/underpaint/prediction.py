@@ -13,7 +13,7 @@ from underpaint.evaluation import EVALUATIONS, evaluation
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
 from underpaint.evaluation.features import counted
 from underpaint.evaluation.keep import kept
-from underpaint.files import check_writable, replacing, utf8
+from underpaint.files import check_writable, refuse_inside, replacing, utf8
 from underpaint.patches import Standardize
 
 
@@ -32,6 +32,7 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
         InputError: nothing trained there; no images.
     """
     folder = Path(out)
+    refuse_inside(out, images)
     check_writable(folder)
     saved, weights = kept(Path(trained))
     name = str(saved.get("task")).partition("-")[0]

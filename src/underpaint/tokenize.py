@@ -17,6 +17,7 @@ from underpaint.config import Data, bounds_of, outside
 from underpaint.console import progress, say
 from underpaint.data import Crops, ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
 from underpaint.errors import InputError
+from underpaint.locking import locked
 from underpaint.report.figures.pictures import sheet
 from underpaint.tokenizers import (
     ConvTokenizer,
@@ -203,7 +204,7 @@ def make_tokenizer(
     Raises:
         InputError: settings or data that cannot be used; a codebook of which hardly any is used.
     """
-    path, size = Path(out), words.image_size
+    path = Path(out)
     if path.suffix != ".safetensors":
         raise InputError(f"--out {out}: give a .safetensors file")
     for flag, value, bounds in (
@@ -216,6 +217,15 @@ def make_tokenizer(
     ):
         if value is not None and (wrong := outside(value, bounds)):
             raise InputError(f"--{flag}: {wrong}")
+    scratch = path.with_suffix(".training")
+    with locked(scratch):
+        return _made(data, path, words, scratch, minutes, groups, seed)
+
+
+def _made(
+    data: str | Path, path: Path, words: Words, scratch: Path, minutes: float | None, groups: str | None, seed: int
+) -> dict[str, float]:
+    size = words.image_size
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = words.tokenizer().to(device)
@@ -224,12 +234,10 @@ def make_tokenizer(
     for note in source.notes + ([] if images.scaling.plain else [str(images.scaling)]) + images.notes:
         say(note)
     crops = Data(image_size=size, channels=words.channels, crop_scale=(0.4 if max(size) <= SMALL else 0.2, 1.0))
-    scratch = path.with_suffix(".training")
     making = Making(images, crops, BATCH, seed, device, scratch, Duration(STEPS, minutes))
     made = make_ready(tokenizer, making)
     save_tokenizer(tokenizer, path, made["quality"], images.scaling, made["seconds"])
-    if scratch.is_dir():
-        shutil.rmtree(scratch)
+    shutil.rmtree(scratch)
     few = next(held_out_crops(images, size, device))[:SHOWN]
     with torch.no_grad():
         restored = tokenizer.decode(tokenizer.encode(few), tokenizer.grid(*size))

@@ -69,3 +69,17 @@ def test_where_there_are_no_locks_it_is_said(tmp_path: Path, monkeypatch: Any, c
     with locked(tmp_path / "run"):
         (tmp_path / "run" / "something").touch()
     assert "without locks" in capsys.readouterr().err
+
+
+def test_a_second_evaluation_and_a_second_tokenizer_are_refused(pictures: Path, tmp_path: Path, server: Any) -> None:
+    for command in (
+        ("evaluate", "timm:vit_tiny_patch16_224", "--data", pictures, "--task", "knn", "--out", tmp_path / "worth"),
+        ("tokenizer", pictures, "--out", tmp_path / "words.safetensors", "--image-size", "32"),
+    ):
+        folder = tmp_path / ("worth" if command[0] == "evaluate" else "words.training")
+        with locked(folder):
+            ended = server(*command)
+        assert ended.status == 2, ended.error
+        assert f"process {os.getpid()} on {socket.gethostname()} is at work there" in ended.error
+        assert ended.error.count("\n") == 1
+        assert not folder.exists()

@@ -32,6 +32,7 @@ from underpaint.evaluation.probes import SETTLING
 from underpaint.evaluation.results import Measured
 from underpaint.evaluation.settings import foresee
 from underpaint.files import write_json, write_text
+from underpaint.locking import locked
 from underpaint.reading import read_object
 from underpaint.report import write_report
 from underpaint.report.results import of_evaluation
@@ -93,7 +94,12 @@ def evaluate(
         Interrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
     encoder, options, folder = str(encoder), options or Options(), Path(out)
-    foresee(tasks, options, folder)
+    foresee(tasks, options, folder, data)
+    with locked(folder):
+        return _evaluated(encoder, data, tasks, folder, options)
+
+
+def _evaluated(encoder: str, data: str | Path, tasks: Sequence[str], folder: Path, options: Options) -> Results:
     run = run_of(encoder)
     options = replace(options, groups=_groups(run, data, options.groups))
     source = open_source(data, groups=options.groups)
@@ -116,7 +122,6 @@ def evaluate(
     if finished:
         say(f"finished before, and kept: {', '.join(finished)}")
     results["notes"] = [*bundle.notes, *_seen(run, source)] if bundle.trained else []
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)  # from here on the folder is known as an evaluation
     try:
         for name, kind in kinds.items():

@@ -11,7 +11,8 @@ from underpaint.config import check_bounds, setting
 from underpaint.errors import InputError
 from underpaint.evaluation import known
 from underpaint.evaluation.options import Options
-from underpaint.files import check_writable, place_of
+from underpaint.files import check_writable, place_of, refuse_inside
+from underpaint.locking import holds_anything
 
 MOST = 10**9  # that anything is counted to
 Settings = TypeVar("Settings")
@@ -147,7 +148,7 @@ SETTINGS: dict[str, type] = {"finetune": FineTuning, "segment": SegmentConfig, "
 WHAT = {"finetune": "fine-tuning", "segment": "segmentation", "detect": "detection"}
 
 
-def foresee(tasks: Sequence[str], options: Options, out: Path) -> None:
+def foresee(tasks: Sequence[str], options: Options, out: Path, data: str | Path) -> None:
     """Complain of what needs no image and no network to be known wrong.
 
     Raises:
@@ -168,8 +169,9 @@ def foresee(tasks: Sequence[str], options: Options, out: Path) -> None:
     for task, kind in kinds.items():
         recipe = fine_tuning(options.recipe) if task == "finetune" and options.recipe is not None else kind()
         changed(recipe, options.settings, WHAT[task])
+    refuse_inside(out, data, options.against)
     check_writable(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
+    if out.is_dir() and holds_anything(out) and not (out / "results.json").is_file():
         raise InputError(f"--out {out}: exists and holds no evaluation; choose another path")
 
 

@@ -67,7 +67,7 @@ def evaluation_page(folder: Path) -> EvaluationPage:
             f"{folder}: no task of this evaluation is finished yet; the same `underpaint evaluate` goes on"
         )
     if not results:
-        raise InputError(f"{folder}: results.json holds no finished task; `underpaint evaluate` makes them")
+        raise InputError(f"{folder}: results.json holds no evaluation; `underpaint evaluate` makes one")
     limit = TASK_BYTES // (PICTURES * len(results))
     known = {name: text(found, name) for name in ("encoder", "data", "groups", "seed")}
     share = number(found, "label_fraction")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from underpaint.console import Bar
+from underpaint.data.parallel import WorkerLost
 from underpaint.errors import NotFinite, Stopped
 from underpaint.files import finite
 from underpaint.seeds import ROLLED_BACK
@@ -31,6 +32,7 @@ from underpaint.train.speed import out_of_memory
 from underpaint.train.stepper import Stepper
 
 ROLL_BACK_AFTER, STOP_AFTER = 3, 10  # steps in a row without a finite gradient; such steps in all
+LOST = 3  # times that the processes that decode are started again for one step
 LEAVING = "told to end: this step is finished and a checkpoint is written; once more, and it ends now"
 Batches = Callable[[int, int], Generator[Any, None, None]]  # from a step on, by a seed
 
@@ -75,6 +77,7 @@ class Training:
         self.waited, self.since, self.steps = 0.0, 0.0, 0  # seconds and steps since the last line
         self.main = self.stepper.fabric.is_global_zero
         self.seed = self.stepper.seed
+        self.lost: list[int] = []  # steps whose batch was lost with a process that decodes
         self.loggers: Loggers | None = None
         self.bar: Bar
 
@@ -126,15 +129,19 @@ class Training:
                     self.stepper.seed = (
                         self.seed + ROLLED_BACK * self.at.rollbacks
                     )  # other batches than those that failed
-                    short = False
+                    short, lost = False, None
                     with closing(batches(self.at.step, self.stepper.seed)) as source:
                         try:
                             due = self._steps(source, received)
+                        except WorkerLost as error:
+                            lost = error
                         except (RuntimeError, MemoryError) as error:
                             if not (short := out_of_memory(error)):
                                 raise
                     if short:  # here, where nothing holds on to what the step had made so far
                         self._divide()
+                    elif lost is not None and not self._replace(lost):
+                        continue
                     elif due is None:
                         self._roll_back()
         except (OSError, SafetensorError) as error:
@@ -224,6 +231,20 @@ class Training:
                 )
             rolled = rolled or self.at.in_a_row >= ROLL_BACK_AFTER
         return rolled
+
+    def _replace(self, lost: WorkerLost) -> bool:
+        """Other processes decode the batch of this step and what follows, which no step has seen; whether what was found
+        meanwhile asks to roll back.
+
+        Raises:
+            Stopped: they end again and again.
+        """
+        step = self.at.step
+        self.lost.append(step)
+        if self.lost.count(step) > LOST:
+            raise Stopped(f"step {step}: {lost}; {self._kept()}: the same command goes on") from lost
+        self.bar.above(f"step {step}: {lost}; another is started")
+        return self._read_flags(0)
 
     def _divide(self) -> None:
         """Memory ran out: go on from the last checkpoint with batches in more and smaller parts, which is the same step.

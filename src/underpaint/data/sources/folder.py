@@ -76,6 +76,13 @@ def list_folder(path: Path, text: str) -> Listing:
     return listing
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def walk(
     root: Path, skipped: list[dict[str, str]], folders: dict[str, tuple[int, int]] | None = None
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -106,7 +113,7 @@ def walk(
         below = []
         for entry in entries:
             name = os.path.join(relative, entry.name)
-            if entry.is_dir():
+            if _is_folder(entry):
                 if not entry.name.startswith("."):
                     below.append(name)
                     if PurePosixPath(entry.name).suffix.lower() in IMAGE_SUFFIXES:
