@@ -140,9 +140,10 @@ def _pretrain(given: argparse.Namespace) -> None:
     flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
     recipe, settings = given.recipe, dict(given.set)
     foresee(given.data, recipe, flags, settings)
+    chosen = asked(given.out, recipe, flags, settings)
     from underpaint.pretraining import pretrain
 
-    pretrain(given.data, given.out, asked(given.out, recipe, flags, settings))
+    pretrain(given.data, given.out, chosen)
 
 
 def _restore_takes(made: argparse.ArgumentParser) -> None:
@@ -197,9 +198,10 @@ def _compare(given: argparse.Namespace) -> None:
         recipe_named(entry)
     foresee(given.data, given.recipe, flags, dict(given.set))
     from underpaint.comparison.plan import recipes_of
-    from underpaint.comparison.run import compare
 
     recipes = recipes_of(given.methods, given.recipe, flags, dict(given.set))
+    from underpaint.comparison.run import compare
+
     compare(given.data, given.out, recipes, given.minutes, seeds=given.seeds)
 
 
