@@ -38,6 +38,7 @@ RANK_KEPT = 1 / 3  # of the untrained encoder's rank: chance differences between
 SAME_RANK = 0.8  # of the untrained encoder's rank: where it was as low before, training did not make it so
 NO_GRADIENT = 1e-8  # below it, no precision moves a weight
 CONSTANT = 0.01  # of the loss: what differs between batches when the model no longer looks at them
+TRIVIAL = "its trivial baseline"
 FEW_LINES = 8  # log lines: with fewer, a quarter of the run is one number
 
 
@@ -80,10 +81,13 @@ def judge(lines: Lines, result: Result, recipe: object) -> Verdict:
     if len(waited) and (wait := float(np.median(waited))) > WAITING:
         said = f"Training waited for data {wait:.0%} of the time (median). {story} {worth}"
         return Verdict("starved", said.strip(), FEED)
-    if not below and not falling:
+    constant = against == TRIVIAL and not below and not rose(result)
+    if not below and (constant or not falling):
         advice = f"Try a learning rate three times higher or lower{was}, or more `--epochs` or `--steps`."
         if is_zero(rate):
             advice = f"The learning rate was zero throughout; set it above zero{was}."
+        elif falling:
+            story += " What says the same of every image loses no more, so nothing is learned from them yet."
         return Verdict("stalled", f"{story} {worth}".strip(), advice)
     worth = worth or "No probe ran, so what the features are worth is not known."
     return Verdict("learning", f"{story} {worth}", learning_advice(falling, gains))
@@ -107,12 +111,11 @@ def collapse(trained: Lines, result: Result, moved: bool) -> str:
     quarter = max(1, len(loss) // 4)
     own = result.row("pretrained")
     rank, untrained, dimensions = own["rank"].value, result.row("untrained")["rank"].value, own["dim"].value
-    sigmas = [gain.sigmas for gain in changes(result).values()]
-    rose = any(one >= MEASURABLE for one in sigmas) and not any(one <= -MEASURABLE for one in sigmas)
     few = max(FEW, FEW_SHARE * dimensions) if math.isfinite(dimensions) else FEW
     fell_to_few = rank < few and not rank >= SAME_RANK * untrained
     lost_most = rank < RANK_KEPT * untrained and moved
-    if (fell_to_few or lost_most) and not rose:  # a probe that rose where none fell has seen that features differ
+    # a probe that rose has seen that features differ, if by more than the brightness of an image
+    if (fell_to_few or lost_most) and (rank < FEW or not rose(result)):
         since = f", from {untrained:.1f} before training" if math.isfinite(untrained) else ""
         told = "the encoder hardly tells images apart" if fell_to_few else "far less of an image shows in them"
         return f"The features span {rank:.1f} dimensions{since}: {told}."
@@ -121,6 +124,12 @@ def collapse(trained: Lines, result: Result, moved: bool) -> str:
     if dead and np.ptp(finite(loss[-quarter:])) <= CONSTANT * abs(last):
         return f"The loss stands still at {short(last)} and the gradient is zero: nothing can change any more."
     return ""
+
+
+def rose(result: Result) -> bool:
+    """Whether a probe rose measurably over the untrained encoder, and none fell."""
+    sigmas = [gain.sigmas for gain in changes(result).values()]
+    return any(one >= MEASURABLE for one in sigmas) and not any(one <= -MEASURABLE for one in sigmas)
 
 
 def changes(result: Result) -> dict[str, Value]:
@@ -192,4 +201,4 @@ def trivial_loss(trained: Lines) -> tuple[float, str]:
     if not len(finite(logged)):
         return mean(column(trained, "loss")[: max(1, len(trained) // 20)]), "where it began"
     late = logged[-max(1, len(logged) // 4) :] if np.isfinite(logged[-1]) else logged
-    return mean(late), "its trivial baseline"
+    return mean(late), TRIVIAL
