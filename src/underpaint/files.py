@@ -111,7 +111,10 @@ def refuse_inside(out: str | Path, *data: str | Path | None) -> None:
     Raises:
         InputError: it does.
     """
-    target = Path(os.path.realpath(Path(out).expanduser()))  # which a link to itself does not end
+    try:
+        target = Path(os.path.realpath(Path(out).expanduser()))  # which a link to itself does not end
+    except ValueError as error:
+        raise InputError(f"--out {str(out)!r}: no path: {error}") from error
     for each in data:
         folder = None if each is None else place_of(each)
         if folder is not None and folder.is_dir() and target.is_relative_to(folder.resolve()):

@@ -27,6 +27,7 @@ from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
 from underpaint.files import replacing, write_json
 from underpaint.patches import patchify, unpatchify
+from underpaint.reading import one_line
 from underpaint.trainable import Objective, Trainable
 
 FORMAT = 1
@@ -535,7 +536,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise ValueError(f"format {description['format']}; this version reads format {FORMAT}")
         tokenizer: Tokenizer = kinds[description["kind"]](**description["arguments"])
         tokenizer.load_state_dict(load_file(file))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, InputError) as error:
-        raise InputError(f"tokenizer {file}: not a tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of arguments and weights that are anything: a division by 0, a size, a name, ...
+        raise InputError(f"tokenizer {file}: not a tokenizer: {one_line(error) or type(error).__name__}") from error
     tokenizer.ready = True
     return tokenizer.eval().requires_grad_(False)

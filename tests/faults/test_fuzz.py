@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import fuzz
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
 from safetensors.torch import save_file
 
 from underpaint.backbones import create_arguments, from_arguments, load_encoder, save_encoder
-from underpaint.data import decode
+from underpaint.data import Unreadable, decode
 from underpaint.data.open import open_source
 from underpaint.errors import InputError
 from underpaint.evaluation.keep import kept
+from underpaint.files import refuse_inside
 from underpaint.patches import Standardize
 from underpaint.recipes.recipe import checked
+from underpaint.tokenizers import load_tokenizer
 
 SEED = 22
 
@@ -192,3 +196,52 @@ def test_an_encoder_without_positions_is_one_line(encoder: Path) -> None:
     (encoder / "encoder.json").write_text(json.dumps(described))
     with pytest.raises(InputError, match="'vit_tiny_patch16_224' cannot be used"):
         load_encoder(encoder)
+
+
+def lzw(array: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, compression="lzw", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_lzw_is_read_as_it_was_written_and_refused_where_it_is_damaged(dtype: str) -> None:
+    """imagecodecs' decoder of damaged streams writes beyond its memory: this ended the process within 2,000 of them."""
+    rng = np.random.default_rng(0)
+    array = (np.linspace(0, 200, 40 * 36 * 3).reshape(40, 36, 3) + rng.integers(0, 9, (40, 36, 3))).astype(dtype)
+    for options in ({}, {"predictor": True}, {"tile": (16, 16)}, {"rowsperstrip": 7}, {"planarconfig": "separate"}):
+        given = np.moveaxis(array, 2, 0) if options.get("planarconfig") else array
+        data = lzw(given, photometric="rgb", **options)
+        assert np.array_equal(decode(data, channels=3), array)
+    data = lzw(array, photometric="rgb", rowsperstrip=7)
+    refused = 0
+    for _ in range(3_000):
+        damaged = bytearray(data)
+        for place in rng.integers(300, len(data), 3):
+            damaged[place] ^= 1 << int(rng.integers(8))
+        try:
+            decode(bytes(damaged), channels=3)
+        except Unreadable:
+            refused += 1
+    assert refused > 300
+
+
+@pytest.mark.quick
+def test_a_parquet_file_whose_paths_are_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet(image=[{"bytes": fuzz.pictures()[0], "path": b"caf\xe9.png"}]))
+    assert [entry.name for entry in open_source(tmp_path / "a.parquet").entries] == ["caf\udce9.png"]
+
+
+@pytest.mark.quick
+def test_a_tokenizer_of_no_words(tmp_path: Path) -> None:
+    described = {"format": 1, "kind": "kmeans", "arguments": {"codebook_size": 0, "stride": 8, "channels": 3}}
+    save_file({"weight": torch.zeros(1)}, tmp_path / "words.safetensors", {"tokenizer": json.dumps(described)})
+    with pytest.raises(InputError, match=r"words\.safetensors: not a tokenizer: "):
+        load_tokenizer(tmp_path / "words.safetensors")
+
+
+@pytest.mark.quick
+def test_a_path_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no path: embedded null byte"):
+        refuse_inside("a\0b", tmp_path)

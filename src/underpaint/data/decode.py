@@ -24,10 +24,10 @@ PIXEL_BYTES = (
     7  # of memory that decoding may take for each of `max_pixels`: RGB of 8 bit takes as much, wider types more
 )
 BLOCK_PIXELS = 2**18  # that are brought to another form at a time
-SECONDS = 20  # of processor time that reading one image may take
+SECONDS = 8  # of processor time that reading one image may take
 TIFF_PAGES = 65_536
 TIFF_VALUES = 2**22  # of one tag; they become Python's numbers
-SPARE_BYTES = 2**28  # that reading a TIFF may take beside its pixels
+SPARE_BYTES = 2**26  # that reading a TIFF may take beside its pixels
 # bytes of a value, by the type that a tag of TIFF has
 TIFF_SIZES = np.array([1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8])
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF")  # TIFF goes to tifffile: PIL cuts it to 8 bit
@@ -39,9 +39,10 @@ NODATA_TAG = 42113  # of GDAL: the value of pixels that have none, as text
 LARGEST = 1e38  # float values from here on (-3.4e38 is usual) stand for missing pixels too
 JPEG_KINDS = (6, 7, 33007, 34892)  # compressions of TIFF whose decoder turns YCbCr into RGB
 # CIE L*a*b* of print is relative to D50: to linear sRGB (D65, adapted by Bradford)
-D50 = np.array([0.9642, 1.0, 0.8249])
+D50 = np.array([0.9642, 1.0, 0.8249], np.float32)
 D50_TO_SRGB = np.array(
-    [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
+    [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]],
+    np.float32,
 )
 
 # A damaged TIFF is reported by our exception; without a handler, logging's last resort would also write to stderr.
@@ -632,10 +633,50 @@ def _nodata_of(page: Any) -> float | None:
         return None
 
 
+def _check_lzw(data: bytes, page: Any) -> None:
+    """Decode each strip or tile by libtiff first: imagecodecs' decoder, which tifffile uses, writes beyond its memory where
+    one is damaged."""
+    if page is None:  # of a series that lacks one
+        return
+    key = page.keyframe
+    samples = key.samplesperpixel if key.planarconfig == tifffile.PLANARCONFIG.CONTIG else 1
+    width = key.tilewidth if key.is_tiled else key.imagewidth
+    rows = key.tilelength * key.tiledepth if key.is_tiled else min(key.rowsperstrip, key.imagelength)
+    stripes = math.ceil(key.imagelength / rows)
+    for number, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=False)):
+        height = rows if key.is_tiled else min(rows, key.imagelength - number % stripes * rows)
+        if count:
+            stretch = (math.ceil(width * samples * key.bitspersample / 8), height)
+            with Image.open(io.BytesIO(_grey_lzw(data[offset : offset + count], *stretch, key.fillorder))) as image:
+                image.load()
+
+
+def _grey_lzw(packed: bytes, width: int, height: int, fillorder: int) -> bytes:
+    """A TIFF file of one grey byte a pixel around bytes that are packed already."""
+    tags = {
+        256: width,
+        257: height,
+        258: 8,
+        259: 5,
+        262: 1,
+        266: fillorder,
+        273: 0,
+        277: 1,
+        278: height,
+        279: len(packed),
+    }
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + struct.pack("<I", 0) + packed
+
+
 def _decode_tiff(data: bytes, max_pixels: int, nodata: float | None) -> _Pixels:
     with _opened_tiff(data, max_pixels) as tiff:
         layout = _tiff_layout(tiff, len(data), max_pixels, nodata)
         page = tiff.pages.first
+        if page.compression == tifffile.COMPRESSION.LZW:
+            for each in tiff.series[0].pages if layout.whole_series else [page]:
+                _check_lzw(data, each)
         array = np.asarray(tiff.series[0].asarray() if layout.whole_series else page.asarray())
         colormap = getattr(page, "colormap", None)
         compression = int(page.compression)
@@ -699,7 +740,8 @@ def _rgb_of_cielab(values: np.ndarray) -> np.ndarray:
 
 def _rgb_of_icclab(values: np.ndarray) -> np.ndarray:
     """Bytes of L* (255 for 100), and of a* and b* above their zero of 128, to sRGB in [0, 1]."""
-    lightness = (values[..., 0] * (100 / 255) + 16) / 116
+    values = values.astype(np.float32)
+    lightness = (values[..., 0] * np.float32(100 / 255) + 16) / 116
     a, b = values[..., 1] - 128, values[..., 2] - 128
     roots = np.stack([lightness + a / 500, lightness, lightness - b / 200], axis=-1)
     xyz = np.where(roots > 6 / 29, roots**3, 3 * (6 / 29) ** 2 * (roots - 4 / 29)) * D50

@@ -118,9 +118,14 @@ class _Table(NamedTuple):
             size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError of text that is none
             raise InputError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from error
-        names = [item["path"] if item else None for item in read[field.name]] if named else [None] * count
+        names = [_name(item) for item in read[field.name]] if named else [None] * count
         labels = read.get("label", [None] * count)
         return cls(field.name, names, labels, {name: read[name] for name in numeric}, _class_names(schema), size)
+
+
+def _name(item: Any) -> str | None:
+    path = item and item["path"]
+    return os.fsdecode(path) if isinstance(path, str | bytes) and path else None
 
 
 def list_parquet(paths: list[Path], root: Path) -> Listing:
