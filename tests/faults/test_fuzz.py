@@ -206,7 +206,7 @@ def lzw(array: np.ndarray, **options: Any) -> bytes:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_lzw_is_read_as_it_was_written_and_refused_where_it_is_damaged(dtype: str) -> None:
+def test_lzw_is_read_as_it_was_written_and_refused_where_it_is_damaged(dtype: str, capfd: Any) -> None:
     """imagecodecs' decoder of damaged streams writes beyond its memory: this ended the process within 2,000 of them."""
     rng = np.random.default_rng(0)
     array = (np.linspace(0, 200, 40 * 36 * 3).reshape(40, 36, 3) + rng.integers(0, 9, (40, 36, 3))).astype(dtype)
@@ -225,6 +225,7 @@ def test_lzw_is_read_as_it_was_written_and_refused_where_it_is_damaged(dtype: st
         except Unreadable:
             refused += 1
     assert refused > 300
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.quick
@@ -245,3 +246,19 @@ def test_a_tokenizer_of_no_words(tmp_path: Path) -> None:
 def test_a_path_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no path: embedded null byte"):
         refuse_inside("a\0b", tmp_path)
+
+
+@pytest.mark.quick
+def test_no_damaged_lzw_reaches_the_decoder_that_it_could_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def harmed(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt  # which no handler of ours takes for damage
+
+    array = np.arange(40 * 36, dtype=np.uint8).reshape(40, 36)
+    data = bytearray(lzw(array, rowsperstrip=40))
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        page = tiff.pages.first
+        start, count = page.dataoffsets[0], page.databytecounts[0]
+    data[start + count // 2 : start + count] = b"\xff" * (count - count // 2)
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", harmed)
+    with pytest.raises(Unreadable):
+        decode(bytes(data))

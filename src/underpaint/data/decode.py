@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import multiprocessing
+import os
 import resource
 import signal
 import struct
@@ -238,18 +239,18 @@ def _time_limit() -> Iterator[None]:
     def over(number: int, frame: Any) -> None:
         raise _TooLong
 
-    before = signal.signal(signal.SIGVTALRM, over)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     worker = multiprocessing.parent_process() is not None
     if worker:
-        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # whose signal ends a process that does not handle it
+        signal.setitimer(signal.ITIMER_VIRTUAL, 2 * SECONDS)  # whose signal ends a process that does not handle it
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         if worker:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def _reason(error: Exception) -> str:
@@ -647,8 +648,22 @@ def _check_lzw(data: bytes, page: Any) -> None:
         height = rows if key.is_tiled else min(rows, key.imagelength - number % stripes * rows)
         if count:
             stretch = (math.ceil(width * samples * key.bitspersample / 8), height)
-            with Image.open(io.BytesIO(_grey_lzw(data[offset : offset + count], *stretch, key.fillorder))) as image:
+            packed = io.BytesIO(_grey_lzw(data[offset : offset + count], *stretch, key.fillorder))
+            with Image.open(packed) as image, _silenced():
                 image.load()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """libtiff says what is damaged to the terminal, which our exception says too."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _grey_lzw(packed: bytes, width: int, height: int, fillorder: int) -> bytes:

@@ -511,7 +511,7 @@ def _alone(decode: Callable[[int], np.ndarray | str], place: int) -> np.ndarray 
     try:
         return next(ordered_map(decode, [place], 1))
     except WorkerLost as error:
-        if error.number == signal.SIGPROF:
+        if error.number == signal.SIGVTALRM:
             return f"takes longer than {2 * SECONDS} s of processor time to read"
         return f"its decoding was killed (signal {error.number})"
 
