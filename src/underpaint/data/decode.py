@@ -28,7 +28,7 @@ BLOCK_PIXELS = 2**18  # that are brought to another form at a time
 SECONDS = 8  # of processor time that reading one image may take
 TIFF_PAGES = 65_536
 TIFF_VALUES = 2**22  # of one tag; they become Python's numbers
-SPARE_BYTES = 2**26  # that reading a TIFF may take beside its pixels
+SPARE_BYTES = 2**28  # that reading a TIFF may take, however few pixels are allowed
 # bytes of a value, by the type that a tag of TIFF has
 TIFF_SIZES = np.array([1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8])
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF")  # TIFF goes to tifffile: PIL cuts it to 8 bit
@@ -519,7 +519,7 @@ class _TiffLayout:
 def _opened_tiff(data: bytes, max_pixels: int) -> Iterator[tifffile.TiffFile]:
     """A TIFF file that is no trap. Codecs inside of it say sizes of their own, so the system bounds their memory."""
     _check_directories(data)
-    with _memory_limit(PIXEL_BYTES * max_pixels + SPARE_BYTES), tifffile.TiffFile(io.BytesIO(data)) as tiff:
+    with _memory_limit(max(PIXEL_BYTES * max_pixels, SPARE_BYTES)), tifffile.TiffFile(io.BytesIO(data)) as tiff:
         yield tiff
 
 
