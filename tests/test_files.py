@@ -90,3 +90,13 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     with file.open("a") as opened:
         opened.write('{"a": 3')
     assert read_lines(file) == [{"a": 1}, {"a": None}]
+
+
+@pytest.mark.quick
+def test_a_line_after_one_that_was_cut_off_is_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_lines(file, [{"a": 1}])
+    with file.open("a") as cut:
+        cut.write('{"a": 2, "b"')
+    append_lines(file, [{"a": 3}])
+    assert [line["a"] for line in read_lines(file)] == [1, 3]

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,18 @@ def test_a_disk_that_is_full_stops_the_run_with_a_line_and_keeps_the_checkpoint(
     assert "the checkpoint of step 4 is kept: the same command goes on" in error
     assert {file: file.read_bytes() for file in kept} == kept
     assert pretrain(pictures, tmp_path / "run", steps=8) == 0
+
+
+def test_a_link_to_itself_among_the_images_is_left_out(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    data = shutil.copytree(pictures, tmp_path / "data")
+    (data / "loop.png").symlink_to("loop.png")
+    assert main(["check", str(data)]) == 0
+    assert "loop.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_what_is_judged_or_predicted_lies_outside_the_images(command: str, pictures: Path, capsys: Any) -> None:
+    out = ["--out", str(pictures / "out")]
+    asked = ["timm:vit_tiny_patch16_224", "--data", str(pictures), "--task", "knn"]
+    assert main([command, *(asked if command == "evaluate" else ["nowhere", str(pictures)]), *out]) == 2
+    assert "lies inside" in capsys.readouterr().err
