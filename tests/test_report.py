@@ -295,11 +295,12 @@ def test_the_baseline_reached_and_kept_is_stalled(tmp_path):
     assert "--steps" in found.advice
 
 
-def test_above_the_baseline_but_falling_is_learning(tmp_path):
+def test_above_the_baseline_and_falling_is_not_learning_yet(tmp_path):
     losses = np.linspace(3.0, 1.5, 100).tolist()
     found = verdict(make_run(tmp_path / "run", made_metrics(losses)))
-    assert found.word == "learning"
-    assert "still falling" in found.sentence
+    assert found.word == "stalled"
+    assert "still falling. What says the same of every image loses no more" in found.sentence
+    assert "more `--epochs` or `--steps`" in found.advice
 
 
 @pytest.mark.parametrize("ranks", [(40.0, 1.3), (40.0, 11.0)])
@@ -749,7 +750,7 @@ def test_what_is_no_comparison_is_refused(tmp_path, content):
 def test_what_is_no_evaluation_is_refused(tmp_path):
     folder = made_evaluation(tmp_path / "worth")
     (folder / "results.json").write_text("{cut")
-    with pytest.raises(InputError, match="holds no finished task"):
+    with pytest.raises(InputError, match="holds no evaluation"):
         write_report(folder)
 
 

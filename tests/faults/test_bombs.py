@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 from conftest import write_pictures
+from killed import looks_often
 from PIL import Image
 
 from underpaint.data import Unreadable, decode, read_header
@@ -237,6 +238,7 @@ def killed_for(name: str, number: int) -> Any:
 def test_an_image_that_ends_its_worker_is_left_out(
     number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    looks_often(monkeypatch)
     monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(images_module, "CHUNK", 2)
     pictures = write_pictures(tmp_path / "pictures", 6, classes=1)
@@ -255,7 +257,8 @@ def dies(number: int) -> int:
 
 
 @pytest.mark.timeout(60)
-def test_a_killed_worker_is_one_line() -> None:
+def test_a_killed_worker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_often(monkeypatch)
     with pytest.raises(WorkerLost, match=r"^a process that decodes images was killed \(signal 9\).*fewer --workers"):
         list(ordered_map(dies, range(8), 1))
 

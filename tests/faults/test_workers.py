@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from asking import pretrain
+from killed import looks_often
 from safetensors.torch import load_file
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from underpaint.data import Crops
 from underpaint.errors import Stopped
@@ -35,8 +35,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, batch: int, done: Path | None) -> N
         return real(crops, number)
 
     monkeypatch.setattr(Crops, "__call__", call)
-    # seconds after which torch looks for processes that ended
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+    looks_often(monkeypatch)
 
 
 @pytest.mark.timeout(120)

@@ -80,6 +80,7 @@ def ordered_map(
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         ended = [worker.exitcode or 0 for worker in iterator._workers if not worker.is_alive()]
+        iterator._shutdown_workers()  # the error holds on to it, and so to the other processes
         raise WorkerLost(max(0, -min(ended, default=0))) from error
     finally:
         del iterator, loader  # the workers end with the last reference
