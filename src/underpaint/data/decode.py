@@ -656,7 +656,11 @@ def _check_lzw(data: bytes, page: Any) -> None:
 @contextmanager
 def _silenced() -> Iterator[None]:
     """libtiff says what is damaged to the terminal, which our exception says too."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no terminal
+        yield
+        return
     os.dup2(nowhere, 2)
     try:
         yield
