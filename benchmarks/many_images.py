@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from underpaint.data import Crops, load_images, open_source, pretraining_indices, train_batches
+from underpaint.data import Crops, keep, listing, load_images, open_source, pretraining_indices, train_batches
 from underpaint.data.sources import folder as folders
 from underpaint.data.sources import stored
 from underpaint.data.sources.index import Names
@@ -83,9 +83,13 @@ def measured(root: Path, images: int) -> None:
     say("split")
     loaded = load_images(source, indices, size=(32, 32), cache_limit=0)
     say("measured")
-    kept = source.listed()
-    say(f"listed as a run keeps it, {kept.nbytes / 2**20:.0f} MB for a moment")
-    del kept
+    with tempfile.TemporaryDirectory() as folder:
+        table, _ = listing(source, Path(folder) / "none")
+        large = table.nbytes / 2**20
+        kept = {"listing.parquet": table}
+        del table
+        keep(kept, Path(folder))
+    say(f"listed as a run keeps it, {large:.0f} MB for a moment")
     batches = train_batches(Crops(loaded, (32, 32), 256, 0), workers=2)
     next(batches)
     say("first batch")

@@ -116,10 +116,7 @@ def _session(fabric: Fabric, run: Run, recipe: Recipe, stop_at: float | None, cl
     recipe.measured["scaling"] = images.scaling.stored()
     if main:
         run.create(recipe)
-        while kept:  # of millions of images each is large
-            name, table = kept.popitem()
-            keep(table, run.path / name)
-            del table
+        keep(kept, run.path)
         known = {line["path"] for line in run.lines("skipped.jsonl")}
         skipped = {line["path"]: line for line in images.skipped + suite.skipped}  # of what is held out too
         run.append("skipped.jsonl", [line for path, line in skipped.items() if path not in known])

@@ -36,10 +36,15 @@ def listing(source: Source, before: Path) -> tuple[pa.Table, str]:
     return now, "" if old is None else _difference(old, now)
 
 
-def keep(table: pa.Table, file: Path) -> None:
-    """Write a listing, atomically."""
-    with replacing(file) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+def keep(listings: dict[str, pa.Table], folder: Path) -> None:
+    """Write each listing under its name, atomically, and let go of it: of millions of images each is large, and what
+    it took goes back to the system instead of into a reserve."""
+    while listings:
+        name, table = listings.popitem()
+        with replacing(folder / name) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+        del table
+    pa.default_memory_pool().release_unused()
 
 
 def _difference(old: pa.Table, now: pa.Table) -> str:
