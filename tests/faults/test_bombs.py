@@ -75,6 +75,14 @@ def float_tiff(side: int) -> bytes:
     return buffer.getvalue()
 
 
+def bit_tiff(side: int) -> bytes:
+    """RGB of one bit a sample."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"compression": "deflate", "rowsperstrip": 100, "photometric": "rgb"}
+    tifffile.imwrite(buffer, np.ones((side, side, 3), np.bool_), **options)
+    return buffer.getvalue()
+
+
 LARGE: dict[str, tuple[Any, bool]] = {  # how it is made, and whether it is read
     "RGB": (lambda: png(14_000, 8, 2, 3), True),
     "RGBA": (lambda: png(13_000, 8, 6, 4), True),
@@ -85,6 +93,7 @@ LARGE: dict[str, tuple[Any, bool]] = {  # how it is made, and whether it is read
     "16-bit RGBA": (lambda: png(9_900, 16, 6, 4), True),
     "too large 16-bit RGBA": (lambda: png(14_000, 16, 6, 4), False),
     "float TIFF with missing pixels": (lambda: float_tiff(7_900), True),
+    "one-bit RGB TIFF": (lambda: bit_tiff(14_000), True),
     "too large float TIFF": (lambda: float_tiff(9_000), False),
 }
 

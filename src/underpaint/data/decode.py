@@ -704,7 +704,8 @@ def _decode_tiff(data: bytes, max_pixels: int, nodata: float | None) -> _Pixels:
     else:
         array = array.reshape(*layout.size, 1)
     if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
+        array = array.view(np.uint8)
+        np.multiply(array, 255, out=array)  # in place: a copy of a large image is much
     missing = _missing(array[..., : array.shape[2] - layout.alpha], [layout.nodata, nodata])
     if layout.dtype == "float32":
         array = array.astype(np.float32, copy=False)
