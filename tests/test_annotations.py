@@ -156,7 +156,7 @@ def test_wide_palette_one_bit_and_empty_masks_are_whole_numbers(tmp_path: Path) 
 def test_what_is_no_index_mask_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     written(tmp_path, {"images/1.png": 1, "masks/1.png": 1})
     if content:
-        Image.new("RGB", (8, 6)).save(tmp_path / "masks/1.png")
+        Image.new("RGB", (8, 6), "red").save(tmp_path / "masks/1.png")
     else:
         (tmp_path / "masks/1.png").write_bytes((tmp_path / "masks/1.png").read_bytes()[:40])
     masks = masks_of(tmp_path, open_source(tmp_path))

@@ -27,7 +27,7 @@ def test_the_flags_are_those_that_were_promised() -> None:
     """To add one is to promise it for good: here, in docs/interface.md, and in the table."""
     assert set(FLAGS) == {
         *("method", "mask_ratio", "encoder", "patch_size", "image_size", "init"),
-        *("labels", "groups", "all_images", "workers"),
+        *("labels", "groups", "all_images", "drop_duplicates", "workers"),
         *("lr", "weight_decay", "warmup", "batch_size"),
         *("epochs", "steps", "minutes", "seed", "precision", "devices", "nodes", "probe_every", "checkpoint_every"),
     }

@@ -299,13 +299,23 @@ def _report(given: argparse.Namespace) -> None:
 
 def _check_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("data", help="images, as for pretrain")
+    made.add_argument("--out", type=Path, help="a folder: sheets of annotated and of alike images, and all as JSON")
+    for name in ("groups", "masks"):
+        _add_flag(made, name, declaration(f"data.{name}"))
 
 
 def _check(given: argparse.Namespace) -> None:
     place_of(given.data)
-    from underpaint.data import check, format_check
+    if given.out is not None:
+        refuse_inside(given.out, given.data)
+        check_writable(given.out)
+    from underpaint.console import printable, say
+    from underpaint.data import examine, format_check, format_found, open_source
 
-    print(format_check(check(given.data)))
+    asked = {name: getattr(given, name) for name in ("groups", "masks") if hasattr(given, name)}
+    source = open_source(given.data, **asked)
+    say(format_found(source))
+    print(printable(format_check(examine(source, out=given.out), notes=False)))
 
 
 def _methods(_: argparse.Namespace) -> None:

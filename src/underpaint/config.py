@@ -79,6 +79,10 @@ class Data:
     max_pixels: int = setting(200_000_000, "larger images are skipped", unit="pixels", low=1)
     nodata: float | None = setting(None, "value of missing pixels, beside NaN and what files say themselves")
     workers: int = setting(0, "processes that decode images", low=0, high=1_024)
+    masks: Literal["aside", "images"] = setting(
+        "aside", "what masks that lie beside images of their names are taken for"
+    )
+    drop_duplicates: bool = setting(False, "leave out images that look like another, or like one that judges")
     changed: Literal["refuse", "accept"] = setting("refuse", "what to do where images changed since a run began")
 
 
@@ -151,6 +155,7 @@ FLAGS = {
     "labels": "data.labels",
     "groups": "data.groups",
     "all_images": "data.all_images",
+    "drop_duplicates": "data.drop_duplicates",
     "workers": "data.workers",
     "lr": "optimiser.lr",
     "weight_decay": "optimiser.weight_decay",

@@ -30,6 +30,7 @@ from underpaint.data import (
     labelled_indices,
     listing,
     load_images,
+    near_copies,
     open_source,
     pretraining_indices,
     same_place,
@@ -186,7 +187,7 @@ def open_data(recipe: Recipe, shout: Any) -> Opened:
     """
     settings = recipe.data
     assert settings.path is not None
-    source = open_source(settings.path, groups=settings.groups)
+    source = open_source(settings.path, groups=settings.groups, masks=settings.masks)
     for note in source.notes:
         shout(note)
     labelled = source
@@ -199,7 +200,10 @@ def open_data(recipe: Recipe, shout: Any) -> Opened:
             f"--groups {settings.groups!r}: no name in {labelled.location} matches, the first is "
             f"{labelled.entries.names[0]}; give a regular expression that does"
         )
-    return Opened(source, labelled, *_chosen(source, labelled, settings.all_images, shout))
+    indices, seen = _chosen(source, labelled, settings.all_images, shout)
+    if settings.drop_duplicates:
+        indices = _without_duplicates(source, labelled, indices, shout)
+    return Opened(source, labelled, indices, seen)
 
 
 def check_unchanged(recipe: Recipe, run: Run, opened: Opened, shout: Any) -> dict[str, Table]:
@@ -292,6 +296,16 @@ def _chosen(source: Source, labelled: Source, all_images: bool, shout: Any) -> t
     if seen:
         shout(f"--all-images: the probes' test images are among those to pretrain on ({seen:,}, without their labels)")
     return indices, seen
+
+
+def _without_duplicates(source: Source, labelled: Source, indices: np.ndarray, shout: Any) -> np.ndarray:
+    """The entries to pretrain on that look neither like one before them nor like one that is kept apart."""
+    sides = labelled_indices(labelled)
+    judged = np.setdiff1d(np.arange(len(source.entries)), indices) if labelled is source else sides[1] if sides else []
+    found = near_copies(source, indices, labelled, judged)
+    first = f" (the first: {source.entries.names[found[0]]})" if len(found) else ""
+    shout(f"--drop-duplicates: {len(found):,} of {len(indices):,} images look like another and are left out{first}")
+    return np.setdiff1d(indices, found)
 
 
 def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:

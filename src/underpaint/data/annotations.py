@@ -1,4 +1,5 @@
-"""What people drew on their images: index masks and COCO annotations, beside the images of a folder or archive."""
+"""What people drew on their images: index masks, and boxes and outlines of objects, all in the form that COCO gives them,
+beside the images of a folder or archive."""
 
 import io
 import json
@@ -9,20 +10,24 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NotRequired, TypeAlias, TypedDict
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from underpaint.data.decode import Unreadable, _orient, read_header, read_orientation
+from underpaint.data.formats import as_coco, objects_of
+from underpaint.data.sources.archive import member
 from underpaint.data.sources.base import Source
+from underpaint.data.sources.beside import EXTREME, EXTREMES, WORDS, beside
 from underpaint.data.sources.folder import walk
-from underpaint.data.sources.names import coco_places, coco_split, folders_of, is_hidden, may_be_one
+from underpaint.data.sources.names import coco_places, coco_split, folders_of, is_hidden, is_image, may_be_one
 from underpaint.errors import InputError
 
-MASK_FOLDERS = ("masks", "semantic", "labels")
+MASK_FOLDERS = ("masks", "semantic", "labels", "segmentationclass", "ground_truth", "groundtruth")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 PHOTOMETRIC_TAG = 262
+SAMPLED = 64  # masks that are looked at to know what white means
 
 
 @dataclass
@@ -45,7 +50,14 @@ def open_annotations(data: str | Path) -> AnnotationFiles:
         return AnnotationFiles(names, lambda name: (path / name).read_bytes())
     if path.is_file() and zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        return AnnotationFiles(sorted(archive.namelist()), archive.read)
+
+        def unpacked(name: str) -> bytes:
+            try:
+                return member(archive, name)
+            except Unreadable as error:
+                raise InputError(f"{path}: {name} {error}") from error
+
+        return AnnotationFiles(sorted(archive.namelist()), unpacked)
     if path.is_file() and tarfile.is_tarfile(path):
         members = tarfile.open(path)  # noqa: SIM115  # open as long as it is read from
 
@@ -75,6 +87,7 @@ class Masks:
     read: Callable[[str], bytes]
     turned: dict[int, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    white: Literal["", "exact", "blurred"] = ""  # where white is class 1: whether there is nothing but black and white
 
     def __getitem__(self, index: int) -> np.ndarray:
         """[height, width] whole numbers, in the orientation of the decoded image.
@@ -83,6 +96,14 @@ class Masks:
             InputError: not an index mask.
         """
         mask, _ = _index_mask(self.names[index], self.read)
+        if self.white:
+            other = mask[(mask != 0) & (mask != 255)] if self.white == "exact" else mask[:0]
+            if len(other):
+                raise InputError(
+                    f"{self.names[index]} holds {int(other[0])}, and the others are black (0) and white (255) alone; "
+                    "name the classes in classes.json if these are their numbers"
+                )
+            mask = (mask > 127).astype(np.int64)
         return np.ascontiguousarray(_orient(mask, self.turned.get(index, 1)))
 
 
@@ -94,9 +115,13 @@ def _index_mask(name: str, read: Callable[[str], bytes]) -> tuple[np.ndarray, bo
     """
     try:
         with Image.open(io.BytesIO(read(name))) as picture:
+            own = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+            if picture.mode in ("RGB", "RGBA", "LA"):
+                bands = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+                if (bands == bands[..., :1]).all():  # grey, saved as colour
+                    return bands[..., 0].astype(np.int64), own
             if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
                 raise InputError(f"{name} is {picture.mode}, not an index mask: one channel of class numbers (PNG)")
-            own = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
             # PIL shows a TIFF whose white is 0 turned round, where it has up to 8 bits; a class is the number that is stored
             inverted = getattr(picture, "tag_v2", {}).get(PHOTOMETRIC_TAG) == 0 and picture.mode in ("L", "1")
             mask = np.array(ImageOps.exif_transpose(picture)).astype(np.int64)
@@ -106,9 +131,10 @@ def _index_mask(name: str, read: Callable[[str], bytes]) -> tuple[np.ndarray, bo
 
 
 def masks_of(data: str | Path, source: Source) -> Masks:
-    """Masks below masks/ (or else semantic/, labels/) for the images of equal stems, by the folders before and after
+    """Masks below masks/ (or else semantic/, labels/, ...) for the images of equal stems, by the folders before and after
     masks/ and images/: all alike, or else those of one side among those of the other (split folders, say, where
-    images have some and masks have not). The notes say what was turned by an EXIF orientation.
+    images have some and masks have not). Else masks that lie beside their images (`beside`), or else those that the
+    outlines of objects draw (`drawn_masks`). The notes say what was turned by an EXIF orientation.
 
     Raises:
         InputError: there are none; two masks for an image, or two images for a mask.
@@ -123,21 +149,72 @@ def masks_of(data: str | Path, source: Source) -> Masks:
             kinds.setdefault(kind, []).append(name)
     found: dict[int, str] = {}
     used = next((kind for kind in MASK_FOLDERS if kind in kinds and (found := _pairs(source, kinds[kind]))), None)
-    if not found:
-        raise InputError(f"{data}: no masks; expected index PNGs below masks/ with the names of the images")
     notes = []
-    if aside := sorted(kinds.keys() - {used}):
+    if not found:
+        found = _beside(source, answers.names, notes)
+    if not found:
+        if (drawn := drawn_masks(data, source)) is not None:
+            return drawn
+        raise InputError(
+            f"{data}: no masks; expected index PNGs below masks/ with the names of the images, or beside them "
+            "(part.png or part_mask.png of part.jpg)"
+        )
+    if used is not None and (aside := sorted(kinds.keys() - {used})):
         notes.append(f"masks are those in {used}/; what is in {', '.join(f'{kind}/' for kind in aside)} is not read")
     classes, ignore = _classes(answers)
     turned = _turned_masks(source, found, answers.read, notes)
-    return Masks(found, classes, ignore, answers.read, turned, notes)
+    white: Literal["", "exact", "blurred"] = "" if classes else _black_and_white(found, answers.read)
+    if white:
+        notes.append("masks are black and white: white is class 1, object")
+        classes = ["background", "object"]
+    return Masks(found, classes, ignore, answers.read, turned, notes, white)
+
+
+def _black_and_white(names: dict[int, str], read: Callable[[str], bytes]) -> Literal["", "exact", "blurred"]:
+    """Whether 0 and 255 are all that a sample of masks holds, both of them, or what a JPEG or a resize made of them."""
+    counts, order = np.zeros(256, np.int64), sorted(names)
+    for position in np.linspace(0, len(names) - 1, min(SAMPLED, len(names))).round().astype(int).tolist():
+        try:
+            mask, _ = _index_mask(names[order[position]], read)
+        except InputError:  # said where it is used
+            continue
+        if mask.min() < 0 or mask.max() > 255:
+            return ""
+        counts += np.bincount(mask.reshape(-1), minlength=256)
+    if np.flatnonzero(counts).tolist() == [0, 255]:
+        return "exact"
+    extreme = counts[: EXTREME + 1].sum() + counts[255 - EXTREME :].sum()
+    # class numbers lie near black, too, and 255 is none of them; but none of them is a light grey
+    blurred = counts[128:255].any() and counts[255 - EXTREME :].any() and extreme >= EXTREMES * counts.sum()
+    return "blurred" if blurred else ""
+
+
+def _beside(source: Source, names: list[str], notes: list[str]) -> dict[int, str]:
+    """The mask of each entry that has one beside it; of one that has several, none."""
+    number = {name: index for index, name in enumerate(source.entries.names)}
+    found: dict[int, str] = {}
+    several: set[int] = set()
+    for _, images in beside([name for name in names if is_image(name)]):
+        for mask, image in sorted(images.items()):
+            if image not in number or mask in number:  # which was looked at when the images were listed
+                continue
+            if found.setdefault(number[image], mask) != mask:
+                several.add(number[image])
+    if several:
+        notes.append(
+            f"{len(several):,} images have several masks ({source.entries.names[min(several)]}) and are left out"
+        )
+    return {index: mask for index, mask in found.items() if index not in several}
 
 
 def _pairs(source: Source, masks: list[str]) -> dict[int, str]:
     """The mask of each entry that has one."""
     where: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for name in masks:
-        where.setdefault(PurePosixPath(name).stem, []).append((folders_of(name), name))
+        stem = PurePosixPath(name).stem
+        word = WORDS.match(stem)  # 000_mask.png
+        for each in dict.fromkeys((stem, word.group(1) if word else stem)):
+            where.setdefault(each, []).append((folders_of(name), name))
     places = {k: folders_of(entry.name) for k, entry in enumerate(source.entries)}
     found: dict[int, str] = {}
     owner: dict[str, int] = {}
@@ -317,12 +394,16 @@ class CocoAnnotations:
         images: COCO image id of each entry of the source that it lists.
         categories: names by category id.
         notes: what a person should know of how they were read.
+        kind: of the files, for people.
+        outside: how many boxes reached out of their image by more than a pixel, and were cut off there.
     """
 
     coco: Coco
     images: dict[int, int]
     categories: dict[int, str]
     notes: list[str] = field(default_factory=list)
+    kind: str = "COCO json"
+    outside: int = 0
 
     def objects(self, index: int) -> Instances:
         found = self._by_image.get(self.images[index], [])
@@ -336,14 +417,19 @@ class CocoAnnotations:
         )
 
     def __post_init__(self) -> None:
+        self.sizes = {each["id"]: (each.get("height", 0), each.get("width", 0)) for each in self.coco["images"]}
         self._by_image: dict[int, list[CocoObject]] = {}
         for annotation in self.coco["annotations"]:
             self._by_image.setdefault(annotation["image_id"], []).append(annotation)
 
 
-def coco_annotations(data: str | Path, source: Source) -> dict[str, CocoAnnotations]:
-    """By split, the COCO annotations below annotations/, in the orientation of the decoded images. The notes say which
-    boxes were left out, as they have no area, and which were turned by an EXIF orientation.
+def coco_annotations(data: str | Path, source: Source, *, lenient: bool = False) -> dict[str, CocoAnnotations]:
+    """By split ("all" for none), the annotated objects in the orientation of the decoded images: those of COCO json below
+    annotations/ (or SPLIT/_annotations.coco.json), else of Pascal VOC, LabelMe or YOLO files of the images' stems. The
+    notes say which boxes were left out, as they have no area, and which were turned by an EXIF orientation.
+
+    Args:
+        lenient: boxes of COCO json that reach out of their image are cut off and counted, not refused.
 
     Raises:
         InputError: there are none; two files for a split; an image listed twice or in another size than it has; a box
@@ -359,7 +445,7 @@ def coco_annotations(data: str | Path, source: Source) -> dict[str, CocoAnnotati
             raise InputError(f"{files[split]} and {name} both annotate {split}; one file a split is needed")
         files[split] = name
     if not files:
-        raise InputError(f"{data}: no boxes; expected COCO json: annotations/train.json and val.json or test.json")
+        return _other_formats(data, answers, source)
     cocos = {name: _coco(answers, name) for name in files.values()}
     listed = {name: [image["file_name"] for image in coco["images"]] for name, coco in cocos.items()}
     places = coco_places(listed, [entry.name for entry in source.entries])
@@ -370,13 +456,95 @@ def coco_annotations(data: str | Path, source: Source) -> dict[str, CocoAnnotati
         for image, place in zip(coco["images"], places[name], strict=True):
             if place is not None and known.setdefault(numbers[place], image["id"]) != image["id"]:
                 raise InputError(f"{name} lists {place} twice, as images {known[numbers[place]]} and {image['id']}")
+    outside = _cut_off(cocos) if lenient else {}
     notes = _as_decoded(cocos, images, source)
     return {
-        split: CocoAnnotations(
-            cocos[name], images[name], {c["id"]: c["name"] for c in cocos[name]["categories"]}, notes[name]
-        )
+        split: _annotations(cocos[name], images[name], notes[name], outside=outside.get(name, 0))
         for split, name in files.items()
     }
+
+
+def _annotations(coco: Coco, images: dict[int, int], notes: list[str], **more: Any) -> CocoAnnotations:
+    return CocoAnnotations(coco, images, {each["id"]: each["name"] for each in coco["categories"]}, notes, **more)
+
+
+def _other_formats(data: str | Path, answers: AnnotationFiles, source: Source) -> dict[str, CocoAnnotations]:
+    def sizes(indices: list[int]) -> dict[int, tuple[int, int]]:
+        seen = _seen(source, indices)
+        return {index: size if turn < 5 else (size[1], size[0]) for index, (turn, size) in seen.items()}
+
+    found = objects_of(answers.names, answers.read, source, sizes)
+    if found is None:
+        raise InputError(
+            f"{data}: no boxes; expected COCO json (annotations/train.json and val.json or test.json), or files of the "
+            "images' names in the formats of Pascal VOC (xml), LabelMe (json) or YOLO (txt, in labels/ for images/)"
+        )
+    parts = {split: (cast(Coco, coco), images) for split, coco, images in as_coco(found, source)}
+    cocos, images = ({split: coco for split, (coco, _) in parts.items()}, {s: known for s, (_, known) in parts.items()})
+    notes = _as_decoded(cocos, images, source, shown=found.shown)
+    return {
+        split: _annotations(
+            coco, images, [*found.notes, *notes[split]], kind=found.kind, outside=found.outside if k == 0 else 0
+        )
+        for k, (split, (coco, images)) in enumerate(parts.items())
+    }
+
+
+def _cut_off(cocos: dict[str, Coco]) -> dict[str, int]:
+    """Cut boxes off at the border of their image, where its size is listed; how many reached out, by file."""
+    counts = {}
+    for name, coco in cocos.items():
+        sizes = {image["id"]: (image.get("width"), image.get("height")) for image in coco["images"]}
+        counts[name] = 0
+        for annotation in coco["annotations"]:
+            width, height = sizes.get(annotation.get("image_id", -1), (None, None))
+            with suppress(KeyError, TypeError, ValueError):  # which is said later
+                left, top, wide, tall = (float(value) for value in annotation["bbox"])
+                if width and height and min(wide, tall) > 0:
+                    right, bottom = min(left + wide, width), min(top + tall, height)
+                    if left < -1 or top < -1 or left + wide > width + 1 or top + tall > height + 1:
+                        counts[name] += 1
+                        left, top = max(0.0, left), max(0.0, top)
+                        annotation["bbox"] = [left, top, right - left, bottom - top]
+    return counts
+
+
+@dataclass
+class DrawnMasks(Masks):
+    """Index masks that outlines of objects draw: 0 is what lies beside them, smaller objects lie on larger ones."""
+
+    objects: dict[int, CocoAnnotations] = field(default_factory=dict)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        annotations = self.objects[index]
+        height, width = annotations.sizes[annotations.images[index]]
+        mask = np.zeros((height, width), np.int64)
+        found = annotations.objects(index)
+        sides = found.boxes[:, 2:] - found.boxes[:, :2]
+        place = {category: k for k, category in enumerate(sorted(annotations.categories), start=1)}
+        for k in np.argsort(-sides.prod(axis=1), kind="stable").tolist():
+            segment = found.segments[k]
+            if segment is not None and not found.crowd[k]:
+                mask[mask_of(segment, height, width) > 0] = place[int(found.labels[k])]
+        return mask
+
+
+def drawn_masks(data: str | Path, source: Source) -> DrawnMasks | None:
+    """The masks that outlines of objects draw; None where there are none, or not all objects have one."""
+    try:
+        by_split = coco_annotations(data, source)
+    except InputError:
+        return None
+    segments = [a.get("segmentation") for each in by_split.values() for a in each.coco["annotations"]]
+    if not segments or not all(segments):
+        return None
+    objects = {index: each for each in by_split.values() for index in each.images}
+    first = next(iter(by_split.values()))
+    classes = ["background", *(first.categories[k] for k in sorted(first.categories))]
+    notes = list(dict.fromkeys(note for each in by_split.values() for note in each.notes))
+    notes.append("masks are drawn from the outlines of objects; what has none is class 0, background")
+    names = {index: source.entries.names[index] for index in objects}
+    return DrawnMasks(names, classes, None, lambda name: b"", {}, notes, "", objects)
 
 
 def _coco(files: AnnotationFiles, name: str) -> Coco:
@@ -394,8 +562,11 @@ def _coco(files: AnnotationFiles, name: str) -> Coco:
     return coco
 
 
-def _as_decoded(cocos: dict[str, Coco], images: dict[str, dict[int, int]], source: Source) -> dict[str, list[str]]:
-    """Check annotations, leave out those without area, and turn what is drawn on the stored pixels of turned images.
+def _as_decoded(
+    cocos: dict[str, Coco], images: dict[str, dict[int, int]], source: Source, *, shown: bool = False
+) -> dict[str, list[str]]:
+    """Check annotations, leave out those without area, and turn what is drawn on the stored pixels of turned images; none
+    of them are where all are drawn on images as they are `shown`.
 
     Returns:
         Notes, by file.
@@ -418,7 +589,7 @@ def _as_decoded(cocos: dict[str, Coco], images: dict[str, dict[int, int]], sourc
                     f"{width}x{height}; boxes need the size that they are drawn on"
                 )
     turns = {key: what for key, what in seen.items() if what[0] > 1}
-    turned = _drawn_on_stored(turns, sizes)
+    turned = set() if shown else _drawn_on_stored(turns, sizes)
     for name, coco in cocos.items():
         notes[name] = _exif_note("boxes", *(sum(file == name for file, _ in keys) for keys in (turns, turned)))
         known = {image["id"]: image for image in coco["images"]}

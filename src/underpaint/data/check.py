@@ -1,24 +1,36 @@
-"""What would be read from DATA and how it was understood; no training."""
+"""What would be read from DATA, how it was understood, and what can be done with it; no training."""
 
+import csv
 import hashlib
 import math
+import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from underpaint.console import progress
+from underpaint.data.alike import CHUNK, NONE, difference_hash, near_groups
+from underpaint.data.annotations import CocoAnnotations, Masks, coco_annotations, masks_of
 from underpaint.data.decode import MAX_PIXELS, Unreadable, decode, read_header
-from underpaint.data.images import measure_scaling, resize
 from underpaint.data.open import open_source
 from underpaint.data.parallel import ordered_map, spare_workers
+from underpaint.data.sheets import alike_sheet, annotated_sheet
 from underpaint.data.sources.base import Source
-from underpaint.data.splits import pretraining_indices
+from underpaint.data.sources.tree import MaskFiles
+from underpaint.data.splits import labelled_indices, labels_judge, pretraining_indices
+from underpaint.errors import InputError
+from underpaint.files import AS_IT_IS, replacing, utf8, write_json
 
 HASHED = 100_000  # images compared for near-duplicates
-NEAR = 2  # differing bits of 64
-CHUNK = 32
-BANDS = ((0, 21), (21, 21), (42, 22))  # two hashes that differ in at most 2 bits agree in at least one of 3 bands
+READ_MASKS = 200  # of which the classes are counted, evenly spread
+SHOWN_IMAGES, SHOWN_GROUPS = 16, 12  # on a sheet
+NAMED = 20  # classes in a text for people
+WHAT = ["images with class labels", "images with a number each", "masks of classes", "boxes or outlines of objects"]
+
+Seen = tuple[int, int, int, str, bytes, int]  # height, width, channels, type, digest, difference hash
 
 
 def check(
@@ -26,9 +38,27 @@ def check(
     *,
     max_pixels: int = MAX_PIXELS,
     groups: str | None = None,
+    masks: MaskFiles = "aside",
     workers: int = 0,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Read every image of DATA once and describe the set.
+    """Read every image of DATA once and describe the set (`examine`).
+
+    Raises:
+        InputError: as `open_source`.
+    """
+    source = open_source(data, groups=groups, masks=masks)
+    return examine(source, max_pixels=max_pixels, workers=workers, out=out)
+
+
+def examine(
+    source: Source, *, max_pixels: int = MAX_PIXELS, workers: int = 0, out: Path | None = None
+) -> dict[str, Any]:
+    """Read every image of a source once and describe the set.
+
+    Args:
+        out: a folder for pictures: annotated.png, alike.png, and alike.csv, what looks alike; check.json, all that is
+            returned.
 
     Returns:
         `location`, `notes`; `images` and `readable` (counts); `height`, `width` (min, median, max in pixels);
@@ -37,58 +67,196 @@ def check(
         `unreadable` and `left_out` ({"path", "reason"}); `duplicates` and `near_duplicates` (groups of names with the
         same bytes, or with difference hashes at most 2 of 64 bits apart), `duplicates_across_splits` and
         `near_duplicates_across_splits` (how many of those groups), `compared` (images hashed for likeness), `flat`
-        (names of images of one colour, which look alike to no other).
-
-    Raises:
-        InputError: as `open_source`.
+        (names of images of one colour, which look alike to no other); `boxes` and `masks` (what was found of them, or
+        why none); `tasks` (by name, the command, or why it cannot be done); `pictures` (files).
     """
-    source = open_source(data, groups=groups)
-    entries, numbers = source.entries, range(math.ceil(len(source.entries) / CHUNK))
+    entries, chunks = source.entries, range(math.ceil(len(source.entries) / CHUNK))
     workers = workers or spare_workers(len(entries))
-    chunks = ordered_map(_Examine(source, max_pixels), numbers, workers)
-    seen = dict(enumerate(result for results in chunks for result in results))
-    names = entries.names
-    known = {index: result for index, result in seen.items() if not isinstance(result, str)}
-    channels = Counter(str(count) for _, count, _, _, _ in known.values())
-    dtypes = Counter(dtype for _, _, dtype, _, _ in known.values())
-    digests: dict[bytes, list[int]] = {}
-    for index, (_, _, _, digest, _) in known.items():
-        digests.setdefault(digest, []).append(index)
-    same = [group for group in digests.values() if len(group) > 1]
-    copies = {i for group in same for i in group[1:]}
-    hashes = dict([(i, bits) for i, (*_, bits) in known.items() if bits is not None][:HASHED])
-    numbers = [i for i in hashes if i not in copies]
-    near = near_groups(np.asarray([hashes[i] for i in numbers], dtype=np.uint64))
-    near = [[numbers[p] for p in group] for group in near]
-    heights, widths = ([size[axis] for size, *_ in known.values()] for axis in (0, 1))
+    numbers = np.zeros((len(entries), 3), np.int32)  # height, width, channels; 0 where it cannot be read
+    digests, hashes = np.zeros((len(entries), 2), np.uint64), np.zeros(len(entries), np.uint64)
+    dtypes: Counter[str] = Counter()
+    unreadable: list[dict[str, str]] = []
+    made = ordered_map(_Examine(source, max_pixels), chunks, workers)
+    index = 0
+    for results in progress(made, f"reading {len(entries):,} images, {CHUNK} at a time", len(chunks)):
+        for result in results:
+            if isinstance(result, str):
+                unreadable.append({"path": entries.names[index], "reason": result})
+            else:
+                *numbers[index], dtype, digest, hashes[index] = result
+                digests[index] = np.frombuffer(digest, np.uint64)
+                dtypes[dtype] += 1
+            index += 1
+    known = np.flatnonzero(numbers[:, 0])
+    channels = Counter({str(k): int(n) for k, n in zip(*np.unique(numbers[known, 2], return_counts=True), strict=True)})
+    same = _equal(digests, known)
+    copies = np.array([k for group in same for k in group[1:]], np.int64)
+    compared = known[hashes[known] != NONE][:HASHED]
+    apart = np.setdiff1d(compared, copies)
+    near = [[int(apart[p]) for p in group] for group in near_groups(hashes[apart])]
     classes = source.classes or []
     labels = np.bincount(entries.labels[entries.labels >= 0], minlength=len(classes)).tolist()
-    return {
+    boxes, masks = _boxes(source), _masks(source)
+    result = {
         "location": source.location,
         "notes": source.notes,
-        "images": len(source.entries),
+        "images": len(entries),
         "readable": len(known),
-        "height": _range(heights),
-        "width": _range(widths),
-        "channels": dict(channels),
+        "height": _range(numbers[known, 0]),
+        "width": _range(numbers[known, 1]),
+        "channels": dict(channels.most_common()),
         "dtypes": dict(dtypes),
         "scaling": _scaling(source, channels, dtypes, max_pixels),
         "splits": {split or "none": count for split, count in entries.counts().items()},
         "classes": {name: labels[n] for n, name in enumerate(classes)},
-        "unreadable": [{"path": names[i], "reason": why} for i, why in seen.items() if isinstance(why, str)],
+        "unreadable": unreadable,
         "left_out": source.skipped,
         "duplicates": _names(source, same),
         "duplicates_across_splits": _across(source, same),
         "near_duplicates": _names(source, near),
         "near_duplicates_across_splits": _across(source, near),
-        "compared": len(hashes),
-        "flat": [names[i] for i, (*_, bits) in known.items() if bits is None],
+        "compared": len(compared),
+        "flat": [entries.names[i] for i in known[hashes[known] == NONE].tolist()],
+        "boxes": _told_boxes(boxes, len(known)),
+        "masks": _told_masks(masks),
+        "pictures": [],
+    }
+    result["tasks"] = _tasks(source, result)
+    if out is not None:
+        _write(source, result, boxes, masks, (same, near), out)
+    return result
+
+
+def _equal(digests: np.ndarray, known: np.ndarray) -> list[list[int]]:
+    """Groups of the entries `known` whose digests [n, 2] are equal, in order."""
+    order = known[np.lexsort(digests[known].T)]
+    starts = np.flatnonzero((np.diff(digests[order].astype(np.uint64), axis=0) != 0).any(axis=1)) + 1
+    return sorted(sorted(group.tolist()) for group in np.split(order, starts) if len(group) > 1)
+
+
+def _boxes(source: Source) -> dict[str, CocoAnnotations] | str:
+    try:
+        return coco_annotations(source.location, source, lenient=True)
+    except InputError as error:
+        return str(error)
+
+
+def _masks(source: Source) -> Masks | str:
+    try:
+        return masks_of(source.location, source)
+    except InputError as error:
+        return str(error)
+
+
+def _told_boxes(boxes: dict[str, CocoAnnotations] | str, readable: int) -> dict[str, Any]:
+    """`kind`, `images` annotated, `objects`, `outlines` (objects that have one), `outside`, `classes` (objects by class),
+    `side` (min, median, max of the square root of a box's area, in pixels), `an_image` (the same of objects), `notes`; or
+    `reason`."""
+    if isinstance(boxes, str):
+        return {"images": 0, "objects": 0, "reason": boxes}
+    found = [each.objects(index) for each in boxes.values() for index in each.images]
+    sides = np.concatenate([np.sqrt(np.prod(one.boxes[:, 2:] - one.boxes[:, :2], axis=1)) for one in found] or [[]])
+    names = {number: name for each in boxes.values() for number, name in each.categories.items()}
+    counts = Counter(int(label) for one in found for label in one.labels)
+    return {
+        "kind": next(iter(boxes.values())).kind,
+        "images": len(found),
+        "objects": len(sides),
+        "outlines": sum(segment is not None for one in found for segment in one.segments),
+        "outside": sum(each.outside for each in boxes.values()),
+        "classes": {names[number]: count for number, count in counts.most_common()},
+        "side": _range(sides.round(1)),
+        "an_image": _range(np.array([len(one.boxes) for one in found])),
+        "notes": list(dict.fromkeys(note for each in boxes.values() for note in each.notes)),
     }
 
 
-def format_check(result: dict[str, Any]) -> str:
-    """The result of `check` as text for people."""
-    lines = [result["location"], *(f"  {note}" for note in result["notes"])]
+def _told_masks(masks: Masks | str) -> dict[str, Any]:
+    """`images` with a mask, `classes` (share of the pixels by class, in the masks looked at), `looked_at`, `unusable`
+    (path and reason), `notes`; or `reason`."""
+    if isinstance(masks, str):
+        return {"images": 0, "reason": masks}
+    indices = sorted(masks.names)
+    places = np.linspace(0, len(indices) - 1, min(READ_MASKS, len(indices))).round().astype(int).tolist()
+    counts: Counter[int] = Counter()
+    unusable = []
+    for index in (indices[place] for place in places):
+        try:
+            values, pixels = np.unique(masks[index], return_counts=True)
+        except InputError as error:
+            unusable.append({"path": masks.names[index], "reason": str(error)})
+            continue
+        counts.update(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
+    total = counts.total()
+    names = {k: masks.classes[k] if 0 <= k < len(masks.classes) else str(k) for k in counts}
+    return {
+        "images": len(indices),
+        "looked_at": len(places),
+        "classes": {names[k]: round(n / total, 6) for k, n in sorted(counts.items())},
+        "unusable": unusable,
+        "notes": masks.notes,
+    }
+
+
+def _tasks(source: Source, result: dict[str, Any]) -> dict[str, str]:
+    """By task, the command that does it, or "no: " and why not."""
+    data = shlex.quote(source.location)
+    evaluate = f"underpaint evaluate runs/first --data {data} --out runs/worth --task"
+    told = {"pretrain": f"underpaint pretrain {data} --out runs/first" if result["readable"] else "no: no image"}
+    why = labels_judge(source) or WHAT[0]
+    told["classification"] = f"{evaluate} knn,linear" if labelled_indices(source) else f"no: {_needs(why)}"
+    numbers = source.entries.numbers is not None
+    told["regression"] = f"{evaluate} regression" if numbers else f"no: {_needs(WHAT[1])}"
+    masks, boxes = result["masks"], result["boxes"]
+    usable = masks["images"] > 1 and len(masks.get("classes", ())) > 1 and not masks["unusable"]
+    wrong = masks["unusable"][0]["reason"] if masks.get("unusable") else ""
+    told["segmentation"] = f"{evaluate} segment" if usable else f"no: {wrong or _needs(WHAT[2])}"
+    told["detection"] = f"{evaluate} detect" if boxes["objects"] else f"no: {_needs(WHAT[3])}"
+    return told
+
+
+def _needs(what: str) -> str:
+    return f"needs {what}" if what in WHAT else f"class labels are of no use, {what}"
+
+
+def _write(
+    source: Source,
+    result: dict[str, Any],
+    boxes: dict[str, CocoAnnotations] | str,
+    masks: Masks | str,
+    alike: tuple[list[list[int]], list[list[int]]],
+    out: Path,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = {} if isinstance(boxes, str) else boxes
+    owned = sorted(index for each in drawn.values() for index in each.images)
+    shown = owned or ([] if isinstance(masks, str) else sorted(masks.names))
+    if shown:
+        places = np.linspace(0, len(shown) - 1, min(SHOWN_IMAGES, len(shown))).round().astype(int).tolist()
+        chosen = [shown[place] for place in places]
+        annotated_sheet(source, drawn, None if isinstance(masks, str) else masks, chosen, out / "annotated.png")
+    across = sorted((group for kind in alike for group in kind), key=lambda group: not _apart(source, group))
+    with replacing(out / "alike.csv") as part, part.open("w", newline="", encoding="utf-8", errors=AS_IT_IS) as file:
+        rows = csv.writer(file)
+        rows.writerow(("group", "path", "split", "same_bytes"))
+        for number, group in enumerate(across):
+            for index in group:
+                rows.writerow((number, source.entries.names[index], _split(source, index), int(group in alike[0])))
+    if across:
+        alike_sheet(source, across[:SHOWN_GROUPS], out / "alike.png", lambda index: _split(source, index))
+    found = [out / name for name in ("annotated.png", "alike.png", "alike.csv", "check.json")]
+    result["pictures"] = [str(path) for path in found if path.exists() or path.name == "check.json"]
+    write_json(out / "check.json", result)
+
+
+def format_found(source: Source) -> str:
+    """What is known of a source before an image is read, as text for people."""
+    return "\n".join([source.location, *(f"  {note}" for note in source.notes)])
+
+
+def format_check(result: dict[str, Any], *, notes: bool = True) -> str:
+    """The result of `check` as text for people; without what `format_found` says already where not `notes`."""
+    lines = [result["location"], *(f"  {note}" for note in result["notes"])] if notes else []
     lines.append(f"  readable: {result['readable']:,} of {result['images']:,}")
     for name in ("height", "width"):
         if result[name]:
@@ -101,9 +269,8 @@ def format_check(result: dict[str, Any]) -> str:
     if classes:
         counts = sorted(classes.values())
         lines.append(f"  images a class: {counts[0]:,} to {counts[-1]:,}")
-        shown = sorted(classes.items(), key=lambda item: -item[1])[:20]
-        lines += [f"    {name}: {count:,}" for name, count in shown]
-        lines += [f"    and {len(classes) - 20} more classes"] if len(classes) > 20 else []
+        lines += _most(classes, "{:,}")
+    lines += [*_box_lines(result["boxes"]), *_mask_lines(result["masks"])]
     for key, title in (("unreadable", "cannot be read"), ("left_out", "left out")):
         skips = result[key]
         lines.append(f"  {title}: {len(skips):,}")
@@ -115,44 +282,53 @@ def format_check(result: dict[str, Any]) -> str:
         lines.append(f"  {title}: {len(groups):,} groups, {across:,} of them across splits")
         lines += ["    " + ", ".join(group[:4]) + (", ..." if len(group) > 4 else "") for group in groups[:5]]
         lines += [f"    and {len(groups) - 5:,} more"] if len(groups) > 5 else []
+    if result["near_duplicates"] or result["duplicates"]:
+        lines.append(
+            "    pretrain --drop-duplicates leaves out all but one, and those that look like images to judge by"
+        )
     if result["compared"] < result["readable"] - len(result["flat"]):
         lines.append(f"  (only the first {result['compared']:,} images were compared for likeness)")
-    return "\n".join(lines)
+    lines += ["what can be done with it:", *(f"  {task}: {told}" for task, told in result["tasks"].items())]
+    return "\n".join([*lines, *(f"wrote {file}" for file in result["pictures"])])
 
 
-def difference_hash(grey: np.ndarray) -> int | None:
-    """64 bits: whether each of 8 x 8 places is brighter than its right neighbour; None for an image of one colour."""
-    small = resize(grey.astype(np.float32), (8, 9))[..., 0]
-    if small.max() - small.min() < 1 / 255:
-        return None
-    return int(np.packbits(small[:, :-1] > small[:, 1:]).view(">u8")[0])
+def _most(counts: dict[str, Any], form: str) -> list[str]:
+    shown = sorted(counts.items(), key=lambda item: -item[1])[:NAMED]
+    lines = [f"    {utf8(name)}: {form.format(count)}" for name, count in shown]
+    return lines + ([f"    and {len(counts) - NAMED} more classes"] if len(counts) > NAMED else [])
 
 
-def near_groups(hashes: np.ndarray, bits: int = NEAR) -> list[list[int]]:
-    """Groups of positions whose 64-bit hashes are chained by steps of at most `bits` (0 to 2) differing bits."""
-    unique, inverse = np.unique(hashes, return_inverse=True)
-    parent = list(range(len(unique)))
+def _box_lines(boxes: dict[str, Any]) -> list[str]:
+    if "reason" in boxes:
+        told = boxes["reason"]
+        return (
+            ["  boxes: none"]
+            if ": no boxes; expected" in told or "read from a folder" in told
+            else [f"  boxes: {told}"]
+        )
+    lines = [
+        f"  boxes: {boxes['kind']}, {boxes['objects']:,} objects on {boxes['images']:,} images, {boxes['outlines']:,} of "
+        f"them with an outline; {boxes['outside']:,} reach out of their image"
+    ]
+    lines += [f"    {note}" for note in boxes["notes"]]
+    for key, what, unit in (("side", "sides", " px"), ("an_image", "objects an image", "")):
+        if boxes[key]:
+            low, middle, high = boxes[key]
+            lines.append(f"    {what}: {low:g} to {high:g}{unit}, median {middle:g}")
+    return lines + _most(boxes["classes"], "{:,}")
 
-    def root(n: int) -> int:
-        while parent[n] != n:
-            parent[n] = parent[parent[n]]
-            n = parent[n]
-        return n
 
-    for start, length in BANDS:
-        band = (unique >> np.uint64(start)) & np.uint64(2**length - 1)
-        order = np.argsort(band, kind="stable")
-        edges = np.flatnonzero(np.diff(band[order])) + 1
-        for bucket in np.split(order, edges):
-            for place, first in enumerate(bucket[:-1]):
-                others = bucket[place + 1 :]
-                close = others[np.bitwise_count(unique[others] ^ unique[first]) <= bits]
-                for other in close.tolist():
-                    parent[root(other)] = root(int(first))
-    groups: dict[int, list[int]] = {}
-    for position, n in enumerate(inverse.tolist()):
-        groups.setdefault(root(n), []).append(position)
-    return [group for group in groups.values() if len(group) > 1]
+def _mask_lines(masks: dict[str, Any]) -> list[str]:
+    if "reason" in masks:
+        told = masks["reason"]
+        return (
+            ["  masks: none"]
+            if ": no masks; expected" in told or "read from a folder" in told
+            else [f"  masks: {told}"]
+        )
+    lines = [f"  masks: of {masks['images']:,} images; share of the pixels in {masks['looked_at']:,} of them:"]
+    lines += [f"    {each['path']}: {each['reason']}" for each in masks["unusable"][:3]]
+    return [*lines, *_most(masks["classes"], "{:.2%}"), *(f"    {note}" for note in masks["notes"])]
 
 
 class _Examine:
@@ -162,9 +338,9 @@ class _Examine:
         self._source = source
         self._max_pixels = max_pixels
 
-    def __call__(self, chunk: int) -> list[tuple[tuple[int, int], int, str, bytes, int | None] | str]:
+    def __call__(self, chunk: int) -> list[Seen | str]:
         stretch = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self._source.entries)))
-        results: list[tuple[tuple[int, int], int, str, bytes, int | None] | str] = []
+        results: list[Seen | str] = []
         for index in stretch:
             try:
                 results.append(self._one(index))
@@ -172,25 +348,21 @@ class _Examine:
                 results.append(str(error))
         return results
 
-    def _one(self, index: int) -> tuple[tuple[int, int], int, str, bytes, int | None]:
+    def _one(self, index: int) -> Seen:
         data = self._source.read(index)
         header = read_header(data, max_pixels=self._max_pixels)
         # a reduced JPEG is still read to its end, so that truncation is found
         pixels = decode(data, channels=None, max_pixels=self._max_pixels, reduce_to=16)
-        grey = pixels.mean(axis=2, keepdims=True, dtype=np.float32)
-        if pixels.dtype != np.uint8:  # 12 bit in 16, or any units
-            spread = grey.max() - grey.min()
-            grey = (grey - grey.min()) / (spread if spread > 0 else 1)
-        else:
-            grey /= 255
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        return (header.height, header.width), header.channels, header.dtype, digest, difference_hash(grey)
+        return header.height, header.width, header.channels, header.dtype, digest, difference_hash(pixels)
 
 
 def _scaling(source: Source, channels: Counter[str], dtypes: Counter[str], max_pixels: int) -> list[str]:
     """How pretraining would scale these images, in their own number of channels, where they are not plain 8 bit."""
     if set(dtypes) <= {"uint8"}:
         return []
+    from underpaint.data.images import measure_scaling  # here: it needs torch, and hardly any set needs it
+
     found, notes = measure_scaling(
         source,
         pretraining_indices(source),
@@ -201,13 +373,22 @@ def _scaling(source: Source, channels: Counter[str], dtypes: Counter[str], max_p
     return [] if found.plain else [str(found), *notes]
 
 
-def _range(values: list[int]) -> tuple[int, float, int] | None:
-    return (min(values), float(np.median(values)), max(values)) if values else None
+def _range(values: np.ndarray) -> tuple[int | float, float, int | float] | None:
+    return (values.min().item(), float(np.median(values)), values.max().item()) if len(values) else None
 
 
-def _names(source: Source, groups: list[list[int]]) -> list[list[str]]:
+def _names(source: Source, groups: Sequence[Sequence[int]]) -> list[list[str]]:
     return [[source.entries.names[i] for i in group] for group in groups]
 
 
-def _across(source: Source, groups: list[list[int]]) -> int:
-    return sum(len(np.unique(source.entries.splits[group])) > 1 for group in groups)
+def _split(source: Source, index: int) -> str:
+    code = int(source.entries.splits[index])
+    return "none" if code < 0 else source.entries.split_names[code]
+
+
+def _apart(source: Source, group: Sequence[int]) -> bool:
+    return len(np.unique(source.entries.splits[np.asarray(group)])) > 1
+
+
+def _across(source: Source, groups: Sequence[Sequence[int]]) -> int:
+    return sum(_apart(source, group) for group in groups)

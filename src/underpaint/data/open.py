@@ -12,18 +12,20 @@ import numpy as np
 from underpaint.data.sources.base import Listing, Source
 from underpaint.data.sources.names import IMAGE_SUFFIXES
 from underpaint.data.sources.path import list_path
+from underpaint.data.sources.tree import MaskFiles
 from underpaint.data.splits import held_out, labelled_indices, labels_judge
 from underpaint.errors import InputError
 from underpaint.files import SOURCES, place_of
 
 
-def open_source(data: str | Path, *, groups: str | None = None) -> "Source":
+def open_source(data: str | Path, *, groups: str | None = None, masks: MaskFiles = "aside") -> "Source":
     """List the images of DATA and say how it was understood.
 
     Args:
         data: a folder, a .zip or .tar file, parquet files or a folder of them, or what `SOURCES` lists.
         groups: a regular expression searched in each name; its first group (else the whole match) names the patient,
             slide or video of an image, and a hold-out keeps each on one side.
+        masks: "images" reads files that are masks of images beside them as images, too.
 
     Raises:
         InputError: nothing there, nothing readable as a set of images, an optional package is missing, or `groups`
@@ -36,7 +38,7 @@ def open_source(data: str | Path, *, groups: str | None = None) -> "Source":
         module, _, function = SOURCES[text.partition(":")[0]][0].partition(":")
         listing: Listing = getattr(importlib.import_module(module), function)(text)
     else:
-        listing = list_path(path, text)
+        listing = list_path(path, text, masks)
     if not listing.entries:
         raise InputError(_nothing(text, listing))
     source = Source(text, listing, pattern)

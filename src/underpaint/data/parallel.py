@@ -7,9 +7,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Generic, TypeVar
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
 from underpaint.errors import InputError
 from underpaint.signals import WATCHED
 
@@ -29,7 +26,7 @@ class WorkerLost(InputError):
         super().__init__(f"a process that decodes images {how}{memory}")
 
 
-class _Calls(Dataset[T], Generic[T]):
+class _Calls(Generic[T]):
     def __init__(self, function: Callable[[int], T]):
         self._function = function
 
@@ -59,8 +56,12 @@ def ordered_map(
     if workers == 0:
         yield from map(function, numbers)
         return
+    import torch  # here: where one process does it all, nothing needs it
+    from torch.utils.data import DataLoader
+
+    calls: Any = _Calls(function)  # as a data set: something with numbered items
     loader = DataLoader(
-        _Calls(function),
+        calls,
         batch_size=None,
         sampler=numbers,  # type: ignore[arg-type]  # any iterable of keys serves
         num_workers=workers,

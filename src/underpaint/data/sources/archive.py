@@ -14,7 +14,7 @@ from typing import Any
 from underpaint.data.decode import Unreadable
 from underpaint.data.sources.base import LARGEST_FILE, Listing, RangeReader, Reader, flat_copy, stamp_of
 from underpaint.data.sources.index import Names
-from underpaint.data.sources.tree import File, list_files
+from underpaint.data.sources.tree import File, MaskFiles, list_files
 from underpaint.errors import InputError
 
 # bytes that a compressed tar file may become: as much as images can, and four times the file where that is more
@@ -34,13 +34,13 @@ class _ZipReader:
     def read(self, index: int) -> bytes:
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), zipfile.ZipFile(self._path))
-        return _member(self._opened[1], self._names[index])
+        return member(self._opened[1], self._names[index])
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": None}
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+def member(archive: zipfile.ZipFile, name: str) -> bytes:
     """The bytes of a file, whatever the archive says of its size.
 
     Raises:
@@ -53,7 +53,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     return data
 
 
-def list_zip(path: Path) -> Listing:
+def list_zip(path: Path, masks: MaskFiles = "aside") -> Listing:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
@@ -66,15 +66,15 @@ def list_zip(path: Path) -> Listing:
     def read(name: str) -> bytes:
         try:
             with zipfile.ZipFile(path) as archive:
-                return _member(archive, name)
+                return member(archive, name)
         # BadZipFile, zlib.error, RuntimeError for encryption, NotImplementedError for a compression, ...
         except Exception as error:
             raise InputError(f"{path}: {name} cannot be read: {error}") from error
 
-    return list_files("zip file", path, files, [], read, lambda names: _ZipReader(str(path), names))
+    return list_files("zip file", path, files, [], read, lambda names: _ZipReader(str(path), names), masks)
 
 
-def list_tar(path: Path) -> Listing:
+def list_tar(path: Path, masks: MaskFiles = "aside") -> Listing:
     stamp = stamp_of(path)
     flat, keep = uncompressed(path, stamp)
     members = tar_members(flat, path)
@@ -90,7 +90,7 @@ def list_tar(path: Path) -> Listing:
     def reader(names: Names) -> Reader:
         return RangeReader([str(flat)], [(0, *members[name]) for name in names], keep)
 
-    return list_files("tar file", path, files, [], read, reader)
+    return list_files("tar file", path, files, [], read, reader, masks)
 
 
 def tar_members(flat: Path, shown: Path) -> dict[str, tuple[int, int]]:

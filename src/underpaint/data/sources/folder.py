@@ -9,7 +9,7 @@ from underpaint.data.sources.index import Names
 from underpaint.data.sources.names import IMAGE_SUFFIXES, is_hidden, is_image
 from underpaint.data.sources.parquet import list_parquet
 from underpaint.data.sources.stored import load_listing, store_listing
-from underpaint.data.sources.tree import TABLES, File, coco_split, list_files
+from underpaint.data.sources.tree import TABLES, File, MaskFiles, coco_split, list_files
 from underpaint.errors import InputError
 
 LISTED_ANEW = 20_000  # images up to which a folder is listed each time, in a fraction of a second
@@ -30,7 +30,7 @@ class FolderReader:
         return os.path.getsize(f"{self._root}/{self._names[index]}")
 
 
-def list_folder(path: Path, text: str) -> Listing:
+def list_folder(path: Path, text: str, masks: MaskFiles = "aside") -> Listing:
     """What lies in a folder: as it was stored where nothing seems to have changed since (`load_listing`), else listed.
 
     Raises:
@@ -40,7 +40,7 @@ def list_folder(path: Path, text: str) -> Listing:
     def reader(names: Names) -> Reader:
         return FolderReader(str(path), names)
 
-    listing = load_listing(path, reader)
+    listing = load_listing(path, reader, masks)
     if listing is not None:
         return listing
     files: list[File] = []
@@ -63,7 +63,7 @@ def list_folder(path: Path, text: str) -> Listing:
     def read(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    listing = list_files("folder", path, files, skipped, read, reader)
+    listing = list_files("folder", path, files, skipped, read, reader, masks)
     if not listing.entries:
         archives = [f.name for f in files if f.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
         if archives:
@@ -72,7 +72,7 @@ def list_folder(path: Path, text: str) -> Listing:
         # what says something of the images, and images that may yet be written or be made readable
         sides = [f.name for f in files if coco_split(f.name) or PurePosixPath(f.name).name.lower() in TABLES]
         sides += [skip["path"] for skip in skipped if skip["reason"] != "not an image"]
-        store_listing(path, listing, folders, sides)
+        store_listing(path, listing, folders, sides, masks)
     return listing
 
 

@@ -11,7 +11,10 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 # What else people call them, as Hugging Face datasets reads it, and two more; a class may have such a name too.
 MORE_SPLITS = {"training": "train", "learning": "train", "dev": "val"}
 MORE_SPLITS |= dict.fromkeys(("testing", "eval", "evaluation", "holdout", "heldout"), "test")
-NOT_IMAGES = {"masks", "annotations", "labels", "semantic"}  # folders that hold annotations, not images
+# folders that hold annotations, not images; those of Pascal VOC and MVTec AD among them
+NOT_IMAGES = {"masks", "annotations", "labels", "semantic", "segmentationclass", "segmentationobject", "ground_truth"}
+NOT_IMAGES |= {"groundtruth"}
+IMAGE_FOLDERS = {"images", "imgs", "img", "image", "jpegimages"}  # folders that say nothing of what is in them
 
 
 def is_hidden(name: str) -> bool:
@@ -87,7 +90,7 @@ def first_word(name: str) -> str | None:
 
 def folder_labels(splits: list[str | None], rests: list[str]) -> tuple[list[int | None], list[str] | None]:
     """Class labels: first-level folders below a split, where at least two hold most of its images and none is named
-    images; or where all of them (one, say) are classes of a split where this is so."""
+    images, imgs or the like; or where all of them (one, say) are classes of a split where this is so."""
     folders = [rest.split("/", 1)[0] if "/" in rest else "" for rest in rests]
     tops: dict[str | None, Counter[str]] = {}
     for split, folder in zip(splits, folders, strict=True):
@@ -95,7 +98,7 @@ def folder_labels(splits: list[str | None], rests: list[str]) -> tuple[list[int 
     candidates = {
         split: set(counts) - {""}
         for split, counts in tops.items()
-        if 2 * counts[""] < counts.total() and "images" not in {name.lower() for name in counts}
+        if 2 * counts[""] < counts.total() and not IMAGE_FOLDERS & {name.lower() for name in counts}
     }
     known = set().union(*(names for names in candidates.values() if len(names) >= 2))
     labelled = {split for split, names in candidates.items() if len(names) >= 2 or names <= known}
@@ -113,7 +116,7 @@ def folders_of(name: str) -> tuple[str, ...]:
     words for a split made one."""
     parts = (part.lower() for part in PurePosixPath(name.replace("\\", "/")).parts[:-1])
     alike = {**SPLITS, **MORE_SPLITS}
-    return tuple(alike.get(part, part) for part in parts if part != "images" and part not in NOT_IMAGES)
+    return tuple(alike.get(part, part) for part in parts if part not in IMAGE_FOLDERS and part not in NOT_IMAGES)
 
 
 def may_be_one(one: Sequence[str], other: Sequence[str]) -> bool:
@@ -122,8 +125,11 @@ def may_be_one(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def coco_split(name: str) -> str | None:
-    """The split of a file annotations/SPLIT.json or annotations/instances_SPLIT.json; None for any other file."""
+    """The split of a file annotations/SPLIT.json, annotations/instances_SPLIT.json or SPLIT/_annotations.coco.json; None
+    for any other file."""
     path = PurePosixPath(name)
+    if path.name.lower() == "_annotations.coco.json":
+        return split_word(path.parent.name)
     if path.parent.name.lower() != "annotations" or path.suffix.lower() != ".json":
         return None
     return split_word(path.stem.lower().removeprefix("instances_"))

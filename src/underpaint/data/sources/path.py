@@ -7,13 +7,14 @@ from underpaint.data.sources.archive import is_tar, list_tar, list_zip
 from underpaint.data.sources.base import Listing
 from underpaint.data.sources.folder import list_folder
 from underpaint.data.sources.parquet import list_parquet
+from underpaint.data.sources.tree import MaskFiles
 from underpaint.errors import InputError
 from underpaint.files import KINDS
 
 
-def list_path(path: Path, text: str) -> Listing:
+def list_path(path: Path, text: str, masks: MaskFiles = "aside") -> Listing:
     if path.is_dir():
-        return list_folder(path, text)
+        return list_folder(path, text, masks)
     if not path.is_file():
         raise InputError(f"{text} is neither a file nor a folder; expected {KINDS}")
     try:
@@ -24,11 +25,11 @@ def list_path(path: Path, text: str) -> Listing:
     if path.suffix.lower() == ".parquet" or start == b"PAR1":
         return list_parquet([path], path.parent)
     if zipfile.is_zipfile(path):
-        return list_zip(path)
+        return list_zip(path, masks)
     if path.suffix.lower() == ".zip":
         raise InputError(f"{text} is not a readable zip file: damaged or cut off")
     if is_tar(path):
-        return list_tar(path)
+        return list_tar(path, masks)
     if ".tar" in path.name.lower() or path.suffix.lower() == ".tgz":
         raise InputError(f"{text} is not a readable tar file: damaged or cut off")
     raise InputError(f"{text} is not a kind of data that is read; expected {KINDS}")

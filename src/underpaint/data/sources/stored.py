@@ -16,7 +16,7 @@ from underpaint.data.sources.base import Listing, Reader, cache_root
 from underpaint.data.sources.index import Entries, Names
 from underpaint.files import replacing
 
-FORMAT = 1  # of the file, and of the rules by which names become splits and labels: raised when either changes
+FORMAT = 2  # of the file, and of the rules by which names become splits and labels: raised when either changes
 SPOT_CHECKS = 2_000  # files looked at for a size or time that changed, evenly spread
 SETTLED = 2 * 10**9  # ns: a folder that changed so shortly before it was listed may change again and show the same time
 
@@ -26,12 +26,15 @@ def stored_at(folder: Path) -> Path:
     return cache_root() / "listings" / f"{key[:32]}.arrow"
 
 
-def store_listing(folder: Path, listing: Listing, folders: dict[str, tuple[int, int]], sides: list[str]) -> None:
+def store_listing(
+    folder: Path, listing: Listing, folders: dict[str, tuple[int, int]], sides: list[str], masks: str
+) -> None:
     """Keep what was found in a folder; nothing where the cache cannot be written or the folder is being written to.
 
     Args:
         folders: times of every folder below, before it was listed.
         sides: files on which the listing depends beside the images.
+        masks: what masks beside images were taken for.
     """
     if max(changed for changed, _ in folders.values()) > time.time_ns() - SETTLED:
         return
@@ -41,6 +44,7 @@ def store_listing(folder: Path, listing: Listing, folders: dict[str, tuple[int, 
     facts = {
         "format": FORMAT,
         "place": listing.place,
+        "masks": masks,
         "classes": listing.classes,
         "notes": listing.notes,
         "skipped": listing.skipped,
@@ -67,7 +71,7 @@ def write_index(file: Path, columns: dict[str, Any], facts: dict[str, Any]) -> N
         writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
 
-def load_listing(folder: Path, reader: Callable[[Names], Reader]) -> Listing | None:
+def load_listing(folder: Path, reader: Callable[[Names], Reader], masks: str) -> Listing | None:
     """The stored listing of a folder; None where there is none, or where something changed since.
 
     That is seen by the times of every folder below, which change where a file is added, renamed, removed or replaced by
@@ -80,7 +84,7 @@ def load_listing(folder: Path, reader: Callable[[Names], Reader]) -> Listing | N
             batch = pa.ipc.open_file(mapped).get_batch(0)
         batch.validate(full=True)  # offsets of a damaged file would lead anywhere
         facts = json.loads(batch.schema.metadata[b"underpaint"])
-        if facts["format"] != FORMAT or facts["place"] != str(folder.resolve()):
+        if facts["format"] != FORMAT or facts["place"] != str(folder.resolve()) or facts["masks"] != masks:
             return None
         columns = {name: batch.column(name) for name in batch.schema.names}
         if columns["name"].type != pa.large_binary() or any(column.null_count for column in columns.values()):

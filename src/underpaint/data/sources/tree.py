@@ -5,11 +5,12 @@ import io
 import posixpath
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from underpaint.data.sources.base import Listing
+from underpaint.data.sources.beside import masks_beside
 from underpaint.data.sources.columns import numbers_of
 from underpaint.data.sources.index import Entries, Names
 from underpaint.data.sources.names import (
@@ -32,6 +33,9 @@ TABLES = {"labels.csv", "metadata.csv"}  # beside images
 NAME_COLUMNS = ("file_name", "filename", "path", "image", "name")  # of a table, the first of these names the images
 
 
+MaskFiles: TypeAlias = Literal["aside", "images"]  # what files are taken for that are masks of images beside them
+
+
 class File(NamedTuple):
     """A file of a tree."""
 
@@ -41,9 +45,16 @@ class File(NamedTuple):
 
 
 def list_files(
-    kind: str, place: Path, files: list[File], skipped: list[dict[str, str]], read: Any, reader: Any
+    kind: str,
+    place: Path,
+    files: list[File],
+    skipped: list[dict[str, str]],
+    read: Any,
+    reader: Any,
+    masks: MaskFiles = "aside",
 ) -> Listing:
-    """Apply the rules of DATA to a tree of files; `read(name)` gives bytes, `reader(names)` the entries' reader."""
+    """Apply the rules of DATA to a tree of files; `read(name)` gives bytes, `reader(names)` the entries' reader. Files
+    that are masks of images beside them are left out, unless `masks` says that they are images."""
     notes: list[str] = []
     images: list[File] = []
     for file in sorted(files, key=lambda file: file.name):
@@ -57,6 +68,8 @@ def list_files(
             skipped.append({"path": file.name, "reason": "empty file"})
         else:
             images.append(file)
+    if masks == "aside" and (found := masks_beside([file.name for file in images], read, notes)):
+        images = [file for file in images if file.name not in found]
     names = [file.name for file in images]
     folders = split_folders(names)
     # Side files beside the top folder (a licence, say) do not hide it; masks and annotations beside images do.
