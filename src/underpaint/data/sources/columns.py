@@ -1,16 +1,48 @@
 """What columns of a table say of images: classes, and numbers to be predicted."""
 
+import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 NUMBERS = ("number", "target", "value")  # what a column of numbers to be predicted is called, where there are several
+# what a column of classes is called: the first of these
+LABELS = ("label", "labels", "class", "class_name", "category", "fine_label", "predictionstring")
+SEVERAL = "|"  # between the classes of an image that has several
+
+
+def several_labels(values: list[Any], notes: list[str]) -> list[Any]:
+    """One label an image: of images with several (a list, or words with | or ; between) none is taken, and that is said."""
+    parts = [_parts(value) for value in values]
+    if all(value is None or parts[k] == [value] for k, value in enumerate(values)):
+        return values
+    counts = Counter(part for found in parts for part in found)
+    one = [found[0] if len(found) == 1 else None for found in parts]
+    shown = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(5)) + (
+        ", ..." if len(counts) > 5 else ""
+    )
+    notes.append(
+        f"several labels an image: {len(counts)} classes ({shown}); no task takes several, so the "
+        f"{sum(value is not None for value in one):,} images with exactly one label have one"
+    )
+    return one
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return [item for item in value if isinstance(item, int | str)]
+    if isinstance(value, str):
+        return [part.strip() for part in re.split(r"[|;]", value) if part.strip()]
+    return [] if value is None else [value]
 
 
 def column_labels(
     values: list[Any], names: list[str] | None, notes: list[str]
 ) -> tuple[list[int | None], list[str] | None]:
     """Class numbers from a label column: numbers that index `names`, or any values, numbered in sorted order."""
+    if any(isinstance(value, list) for value in values):
+        values = several_labels(values, notes)
     known = {value for value in values if value is not None}
     if names is not None:
         known -= {-1}  # Hugging Face's sign for unlabelled

@@ -9,7 +9,8 @@ from underpaint.data.sources.index import Names
 from underpaint.data.sources.names import IMAGE_SUFFIXES, is_hidden, is_image
 from underpaint.data.sources.parquet import list_parquet
 from underpaint.data.sources.stored import load_listing, store_listing
-from underpaint.data.sources.tree import TABLES, File, MaskFiles, coco_split, list_files
+from underpaint.data.sources.tables import is_side
+from underpaint.data.sources.tree import File, MaskFiles, coco_split, list_files
 from underpaint.errors import InputError
 
 LISTED_ANEW = 20_000  # images up to which a folder is listed each time, in a fraction of a second
@@ -30,8 +31,11 @@ class FolderReader:
         return os.path.getsize(f"{self._root}/{self._names[index]}")
 
 
-def list_folder(path: Path, text: str, masks: MaskFiles = "aside") -> Listing:
+def list_folder(path: Path, text: str, masks: MaskFiles = "aside", table: str | None = None) -> Listing:
     """What lies in a folder: as it was stored where nothing seems to have changed since (`load_listing`), else listed.
+
+    Args:
+        table: a file in it that names the images that are meant.
 
     Raises:
         InputError: the folder holds no images but an archive; as `list_files`.
@@ -40,7 +44,7 @@ def list_folder(path: Path, text: str, masks: MaskFiles = "aside") -> Listing:
     def reader(names: Names) -> Reader:
         return FolderReader(str(path), names)
 
-    listing = load_listing(path, reader, masks)
+    listing = load_listing(path, reader, masks) if table is None else None
     if listing is not None:
         return listing
     files: list[File] = []
@@ -57,20 +61,20 @@ def list_folder(path: Path, text: str, masks: MaskFiles = "aside") -> Listing:
         except OSError as error:
             skipped.append({"path": name, "reason": f"cannot be read: {error.strerror}"})
     tables = [file for file in files if file.name.lower().endswith(".parquet") and not is_hidden(file.name)]
-    if tables and not any(is_image(file.name) for file in files):
+    if table is None and tables and not any(is_image(file.name) for file in files):
         return list_parquet([path / file.name for file in tables], path)
 
     def read(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    listing = list_files("folder", path, files, skipped, read, reader, masks)
+    listing = list_files("folder", path, files, skipped, read, reader, masks, table)
     if not listing.entries:
         archives = [f.name for f in files if f.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
         if archives:
             raise InputError(f"{text} holds no images but an archive; give that instead: {path / archives[0]}")
-    if len(listing.entries) > LISTED_ANEW:
+    if len(listing.entries) > LISTED_ANEW and table is None:
         # what says something of the images, and images that may yet be written or be made readable
-        sides = [f.name for f in files if coco_split(f.name) or PurePosixPath(f.name).name.lower() in TABLES]
+        sides = [f.name for f in files if coco_split(f.name) or is_side(f.name)]
         sides += [skip["path"] for skip in skipped if skip["reason"] != "not an image"]
         store_listing(path, listing, folders, sides, masks)
     return listing

@@ -7,7 +7,7 @@ import numpy as np
 
 from underpaint.data.decode import Unreadable
 from underpaint.data.sources.base import Listing
-from underpaint.data.sources.columns import column_labels
+from underpaint.data.sources.columns import LABELS, column_labels
 from underpaint.data.sources.index import Entries
 from underpaint.data.sources.names import first_word
 from underpaint.errors import InputError
@@ -46,6 +46,7 @@ def list_hub(text: str) -> Listing:
     column = next((c for c, kind in first.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise InputError(f"{text} has no image column; its columns are {', '.join(first.features)}")
+    label = next((name for name in LABELS if name in first.features), "label")
     listed: list[str] = []
     splits: list[str | None] = []
     labels: list[Any] = []
@@ -58,11 +59,12 @@ def list_hub(text: str) -> Listing:
         table_split = first_word(str(table_name))
         listed += [f"{table_name or 'all'}/{row}" for row in range(len(table))]
         splits += [table_split] * len(table)
-        labels += list(table["label"]) if "label" in table.features else [None] * len(table)
+        labels += list(table[label]) if label in table.features else [None] * len(table)
         rows += [(number, row) for row in range(len(table))]
         stamps += [str(table._fingerprint)] * len(table)
     notes: list[str] = []
-    names = getattr(first.features.get("label"), "names", None)
+    kind = first.features.get(label)
+    names = getattr(getattr(kind, "feature", kind), "names", None)  # of each class of a list
     numbers, classes = column_labels(labels, names, notes)
     reader = _HubReader(plain, np.asarray(rows, np.int64).reshape(-1, 2), column)
     return Listing(

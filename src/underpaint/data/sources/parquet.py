@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 
 from underpaint.data.decode import Unreadable
 from underpaint.data.sources.base import Listing, RangeReader, Reader, flat_copy, stamp_of
-from underpaint.data.sources.columns import column_labels, numbers_of
+from underpaint.data.sources.columns import LABELS, column_labels, numbers_of
 from underpaint.data.sources.index import Entries
 from underpaint.data.sources.names import split_folders, split_of_file
+from underpaint.data.sources.tables import NAME_COLUMNS
 from underpaint.errors import InputError
 
 ROWS = 16  # that are read at a time
@@ -74,13 +75,13 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def _holds_images(field: pa.Field) -> bool:
+    struct = pa.types.is_struct(field.type)
+    return _is_binary(field.type) or (struct and any(f.name == "bytes" and _is_binary(f.type) for f in field.type))
+
+
 def _image_column(schema: pa.Schema, path: Path) -> pa.Field:
-    fits = [
-        field
-        for field in schema
-        if _is_binary(field.type)
-        or (pa.types.is_struct(field.type) and any(f.name == "bytes" and _is_binary(f.type) for f in field.type))
-    ]
+    fits = [field for field in schema if _holds_images(field)]
     if not fits:
         raise InputError(
             f"{path} has no image column; expected one of struct {{bytes, path}} or binary, "
@@ -94,6 +95,7 @@ class _Table(NamedTuple):
 
     column: str  # of the images
     names: list[str | None]  # as the rows say
+    label: str  # the column of classes
     labels: list[Any]
     numbers: dict[str, list[Any]]  # every numeric column
     classes: list[str] | None
@@ -108,7 +110,8 @@ class _Table(NamedTuple):
             field = _image_column(schema, path)
             named = pa.types.is_struct(field.type) and "path" in _fields(field)
             numeric = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
-            wanted = [name for name in dict.fromkeys(["label", *numeric]) if name in schema.names]
+            label = next((name for name in LABELS if name in schema.names), "label")
+            wanted = [name for name in dict.fromkeys([label, *numeric]) if name in schema.names]
             wanted += [f"{field.name}.path"] if named else []
             table = file.read(columns=wanted) if wanted else None
             if count > LARGEST_COUNT or (table is not None and table.num_rows != count):
@@ -119,13 +122,24 @@ class _Table(NamedTuple):
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError of text that is none
             raise InputError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from error
         names = [_name(item) for item in read[field.name]] if named else [None] * count
-        labels = read.get("label", [None] * count)
-        return cls(field.name, names, labels, {name: read[name] for name in numeric}, _class_names(schema), size)
+        labels = read.get(label, [None] * count)
+        numbers = {name: read[name] for name in numeric}
+        return cls(field.name, names, label, labels, numbers, _class_names(schema, label), size)
 
 
 def _name(item: Any) -> str | None:
     path = item and item["path"]
     return os.fsdecode(path) if isinstance(path, str | bytes) and path else None
+
+
+def has_images(path: Path) -> bool:
+    """Whether a file is not, as far as it can be read, a table that names its images by a path and holds none."""
+    try:
+        schema = pq.ParquetFile(path).schema_arrow
+    except (pa.ArrowException, OSError, ValueError):
+        return True
+    named = any(name.lower() in NAME_COLUMNS for name in schema.names)
+    return not named or any(_holds_images(field) for field in schema)
 
 
 def list_parquet(paths: list[Path], root: Path) -> Listing:
@@ -147,7 +161,7 @@ def list_parquet(paths: list[Path], root: Path) -> Listing:
     labels, classes = column_labels([label for table in tables for label in table.labels], class_names, notes)
     # a label of classes is none of the numbers; one of measured values is, if it is the only column
     shared = [name for name in tables[0].numbers if all(name in table.numbers for table in tables)]
-    shared = [name for name in shared if not (name == "label" and classes)]
+    shared = [name for name in shared if not (name == tables[0].label and classes)]
     columns = {name: [value for table in tables for value in table.numbers[name]] for name in shared}
     number, numbers = numbers_of(columns, len(names), notes)
     splits, stamps = [split_of_file(place.as_posix(), folders) for place in places], [stamp_of(path) for path in paths]
@@ -195,10 +209,11 @@ def _copy_rows(paths: list[Path], column: str, notes: list[str]) -> Reader:
     return RangeReader([str(flat)], ranges, keep)
 
 
-def _class_names(schema: pa.Schema) -> list[str] | None:
-    """Class names of the label column, where Hugging Face's schema metadata gives them."""
+def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
+    """Class names of the label column, or of the lists in it, where Hugging Face's schema metadata gives them."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features["label"]["names"]]
+        found = features[label]
+        return [str(name) for name in (found if "names" in found else found["feature"])["names"]]
     except (KeyError, ValueError, TypeError):
         return None

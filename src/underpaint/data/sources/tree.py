@@ -1,9 +1,5 @@
 """The rules of DATA for a tree of files, be it a folder or an archive."""
 
-import csv
-import io
-import posixpath
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -24,13 +20,12 @@ from underpaint.data.sources.names import (
     split_folders,
     split_of,
 )
+from underpaint.data.sources.tables import Told, labels_of, read_tables, synset_names
 from underpaint.errors import InputError
 from underpaint.reading import plain_json
 
 SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".pdf"}
 SIDE_NAMES = {"license", "licence", "readme", "notice", "copying", "sha256sums", "md5sums", "thumbs.db"}
-TABLES = {"labels.csv", "metadata.csv"}  # beside images
-NAME_COLUMNS = ("file_name", "filename", "path", "image", "name")  # of a table, the first of these names the images
 
 
 MaskFiles: TypeAlias = Literal["aside", "images"]  # what files are taken for that are masks of images beside them
@@ -52,9 +47,11 @@ def list_files(
     read: Any,
     reader: Any,
     masks: MaskFiles = "aside",
+    table: str | None = None,
 ) -> Listing:
     """Apply the rules of DATA to a tree of files; `read(name)` gives bytes, `reader(names)` the entries' reader. Files
-    that are masks of images beside them are left out, unless `masks` says that they are images."""
+    that are masks of images beside them are left out, unless `masks` says that they are images; with a `table`, so are
+    images that it does not list."""
     notes: list[str] = []
     images: list[File] = []
     for file in sorted(files, key=lambda file: file.name):
@@ -70,6 +67,14 @@ def list_files(
             images.append(file)
     if masks == "aside" and (found := masks_beside([file.name for file in images], read, notes)):
         images = [file for file in images if file.name not in found]
+    sizes = [(file.name, file.size) for file in files]
+    told = read_tables(sizes, [file.name for file in images], read, notes, table)
+    if table is not None:
+        if told is None:
+            raise InputError(
+                f"{table} names no image that lies in its folder; expected a column path, file_name or image"
+            )
+        images, told = _listed(images, told)
     names = [file.name for file in images]
     folders = split_folders(names)
     # Side files beside the top folder (a licence, say) do not hide it; masks and annotations beside images do.
@@ -78,10 +83,17 @@ def list_files(
     if top:
         notes.append(f"looked through the common top folder {top}/")
     splits, rests = zip(*(split_of(name, folders, top) for name in names), strict=True) if names else ((), ())
+    if told is not None and told.splits is not None and not any(splits):
+        splits = tuple(told.splits)
+        notes.append("splits by tables and lists")
     annotated = coco_splits(files, names, read, notes)
     labels, classes = folder_labels(list(splits), list(rests))
     say_unlabelled(names, list(splits), labels, classes, notes)
-    column, numbers = table_numbers([file.name for file in files], names, read, notes)
+    if told is not None and told.labels is not None:
+        labels, classes = labels_of(told, labels, classes, notes)
+    if classes and (words := synset_names([file.name for file in files], read)):
+        classes = [f"{words[name]} ({name})" if name in words else name for name in classes]
+    column, numbers = numbers_of(told.columns if told else {}, len(names), notes)
     listed = Names.of(names)
     entries = Entries.of(listed, [annotated.get(name) for name in names] if annotated else splits, labels, numbers)
     stamps: Any = [file.stamp for file in images]
@@ -90,6 +102,18 @@ def list_files(
     return Listing(
         *(kind, str(place.resolve()), entries, stamps, reader(listed), classes, notes, skipped, len(files), column)
     )
+
+
+def _listed(images: list[File], told: Told) -> tuple[list[File], Told]:
+    """The images of which a table says something."""
+    chosen = [k for k in range(len(images)) if told.named[k]]
+
+    def of(values: list[Any]) -> list[Any]:
+        return [values[k] for k in chosen]
+
+    columns = {name: of(values) for name, values in told.columns.items()}
+    labels, splits = (None if values is None else of(values) for values in (told.labels, told.splits))
+    return of(images), Told(columns, labels, told.label_column, splits, of(told.named))
 
 
 def say_unlabelled(
@@ -141,39 +165,3 @@ def coco_splits(files: list[File], names: list[str], read: Any, notes: list[str]
         used = [PurePosixPath(file).name for file in listed]
         notes.append(f"splits by annotations/{{{','.join(used)}}}")
     return found
-
-
-def table_numbers(
-    files: list[str], images: list[str], read: Callable[[str], bytes], notes: list[str]
-) -> tuple[str | None, list[float | None]]:
-    """Numbers from the tables TABLES that lie beside images, in a row for each, named by its path from there.
-
-    Raises:
-        InputError: a table that is no CSV, or names no images.
-    """
-    by_name: dict[str, dict[str, str]] = {}
-    known, lacking = set(images), 0
-    for file in files:
-        if PurePosixPath(file).name.lower() not in TABLES or is_hidden(file) or is_annotation(file):
-            continue
-        try:
-            rows = list(csv.DictReader(io.StringIO(read(file).decode("utf-8-sig"), newline="")))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(
-                f"{file} cannot be read as CSV ({error}); expected UTF-8, names of columns first"
-            ) from error
-        name = next((column for column in (rows[0] if rows else {}) if column in NAME_COLUMNS), None)
-        if name is None:
-            notes.append(f"{file} is not read: no column is called {' or '.join(NAME_COLUMNS)}")
-            continue
-        for row in rows:
-            path = posixpath.normpath(posixpath.join(posixpath.dirname(file), row[name] or ""))
-            lacking += path not in known
-            by_name[path] = {column: value for column, value in row.items() if column not in (name, None)}
-    if not by_name:
-        return None, [None] * len(images)
-    if lacking:
-        notes.append(f"{lacking:,} of the {len(by_name):,} images that tables list are not there")
-    columns = dict.fromkeys(column for row in by_name.values() for column in row)
-    listed = {column: [by_name.get(image, {}).get(column) for image in images] for column in columns}
-    return numbers_of(listed, len(images), notes)
