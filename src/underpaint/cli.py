@@ -211,8 +211,16 @@ def _evaluate_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("--task", required=True, type=_names, help=f"{', '.join(EVALUATIONS)}: a,b,c")
     made.add_argument("--out", type=Path, required=True, help="a folder; where it holds this evaluation, go on")
     for declared in fields(Options):
-        if declared.name != "settings":
+        if declared.name not in ("settings", "beside"):
             _add_flag(made, declared.name, declared)
+    made.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="ENCODER",
+        help="public weights (timm:NAME), another run or exported file to ask the same of, with all labels and with 1 and "
+        "10 percent of them; any number of times",
+    )
     made.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="any setting of the training"
     )
@@ -220,7 +228,8 @@ def _evaluate_takes(made: argparse.ArgumentParser) -> None:
 
 def _evaluate(given: argparse.Namespace) -> None:
     place_of(given.data)
-    _encoder_at(given.encoder)
+    for encoder in (given.encoder, *given.beside):
+        _encoder_at(encoder)
     flags = {each.name: getattr(given, each.name) for each in fields(Options) if hasattr(given, each.name)}
     options = Options(**flags, settings=dict(given.set))
     from underpaint.evaluation.settings import foresee

@@ -8,14 +8,18 @@ import difflib
 import functools
 import inspect
 import re
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
@@ -363,11 +367,7 @@ def init_from(backbone: Backbone, start: str) -> tuple[Matched, dict[str, Any] |
         name = start.removeprefix("timm:")
         if not is_model(name):
             raise InputError(f"--init {start}: timm has no model '{name}'")
-        try:
-            public = timm.create_model(name, pretrained=True, num_classes=0)
-        except Exception as error:  # hub libraries raise many kinds: no network, no such file, no weights
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"--init {start}: the weights cannot be fetched: {reason}") from error
+        public = _public_model(name)
         weights = public.state_dict()
         config: dict[str, Any] = dict(getattr(public, "pretrained_cfg", None) or {})
         if "mean" in config and backbone.channels == len(config["mean"]):
@@ -387,6 +387,45 @@ def init_from(backbone: Backbone, start: str) -> tuple[Matched, dict[str, Any] |
             f"and the encoder {', '.join(list(backbone.model.state_dict())[:3])}, ..."
         )
     return matched, statistics
+
+
+def _public_model(name: str) -> nn.Module:
+    """timm's model with its public weights, from the cache of this machine where they are there.
+
+    Raises:
+        InputError: they are not, and cannot be fetched.
+    """
+    try:
+        offline = hub.HF_HUB_OFFLINE
+        try:
+            hub.HF_HUB_OFFLINE = (
+                True  # what is there is taken at once, and a network that is not there is not waited for
+            )
+            return timm.create_model(name, pretrained=True, num_classes=0)
+        except LocalEntryNotFoundError:
+            hub.HF_HUB_OFFLINE = offline
+            if offline or not _reachable(host := urlsplit(hub.ENDPOINT).hostname or ""):
+                why = "HF_HUB_OFFLINE is set" if offline else f"{host} cannot be reached"
+                raise InputError(
+                    f"timm:{name}: the weights cannot be fetched, since {why}, and they are not in {hub.HF_HUB_CACHE}; "
+                    "fetch them once where there is a network, and copy that folder"
+                ) from None
+            return timm.create_model(name, pretrained=True, num_classes=0)
+        finally:
+            hub.HF_HUB_OFFLINE = offline
+    except InputError:
+        raise
+    except Exception as error:  # hub libraries raise many kinds: no network, no such file, no weights
+        raise InputError(f"timm:{name}: the weights cannot be fetched: {one_line(error)}") from error
+
+
+def _reachable(host: str) -> bool:
+    """Whether this machine finds the address of another one."""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

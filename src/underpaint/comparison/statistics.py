@@ -27,11 +27,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import t as student
 
-from underpaint.evaluation.results import mean_variance
+from underpaint.evaluation.results import LEVEL, mean_variance
 
-# of the two-sided test; Satterthwaite's freedom is an approximation that makes up to 1.3 times as many false claims
-# with two or three seeds of unlike methods: simulated, they stay within 5 %
-LEVEL = 0.04
 Kind = Literal["method", "start", "floor"]
 
 

@@ -31,6 +31,7 @@ from underpaint.evaluation.splits import Split, stratified
 from underpaint.files import utf8
 
 ENCODER, UNTRAINED = "encoder", "untrained"  # the encoder that is judged, and the same choices with random weights
+SHOTS = 5  # images, of each class where there are classes: with fewer there is nothing to choose by
 PIXELS: dict[str, Callable[[Tensor], Tensor]] = {"raw pixels": raw_pixels, "HOG": hog}  # features without a network
 
 
@@ -56,6 +57,9 @@ class Context:
 
     Attributes:
         folder: of the whole call.
+        fraction: share of the training images that is used.
+        alone: whether the same encoder with random weights is left out.
+        whole: what holds all of the labelled images, where this one uses a share of them.
         with_patches: whether any evaluation needs patch tokens: one pass then gives them to all.
     """
 
@@ -64,14 +68,17 @@ class Context:
     options: Options
     folder: Path
     with_patches: bool = False
+    fraction: float = 1.0
+    alone: bool = False
+    whole: "Context | None" = None
     found: dict[str, Any] = field(default_factory=dict)  # annotations that were looked for already, by their kind
     drawn: set[Path] = field(default_factory=set)  # what several evaluations would draw alike
-    _features: dict[tuple[str, int], Features] = field(default_factory=dict)
+    _features: dict[tuple[str, int], Features] = field(default_factory=dict, init=False)
 
     @cached_property
     def encoders(self) -> dict[str, EncoderBundle]:
         """The encoder and, where it is trained, the same one with random weights, by the names of their rows."""
-        if not self.bundle.trained:
+        if self.alone or not self.bundle.trained:
             return {ENCODER: self.bundle}
         return {ENCODER: self.bundle, UNTRAINED: self.bundle.random_init(self.options.seed)}
 
@@ -98,17 +105,23 @@ class Context:
         return self._features[key]
 
     @cached_property
+    def all_labelled(self) -> tuple[Split, Split]:
+        """All images with class labels, to train on and to test on."""
+        if self.whole is not None:
+            return self.whole.all_labelled
+        train, test = labelled(self.source)
+        return self.load(self.source, train), self.load(self.source, test)
+
+    @cached_property
     def labelled(self) -> tuple[Split, Split]:
-        """Images with class labels, to train on and to test on.
+        """Images with class labels, a share of them to train on, and those to test on.
 
         Raises:
             InputError: there are no labels; a class in test that train lacks.
         """
-        source = self.source
-        train, test = (self.load(source, indices) for indices in labelled(source))
-        fraction = self.options.label_fraction
-        if fraction < 1:
-            count = max(len(np.unique(train.labels)), round(fraction * len(train.indices)))
+        source, (train, test) = self.source, self.all_labelled
+        if self.fraction < 1:
+            count = max(len(np.unique(train.labels)), round(self.fraction * len(train.indices)))
             train = train.subset(count, self.options.seed)
         lacking = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
         if lacking:
@@ -118,10 +131,9 @@ class Context:
 
     def fewer(self, indices: Indices) -> Indices:
         """The share of the training images that is used."""
-        fraction = self.options.label_fraction
-        if fraction == 1:
+        if self.fraction == 1:
             return indices
-        count = max(1, round(fraction * len(indices)))
+        count = max(1, round(self.fraction * len(indices)))
         return np.asarray(indices)[stratified(np.zeros(len(indices), int), count, self.options.seed)]
 
 
@@ -209,6 +221,10 @@ class Evaluation(ABC, Generic[Settings, Data, Model, Found]):
     @abstractmethod
     def facts(self) -> dict[str, object]:
         """What results say first: at least how many images were in `train` and `test`."""
+
+    def least(self) -> int:
+        """Fewest training images of which it may be asked what a share of the labels is worth."""
+        return SHOTS
 
     def beside(self, row: Row, found: Found) -> dict[str, object]:
         """What a row holds beside its numbers."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from underpaint.console import say
 from underpaint.data import Batch, ImageSet, Source, eval_batches
-from underpaint.evaluation.base import ENCODER, Context, Evaluation, Row, class_name, labelled
+from underpaint.evaluation.base import ENCODER, SHOTS, Context, Evaluation, Row, class_name, labelled
 from underpaint.evaluation.baselines import majority
 from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.features import counted
@@ -51,6 +51,9 @@ class Classification(Evaluation[Settings, Splits, Model, Probe]):
 
     def majority(self) -> Probe:
         return majority(self.train.labels, self.wanted)
+
+    def least(self) -> int:
+        return SHOTS * len(self.classes()[0])
 
     def classes(self) -> tuple[list[int], list[str]]:
         """The labels that occur in train, ascending, and their names."""

@@ -16,7 +16,13 @@ class Options:
     image_size: tuple[int, int] | None = setting(
         None, "height and width, N or HxW", unit="pixels", unset="the encoder's own", low=4, high=SIDE
     )
-    label_fraction: float = setting(1.0, "share of the training images of each class that is used", above=0, high=1)
+    label_fraction: float | None = setting(
+        None,
+        "share of the training images of each class that is used",
+        unset="all; with --beside 0.01, 0.1 and all",
+        above=0,
+        high=1,
+    )
     minutes: float | None = setting(
         None,
         "of training, for each network that a task trains",
@@ -37,3 +43,4 @@ class Options:
         unset="the one that suits encoder and image size",
     )
     settings: Mapping[str, object] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)  # other encoders that the same is asked of

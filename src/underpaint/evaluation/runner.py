@@ -1,8 +1,10 @@
 """`underpaint evaluate`: what an encoder is worth, task by task, beside the same one untrained and what needs none."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -24,7 +26,8 @@ from underpaint.data import (
 )
 from underpaint.errors import InputError
 from underpaint.evaluation import EVALUATIONS, evaluation
-from underpaint.evaluation.base import ENCODER, UNTRAINED, AnyEvaluation, Context, Evaluation
+from underpaint.evaluation.base import ENCODER, UNTRAINED, AnyEvaluation, Context, Evaluation, Row
+from underpaint.evaluation.beside import ONCE, Arm, advice, needed, shares_of
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
 from underpaint.evaluation.keep import keep
 from underpaint.evaluation.options import Options
@@ -36,7 +39,8 @@ from underpaint.locking import locked
 from underpaint.reading import read_object
 from underpaint.report import write_report
 from underpaint.report.results import of_evaluation
-from underpaint.report.tables import markdown, metric, summary, terminal
+from underpaint.report.tables import METRICS, markdown, metric, summary, terminal
+from underpaint.report.words import capital, count_text
 from underpaint.signals import Interrupted
 from underpaint.train.run_folder import Run, environment
 
@@ -51,6 +55,8 @@ class TaskResults(TypedDict):
     test: int
     rows: dict[str, Numbers]
     gains: dict[str, Numbers]
+    fewer: NotRequired[list[dict[str, Any]]]  # with shares of the labels: fraction, train, rows, gains
+    verdict: NotRequired[list[str]]  # which to take, where others were asked for
     asked: NotRequired[dict[str, Any]]  # what it was asked for with, so that another call knows whether it is the same
 
 
@@ -115,30 +121,54 @@ def _evaluated(encoder: str, data: str | Path, tasks: Sequence[str], folder: Pat
     bundle = _opened(encoder, source, options)
     results = _earlier(folder, encoder, bundle, source, options)
     with_patches = any(kind.input == "tokens" for kind in kinds.values())
-    context = Context(bundle, source, options, folder, with_patches, found)
+    fraction = options.label_fraction or 1.0
+    context = Context(bundle, source, options, folder, with_patches, fraction, found=found)
+    trained = replace(options, untrained=False)
+    others = {name: _opened(name, source, trained, bundle.encoder.channels) for name in options.beside}
+    beside = {
+        name: replace(context, bundle=other, folder=folder / "beside" / _folder_of(name), alone=True)
+        for name, other in others.items()
+    }
     configs = {name: kind.configure(context) for name, kind in kinds.items()}
     asked = {name: _asked(kind, configs[name], options) for name, kind in kinds.items()}
+    for each in asked.values():
+        if others:
+            weights = {name: other.fingerprint for name, other in others.items()}
+            each |= {"beside": weights, "curve": options.label_fraction is None}
     finished = _finished(results, asked, folder)
     if finished:
         say(f"finished before, and kept: {', '.join(finished)}")
     results["notes"] = [*bundle.notes, *_seen(run, source)] if bundle.trained else []
+    for name, other in others.items():
+        results["notes"] += [*other.notes, *(f"{name}: {note}" for note in _seen(run_of(name), source))]
     write_json(folder / "results.json", results)  # from here on the folder is known as an evaluation
     try:
         for name, kind in kinds.items():
             if name in finished:
                 continue
-            judged = judge(kind(name, context, kind.load(context), configs[name]))
-            results["tasks"][name] = {**judged, "asked": asked[name]}
+            results["tasks"][name] = {**_judged(name, kind, context, beside), "asked": asked[name]}
             write_json(folder / "results.json", results)
             tables = of_evaluation(results)
-            write_text(folder / "table.md", "\n".join(summary(tables, results["notes"], markdown)) + "\n")
-        for line in summary(of_evaluation(results), results["notes"], terminal):
+            write_text(folder / "table.md", "\n".join(summary(tables, _notes(results), markdown)) + "\n")
+        for line in summary(of_evaluation(results), _notes(results), terminal):
             say(line)
         say(f"done: {folder / 'results.json'}, {write_report(folder)}")
     except (KeyboardInterrupt, Interrupted):
         say(f"interrupted; kept in {folder}: {_kept_so_far(results, folder)}; the same command goes on")
         raise
     return results
+
+
+def _folder_of(encoder: str) -> str:
+    """The name of a folder for what another encoder is trained to."""
+    word = re.sub(r"[^\w.-]+", "-", encoder).strip("-.")[-60:]
+    return word if encoder.startswith("timm:") else f"{word}-{hashlib.sha256(encoder.encode()).hexdigest()[:6]}"
+
+
+def _notes(results: Results) -> list[str]:
+    """What stands under the tables: notes, and which encoder to take, task by task."""
+    told = [f"{name}: {said}" for name, task in results["tasks"].items() for said in task.get("verdict", ())]
+    return [*results["notes"], *told]
 
 
 def _asked(kind: AnyEvaluation, config: Any, options: Options) -> dict[str, Any]:
@@ -153,10 +183,16 @@ def _finished(results: Results, asked: Mapping[str, Mapping[str, Any]], folder: 
     Raises:
         InputError: one of them was asked for with other settings.
     """
-    finished = [name for name in asked if name in results["tasks"]]
-    for name in finished:
+    finished = []
+    for name in [name for name in asked if name in results["tasks"]]:
         before = results["tasks"][name].get("asked", {})
-        if differ := [key for key in {**before, **asked[name]} if before.get(key) != asked[name].get(key)]:
+        weights, known = asked[name].get("beside", {}), before.get("beside", {})
+        if other := [each for each in weights if known.get(each, weights[each]) != weights[each]]:
+            raise InputError(f"--out {folder}: the weights of {other[0]} have changed since; choose another path")
+        if set(weights) <= set(known) and before.get("curve", False) >= asked[name].get("curve", False):
+            finished.append(name)  # what is asked beside it anew is found with what was trained before
+        keys = {**before, **asked[name]}.keys() - {"beside", "curve"}
+        if differ := sorted(key for key in keys if before.get(key) != asked[name].get(key)):
             shown = "; ".join(f"{key} {before.get(key)} there, {asked[name].get(key)} here" for key in differ[:3])
             raise InputError(f"--out {folder}: holds {name} with other settings ({shown}); choose another path")
     return finished
@@ -164,45 +200,166 @@ def _finished(results: Results, asked: Mapping[str, Mapping[str, Any]], folder: 
 
 def _kept_so_far(results: Results, folder: Path) -> str:
     """The finished tasks, and the trainings that have a checkpoint."""
-    begun = {file.relative_to(folder).parts[0] for file in folder.glob("*/*/checkpoints/step-*[0-9]")}
+    begun = {
+        part
+        for file in folder.glob("**/checkpoints/step-*[0-9]")
+        for part in file.relative_to(folder).parts
+        if part in EVALUATIONS
+    }
     begun = sorted(begun - set(results["tasks"]))
     return ", ".join([*results["tasks"], *(f"the checkpoints of {name}" for name in begun)]) or "no finished task yet"
 
 
+@dataclass
+class Judged:
+    """What was found with one share of the labels: by the names of rows, and by who and variant."""
+
+    rows: dict[str, Numbers] = field(default_factory=dict)
+    gains: dict[str, Numbers] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
+
+    def add(self, task: Evaluation[Any, Any, Any, Any], row: Row, name: str, who: str) -> Any:
+        """Fit, predict and measure a row, under a name; what was fitted."""
+        model = task.fit(row)
+        self.found[name] = task.predict(row, model)
+        measured = self.measured[who, row.variant] = task.measure(self.found[name])
+        numbers = measured.numbers()
+        self.rows[name] = {**numbers, **task.beside(row, self.found[name])}
+        told = ", ".join(
+            f"{metric(n).head} {metric(n).text(numbers[n], numbers[f'{n}_error'])}" for n in measured.values
+        )
+        share = task.context.fraction
+        say(f"{task.name}{f', {100 * share:.3g} % of the labels' if share < 1 else ''}: {name}: {told}")
+        return model
+
+    def compare(self, others: Sequence[str]) -> None:
+        """The gains of the encoder over each of the others."""
+        for (who, variant), measured in self.measured.items():
+            for other in others if who == ENCODER else ():
+                if (before := self.measured.get((other, variant))) is not None:
+                    told = f"{ENCODER} over {other}"
+                    self.gains[f"{variant}: {told}" if variant else told] = measured.above(before)
+
+
+Made = Callable[[], Evaluation[Any, Any, Any, Any]]
+
+
 def judge(task: Evaluation[Any, Any, Any, Any]) -> TaskResults:
     """Every row of an evaluation: fitted, measured, drawn, and kept where it can be used; and the gains."""
-    measured: dict[str, Measured] = {}
-    found: dict[str, Any] = {}
-    rows: dict[str, Numbers] = {}
-    for row in task.rows():
-        model = task.fit(row)
-        found[row.name] = task.predict(row, model)
-        measured[row.name] = task.measure(found[row.name])
-        numbers = measured[row.name].numbers()
-        rows[row.name] = {**numbers, **task.beside(row, found[row.name])}
-        told = ", ".join(
-            f"{metric(n).head} {metric(n).text(numbers[n], numbers[f'{n}_error'])}" for n in measured[row.name].values
-        )
-        say(f"{task.name}: {row.name}: {told}")
-        folder = task.folder / row.variant
-        task.visualize(row, found[row.name], folder)
-        if row.who == ENCODER and (kept := task.kept(row, model)) is not None:
-            name = f"{task.name}-{row.variant}" if row.variant else task.name
-            keep(folder, name, task.context.bundle, kept.network, kept.classes, kept.facts)
-    gains: dict[str, Numbers] = {}
-    names = {(row.who, row.variant): row.name for row in task.rows()}
-    for (who, variant), name in names.items():
-        if who == ENCODER and (before := names.get((UNTRAINED, variant))) is not None:
-            told = f"{ENCODER} over {UNTRAINED}"
-            gains[f"{variant}: {told}" if variant else told] = measured[name].above(measured[before])
-    result: Any = {**task.facts(), "rows": rows, "gains": gains, **task.details(found)}
+    judged = _rows(task, {}, task.rows())
+    result: Any = {**task.facts(), "rows": judged.rows, "gains": judged.gains, **task.details(judged.found)}
     return result
 
 
-def _opened(encoder: str, source: Source, options: Options) -> EncoderBundle:
-    """The encoder, with a scaling for all images of the evaluation (its own, else that of those it trains on) and, where
+def _rows(
+    task: Evaluation[Any, Any, Any, Any], beside: Mapping[str, Made], rows: Sequence[Row], used: bool = True
+) -> Judged:
+    """Rows of an evaluation, each followed by what else is asked the same.
+
+    Args:
+        beside: makes the same evaluation of other encoders, by their names.
+        used: whether what was trained is drawn, and kept for use.
+    """
+    judged = Judged()
+    for row in rows:
+        model = judged.add(task, row, row.name, row.who)
+        if used:
+            task.visualize(row, judged.found[row.name], task.folder / row.variant)
+            _keep(task, row, model)
+    found = dict(judged.found)  # of the evaluation's own rows
+    for name, made in beside.items():
+        other = made()
+        for row in [row for row in other.rows() if row.who == ENCODER]:
+            model = judged.add(other, row, row.name.replace(ENCODER, name, 1), name)
+            if used:
+                _keep(other, row, model)
+    order = []
+    for row in rows:
+        others = beside if row.who == ENCODER else ()
+        order += [row.name, *(row.name.replace(ENCODER, name, 1) for name in others)]
+    judged.rows = {name: judged.rows[name] for name in order}
+    judged.found = found
+    judged.compare([UNTRAINED, *beside])
+    return judged
+
+
+def _keep(task: Evaluation[Any, Any, Any, Any], row: Row, model: Any) -> None:
+    """What an encoder's row trained, where it can be used."""
+    if row.who == ENCODER and (kept := task.kept(row, model)) is not None:
+        name = f"{task.name}-{row.variant}" if row.variant else task.name
+        keep(task.folder / row.variant, name, task.context.bundle, kept.network, kept.classes, kept.facts)
+
+
+def _judged(name: str, kind: AnyEvaluation, context: Context, beside: Mapping[str, Context]) -> TaskResults:
+    """A task with the encoder; with others beside it where some are asked for, also with shares of the labels, and in words
+    which of them to take."""
+
+    def made(at: Context) -> Evaluation[Any, Any, Any, Any]:
+        return kind(name, at, kind.load(at), kind.configure(at))
+
+    task = made(context)
+    judged = _rows(task, {other: partial(made, at) for other, at in beside.items()}, task.rows())
+    result: Any = {**task.facts(), "rows": judged.rows, "gains": judged.gains, **task.details(judged.found)}
+    if not beside:
+        return result
+    result["image_sizes"] = {ENCODER: context.bundle.size, **{other: at.bundle.size for other, at in beside.items()}}
+    parts, note = {1.0: judged}, ""
+    counts = {1.0: result["train"]}
+    if context.options.label_fraction is None and kind.annotation != "none":
+        shares, note = shares_of(result["train"], task.least())
+        for share in shares:
+            few = made(_with(context, share))
+            asked = {other: partial(made, _with(at, share)) for other, at in beside.items()}
+            parts[share] = _rows(few, asked, [row for row in few.rows() if row.who in (ENCODER, UNTRAINED)], used=False)
+            counts[share] = few.facts()["train"]
+    result["fewer"] = [
+        {"fraction": share, "train": counts[share], "rows": parts[share].rows, "gains": parts[share].gains}
+        for share in sorted(parts)
+        if share < 1
+    ]
+    result["verdict"] = [*_verdict(parts, counts, list(beside)), *([note] if note else [])]
+    if "trained" in result:
+        result["verdict"].append(ONCE)
+    return result
+
+
+def _with(context: Context, share: float) -> Context:
+    """The same with a share of the labels."""
+    return replace(context, fraction=share, folder=context.folder / f"labels-{share:g}", whole=context)
+
+
+def _verdict(parts: Mapping[float, Judged], counts: Mapping[float, Any], others: Sequence[str]) -> list[str]:
+    """Which encoder to take with all labels and with shares of them, and how many labels each needs; by variant."""
+    said: list[str] = []
+    known = {ENCODER, UNTRAINED, *others}
+    variants = dict.fromkeys(variant for who, variant in parts[1.0].measured if who == ENCODER)
+    for variant in variants:
+        prefix = f"{variant}: " if variant else ""
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for share in sorted(parts, reverse=True):
+            measured = parts[share].measured
+            name = next(each for each in METRICS if each in measured[ENCODER, variant].values)
+            arms = [Arm(ENCODER, "own", measured[ENCODER, variant])]
+            arms += [Arm(UNTRAINED, "scratch", found) for found in [measured.get((UNTRAINED, variant))] if found]
+            arms += [Arm(other, "other", measured[other, variant]) for other in others if (other, variant) in measured]
+            for arm in arms:
+                curves.setdefault(arm.said, []).insert(0, (counts[share], arm.measured.values[name]))
+            floors = {who: found for (who, v), found in measured.items() if v == variant and who not in known}
+            told = advice(arms, name, floors)
+            if told and share < 1:
+                told = f"with {100 * share:.3g} % of the labels ({count_text(counts[share])} images): {told}"
+            said += [f"{prefix}{told}"] if told else []
+        said += [f"{prefix}{told}" for told in [needed(curves, name)] if told]
+    return [told if told.startswith(tuple(others)) else capital(told) for told in said]
+
+
+def _opened(encoder: str, source: Source, options: Options, channels: int = 3) -> EncoderBundle:
+    """The encoder (of images of so many channels, where its weights are public), with a scaling for all images of the evaluation (its own, else that of those it trains on) and, where
     it has batch norms, clean images from which those of a random-init network take their statistics."""
-    bundle = open_bundle(encoder, image_size=options.image_size, untrained=options.untrained, seed=options.seed)
+    bundle = open_bundle(
+        encoder, image_size=options.image_size, untrained=options.untrained, channels=channels, seed=options.seed
+    )
     train, _ = labelled_indices(source) or split_indices(source, range(len(source.entries)))
     bundle = bundle.scaled(source, train)
     for note in bundle.notes:
@@ -281,7 +438,7 @@ def _earlier(folder: Path, encoder: str, bundle: EncoderBundle, source: Source, 
         "images": source.fingerprint()[:32],
         "image_size": list(bundle.size),
         "seed": options.seed,
-        "label_fraction": options.label_fraction,
+        "label_fraction": options.label_fraction or 1.0,
         "groups": options.groups,
         "environment": environment(),
         "notes": [],

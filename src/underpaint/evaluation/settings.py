@@ -160,6 +160,8 @@ def foresee(tasks: Sequence[str], options: Options, out: Path, data: str | Path)
         if options.against is None:
             raise InputError("--task outliers: give the other images with --against DATA")
         place_of(options.against)
+    if again := [name for name in options.beside if options.beside.count(name) > 1]:
+        raise InputError(f"--beside {again[0]}: is given twice")
     kinds = {task: SETTINGS[task] for task in tasks if task in SETTINGS}
     if options.settings and not kinds:
         name = next(iter(options.settings))

@@ -1,5 +1,6 @@
 """An evaluation as one page: what an encoder is worth, task by task, beside the same one untrained and what needs none."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +9,17 @@ import yaml
 from markupsafe import Markup
 
 from underpaint.errors import InputError
+from underpaint.report.figures.plots import Line as Curve
+from underpaint.report.figures.plots import line_plot
 from underpaint.report.page import PICTURE_BYTES, Picture, Seen, dots, picture, seen
-from underpaint.report.reading import at, mapping, number, numbers, read_json, text, texts
-from underpaint.report.results import Result, of_evaluation
+from underpaint.report.reading import at, mapping, number, numbers, read_json, sequence, text, texts
+from underpaint.report.results import Result, of_evaluation, values
 from underpaint.report.tables import Line, Table, metric, shown
-from underpaint.report.words import capital, cut, percent_text
+from underpaint.report.words import capital, count_text, cut, percent_text
 
 TASK_BYTES = PICTURE_BYTES * 2 // 3  # of the pictures of all tasks; the rest is for what the features see
 PICTURES = 12  # of a task
+LEGEND = 24  # characters of a name under a plot
 CLASSES = 200  # that a table names
 TITLES = {
     "knn": "Nearest neighbours",
@@ -37,6 +41,10 @@ class TaskPart:
     result: Result
     percent: bool  # whether all its numbers are shares
     against: str  # the other images, of outliers
+    verdict: Sequence[str]  # which encoder to take, where others stand beside it
+    curves: Sequence[Markup]  # over the number of labelled images
+    fewer: Table  # the same numbers
+    sizes: str  # pixels of the images that each encoder takes, where these are not the same
     dots: Sequence[Markup]
     classes: Table
     pictures: Sequence[Picture]
@@ -99,6 +107,10 @@ def task(result: Result, found: object, folder: Path, limit: int) -> TaskPart:
         result=result,
         percent=all(metric(name).share for name in metrics),
         against=text(found, "against"),
+        verdict=texts(found, "verdict"),
+        curves=curves(found, result, metrics[0]),
+        fewer=fewer(found, result, metrics[0]),
+        sizes=sizes(found),
         dots=dots(result, metrics[0], "Each row, ± one standard error", metric(metrics[0]).head),
         classes=classes(found),
         pictures=[one for one in pictures if one],
@@ -109,6 +121,69 @@ def task(result: Result, found: object, folder: Path, limit: int) -> TaskPart:
 def picture_name(file: Path) -> str:
     """What a picture is called under it: upernet/confusion.png is "Upernet: confusion"."""
     return capital(": ".join([*file.parent.parts, file.stem.replace("-", " ")]))
+
+
+def shares(found: object, result: Result, name: str) -> dict[str, list[tuple[float, float, float]]]:
+    """By encoder, or encoder and variant: images, number and error with each share of the labels, then with all."""
+    parts = [(number(part, "train"), values_of(part)) for part in sequence(found, "fewer")]
+    parts.append((result.counts.get("train", 0.0), values_of(found)))
+    names = parts[0][1] if len(parts) > 1 else {}
+    return {
+        row: [(count, *rows[row][name]) for count, rows in parts if row in rows and name in rows[row]] for row in names
+    }
+
+
+def values_of(part: object) -> dict[str, dict]:
+    """The numbers of the rows of a part of the results."""
+    return {row: values(one) for row, one in mapping(part, "rows").items()}
+
+
+def curves(found: object, result: Result, name: str) -> list[Markup]:
+    """A number over the labelled images that it was reached with; a plot a variant. None where there is one share alone."""
+    scale = 100.0 if metric(name).share else 1.0
+    by_variant: dict[str, list[Curve]] = {}
+    for row, points in shares(found, result, name).items():
+        who, _, variant = row.rpartition(", ") if ", " in row else (row, "", "")
+        counts, reached, errors = zip(*points, strict=True)
+        line = Curve(
+            who if len(who) <= LEGEND else f"...{who[3 - LEGEND :]}",
+            counts,
+            [scale * value for value in reached],
+            [scale * error for error in errors],
+        )
+        by_variant.setdefault(variant, []).append(line)
+    head = re.sub(", %$", "", metric(name).head)
+    return [
+        line_plot(
+            lines,
+            x_label="labelled images",
+            y_label=metric(name).head,
+            title=f"{capital(f'{variant}: ') if variant else ''}{head} by the number of labels",
+            log=True,
+        )
+        for variant, lines in by_variant.items()
+    ]
+
+
+def fewer(found: object, result: Result, name: str) -> Table:
+    """The numbers of the curves."""
+    by_row = shares(found, result, name)
+    longest = max(by_row.values(), key=len, default=[])
+    heads = [f"{count_text(count)} images" for count, _, _ in longest]
+    lines = [
+        Line(row, [metric(name).text(value, error) for _, value, error in points], "own" if row == "encoder" else "")
+        for row, points in by_row.items()
+        if len(points) == len(longest)
+    ]
+    return Table([metric(name).head, *heads], lines)
+
+
+def sizes(found: object) -> str:
+    """The images that each encoder takes; nothing where they are alike."""
+    known = {name: " x ".join(texts(size)) for name, size in mapping(found, "image_sizes").items()}
+    if len(set(known.values())) < 2:
+        return ""
+    return ", ".join(f"{name} {size} px" for name, size in known.items())
 
 
 def classes(found: object) -> Table:

@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 # Okabe and Ito 2008, without black (the page's own colour) and yellow (invisible on white), darkest first.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -72,6 +72,7 @@ def line_plot(
     baseline: Line | None = None,
     small: bool = False,
     from_zero: bool = False,
+    log: bool = False,
 ) -> Markup:
     """Lines over a shared axis, as SVG text for inlining.
 
@@ -80,6 +81,7 @@ def line_plot(
     - `title`: what is seen; it is also read to those who do not see it.
     - `baseline`: what the lines are to be judged against, dashed; a single point is drawn across the plot.
     - `small`: for plots that stand beside a large one.
+    - `log`: equal steps along `x` are equal factors; the ticks are where points are.
     - `from_zero`: the axis of `y` starts at 0, for quantities whose zero means something.
 
     **Returns** an `<svg>` element without a namespace, which only HTML understands.
@@ -94,7 +96,12 @@ def line_plot(
         axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if small else 6, integer=True))
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(FixedLocator(sorted({float(x) for line in series for x in line.x})))
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if small else 6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4 if small else 6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
