@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import list_optimizers
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import to_pil_image
 
 from underpaint.backbones import PatchBackbone
@@ -29,12 +31,13 @@ from underpaint.data import Batch, Crops, eval_batches, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluation.base import Context, Kept, Row
 from underpaint.evaluation.bundle import EncoderBundle
+from underpaint.evaluation.choice import HELD, SHARE, Choice, choose, grid, settings_of
 from underpaint.evaluation.classify import MAJORITY, Classification, Splits
 from underpaint.evaluation.features import counted
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.results import Probe
 from underpaint.evaluation.settings import FineTuning, changed, fine_tuning
-from underpaint.evaluation.splits import Split
+from underpaint.evaluation.splits import Split, hold_out, stratified
 from underpaint.evaluation.trained import Task, train
 from underpaint.train.fit import Trained
 from underpaint.train.optim import layerwise
@@ -88,18 +91,32 @@ def recipe_for(bundle: EncoderBundle, name: str | None, settings: Mapping[str, o
     return found
 
 
+def duration_of(config: FineTuning, count: int, minutes: float | None) -> tuple[int, Duration]:
+    """The batch of a training on so many images, and how long it lasts."""
+    size = min(config.batch_size, max(2, count // 2 * 2))  # mixing pairs images, so a batch is even
+    return size, Duration(max(1, round(config.epochs * count / size)), minutes)
+
+
 class FineTuned(Task[Batch]):
     """A network with a head on class labels, and the moving average of its weights where one is kept."""
 
-    def __init__(self, bundle: EncoderBundle, train: Split, config: FineTuning, context: Context):
-        """Raises InputError: weights that do not fit the network to be fine-tuned."""
+    def __init__(
+        self,
+        bundle: EncoderBundle,
+        train: Split,
+        config: FineTuning,
+        context: Context,
+        duration: Duration | None = None,
+    ):
+        """`duration`: that of the recipe, or the minutes of the call, where None.
+
+        Raises InputError: weights that do not fit the network to be fine-tuned.
+        """
         labels = np.unique(train.labels).tolist()
-        count = len(train.indices)
-        size = min(config.batch_size, max(2, count // 2 * 2))  # mixing pairs images, so a batch is even
-        steps = max(1, round(config.epochs * count / size))
+        size, own = duration_of(config, len(train.indices), context.options.minutes)
         network = classifier(bundle, len(labels), config.drop_path, config.head_scale).to(context.device)
         schedule = Schedule(config.warmup, config.min_lr_ratio)
-        super().__init__(network, size, Duration(steps, context.options.minutes), schedule)
+        super().__init__(network, size, duration or own, schedule)
         self.labels = {label: number for number, label in enumerate(labels)}
         self.average = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.bundle, self.split, self.config = bundle, train, config
@@ -175,6 +192,7 @@ class FineTune(Classification[FineTuning, nn.Module | None]):
         if len(labels) < 2:
             raise InputError(f"fine-tuning needs at least 2 classes in train; there is only {labels[0]}")
         self.trained: dict[str, Trained] = {}
+        self.choices: dict[str, Choice] = {}
         self.seen = self.test.indices
 
     @classmethod
@@ -187,30 +205,74 @@ class FineTune(Classification[FineTuning, nn.Module | None]):
     def fit(self, row: Row) -> nn.Module | None:
         if row.who == MAJORITY:
             return None
-        bundle = self.context.encoders[row.who]
-        # from scratch every layer has all to learn
-        config = self.config if bundle.trained else replace(self.config, layer_decay=1.0)
+        bundle, minutes = self.context.encoders[row.who], self.context.options.minutes
+        config, duration = self.config, None
+        choice = self._chosen(row.name, bundle)
+        if choice is not None and choice.tried:
+            self.choices[row.name] = choice
+            config = choice.config
+            if minutes is not None:
+                _, own = duration_of(config, len(self.train.indices), minutes)
+                duration = replace(own, minutes=max(minutes * (1 - SHARE), minutes - choice.minutes))
+        elif not bundle.trained:
+            config = replace(config, layer_decay=1.0)  # from scratch every layer has all to learn
         torch.manual_seed(self.context.options.seed)
-        task = FineTuned(bundle, self.train, config, self.context)
+        task = FineTuned(bundle, self.train, config, self.context, duration)
         settings = {"trained": bundle.trained, "train": len(self.train.indices), **asdict(config)}
         self.trained[row.name] = train(task, self.context, self.folder / row.who, settings)
         return task.best.eval()
 
+    def _chosen(self, name: str, bundle: EncoderBundle) -> Choice | None:
+        """Rate and layer decay for a network, by a part of the training labels; None where the recipe was named, which is
+        taken as it was published, or where there are too few labels."""
+        options, seed = self.context.options, self.context.options.seed
+        labels = self.train.labels
+        fitted, held = hold_out(labels, seed)
+        if options.recipe is not None or not len(held):
+            return None
+        held = held[stratified(labels[held], HELD, seed)]
+        known, judges = (Split(self.train.images, np.asarray(self.train.indices)[part]) for part in (fitted, held))
+
+        def tried(config: FineTuning, length: Duration, folder: Path) -> tuple[int, float, float]:
+            torch.manual_seed(seed)
+            task = FineTuned(bundle, known, config, self.context, length)
+            settings = {"trained": bundle.trained, "train": len(known.indices), "held": len(held), **asdict(config)}
+            trained = train(task, self.context, folder, settings)
+            scores, seen = self._scores(bundle, task.best.eval(), judges, "choosing")
+            wanted = torch.tensor([task.labels[label] for label in judges.labels_of(seen).tolist()])
+            right = (scores.argmax(1) == wanted).double().mean()
+            return trained["steps"], float(right), float(cross_entropy(scores, wanted))
+
+        _, whole = duration_of(self.config, len(labels), options.minutes)
+        settings = settings_of(self.config, trained=bundle.trained, train=len(labels), held=len(held), seed=seed)
+        pairs = grid(self.config, options.settings)
+        return choose(pairs, whole, tried, self.folder / name, settings, f"fine-tuning of {name}")
+
     @torch.no_grad()
+    def _scores(
+        self, bundle: EncoderBundle, model: nn.Module, split: Split, what: str
+    ) -> tuple[Float[Tensor, "n k"], list[int]]:
+        """What a network says of the images of a split, and which of them could be read."""
+        scores, seen = [], []
+        batches = eval_batches(split.images, size=bundle.size, indices=split.indices, device=self.context.device)
+        for batch in counted(batches, what, len(split.indices)):
+            scores.append(model(bundle.standardize(batch.images)).float().cpu())
+            seen += batch.samples
+        return torch.cat(scores), seen
+
     def predict(self, row: Row, model: nn.Module | None) -> Probe:
         if model is None:
             return self.majority().grouped(self.test.groups_of(self.seen))
-        bundle = self.context.encoders[row.who]
-        said, seen = [], []
-        batches = eval_batches(
-            self.test.images, size=bundle.size, indices=self.test.indices, device=self.context.device
-        )
-        for batch in counted(batches, "testing", len(self.test.indices)):
-            said.append(model(bundle.standardize(batch.images)).argmax(1).cpu().numpy())
-            seen += batch.samples
+        scores, seen = self._scores(self.context.encoders[row.who], model, self.test, "testing")
         self.seen, self.wanted = seen, self.test.labels_of(seen)
-        found = np.array(self.classes()[0])[np.concatenate(said)]
-        return Probe.of(found == self.wanted, {}, found, self.test.groups_of(seen))
+        found = np.array(self.classes()[0])[scores.argmax(1).numpy()]
+        config = self.choices[row.name].config if row.name in self.choices else None
+        chosen = {} if config is None else {"lr": config.lr, "layer_decay": config.layer_decay}
+        return Probe.of(found == self.wanted, chosen, found, self.test.groups_of(seen))
+
+    def beside(self, row: Row, found: Probe) -> dict[str, object]:
+        choice = self.choices.get(row.name)
+        return {**super().beside(row, found), **({"tried": choice.tried} if choice else {})}
 
     def details(self, found: Mapping[str, Probe]) -> dict[str, object]:
         return {**super().details(found), "trained": self.trained, "recipe": asdict(self.config)}

@@ -44,6 +44,7 @@ class TaskPart:
     verdict: Sequence[str]  # which encoder to take, where others stand beside it
     curves: Sequence[Markup]  # over the number of labelled images
     fewer: Table  # the same numbers
+    choices: Table  # how the rate of fine-tuning was chosen
     sizes: str  # pixels of the images that each encoder takes, where these are not the same
     dots: Sequence[Markup]
     classes: Table
@@ -78,24 +79,26 @@ def evaluation_page(folder: Path) -> EvaluationPage:
         raise InputError(f"{folder}: results.json holds no evaluation; `underpaint evaluate` makes one")
     limit = TASK_BYTES // (PICTURES * len(results))
     known = {name: text(found, name) for name in ("encoder", "data", "groups", "seed")}
-    share = number(found, "label_fraction")
+    share, own_size = number(found, "label_fraction"), " x ".join(texts(found, "image_size"))
     return EvaluationPage(
         name=Path(known["encoder"]).name or folder.resolve().name,
         facts=known
         | {
-            "image size": " x ".join(texts(found, "image_size")) + " px",
+            "image size": f"{own_size} px",
             "untrained": "yes" if at(found, "untrained") else "",
         }
         | {"labels": f"{percent_text(share)} % of each class" if share < 1 else ""},
         notes=texts(found, "notes"),
-        tasks=[task(result, at(found, "tasks", result.name), folder / result.name, limit) for result in results],
+        tasks=[
+            task(result, at(found, "tasks", result.name), folder / result.name, limit, own_size) for result in results
+        ],
         seen=seen(folder / "pictures", PICTURE_BYTES - TASK_BYTES),
         environment=mapping(found, "environment"),
     )
 
 
-def task(result: Result, found: object, folder: Path, limit: int) -> TaskPart:
-    """One task; `found` is what results.json holds of it, for what is no number of a row."""
+def task(result: Result, found: object, folder: Path, limit: int, own: str) -> TaskPart:
+    """One task; `found` is what results.json holds of it, for what is no number of a row; `own`: the encoder's size."""
     files = sorted(folder.rglob("*.png"))[:PICTURES]
     pictures = [picture(file, limit, picture_name(file.relative_to(folder))) for file in files]
     chosen = {name: mapping(row, "chosen") for name, row in mapping(found, "rows").items() if mapping(row, "chosen")}
@@ -110,7 +113,8 @@ def task(result: Result, found: object, folder: Path, limit: int) -> TaskPart:
         verdict=texts(found, "verdict"),
         curves=curves(found, result, metrics[0]),
         fewer=fewer(found, result, metrics[0]),
-        sizes=sizes(found),
+        choices=choices(found),
+        sizes=sizes(found, own),
         dots=dots(result, metrics[0], "Each row, ± one standard error", metric(metrics[0]).head),
         classes=classes(found),
         pictures=[one for one in pictures if one],
@@ -178,10 +182,28 @@ def fewer(found: object, result: Result, name: str) -> Table:
     return Table([metric(name).head, *heads], lines)
 
 
-def sizes(found: object) -> str:
+def choices(found: object) -> Table:
+    """What was tried before a network was fine-tuned, the best of each round first."""
+    lines = []
+    for name, row in mapping(found, "rows").items():
+        tried = sorted(sequence(row, "tried"), key=lambda one: (number(one, "round"), -number(one, "accuracy")))
+        for one in tried:
+            taken = [number(one, key) for key in ("lr", "layer_decay")]
+            cells = [
+                f"{number(one, 'round'):.0f}",
+                *(f"{value:g}" for value in taken),
+                count_text(number(one, "steps")),
+            ]
+            cells.append(percent_text(number(one, "accuracy")))
+            chosen = taken == [number(row, "chosen", key) for key in ("lr", "layer_decay")]
+            lines.append(Line(name, cells, "own" if chosen else ""))
+    return Table(["Network", "Round", "Rate per 256 images", "Layer decay", "Steps", "Held-out labels, %"], lines)
+
+
+def sizes(found: object, own: str) -> str:
     """The images that each encoder takes; nothing where they are alike."""
     known = {name: " x ".join(texts(size)) for name, size in mapping(found, "image_sizes").items()}
-    if len(set(known.values())) < 2:
+    if set(known.values()) <= {own}:
         return ""
     return ", ".join(f"{name} {size} px" for name, size in known.items())
 
