@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from underpaint.comparison.run import compare
     from underpaint.evaluation.options import Options
     from underpaint.evaluation.runner import evaluate
+    from underpaint.exploring import explore
     from underpaint.inference import restore, score
     from underpaint.methods import CAE, CIM, MAE, BEiT, ConditionalEnergy, Energy, LocalMIM, Method, Objective, SimMIM
     from underpaint.prediction import embed, predict
     from underpaint.pretraining import pretrain
     from underpaint.recipes.request import named as recipe
+    from underpaint.suggesting import suggest
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "embed",
     "encoder",
     "evaluate",
+    "explore",
     "load_encoder",
     "predict",
     "pretrain",
@@ -46,6 +49,7 @@ __all__ = [
     "restore",
     "score",
     "standardize_for",
+    "suggest",
 ]
 # where what is imported lazily lies; all else are methods
 ROOMS = {
@@ -54,6 +58,8 @@ ROOMS = {
     **dict.fromkeys(("embed", "predict"), "prediction"),
     "compare": "comparison.run",
     "evaluate": "evaluation.runner",
+    "explore": "exploring",
+    "suggest": "suggesting",
     "Options": "evaluation.options",
     "pretrain": "pretraining",
     "recipe": "recipes.request",

@@ -272,6 +272,53 @@ def _embed(given: argparse.Namespace) -> None:
     say(f"{given.out}: {count} images")
 
 
+def _explore_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument("data", help="images, as for pretrain; of more than 100,000 so many are drawn at random")
+    made.add_argument("--out", type=Path, required=True, help="a folder: explore.html and images.parquet")
+    made.add_argument("--predictions", type=Path, metavar="FILE.csv", help="of predict: path, class")
+    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
+
+
+def _explore(given: argparse.Namespace) -> None:
+    _encoder_at(given.encoder)
+    refuse_inside(given.out, given.data)
+    check_writable(given.out)
+    from underpaint.console import say
+    from underpaint.exploring import explore
+
+    page = explore(given.encoder, given.data, given.out, predictions=given.predictions, image_size=given.image_size)
+    say(f"look at {page}; filter, search and export the same images with Embedding Atlas (underpaint[explore]):")
+    say(f"embedding-atlas {given.out}/images.parquet --x x --y y --neighbors neighbors --image image")
+
+
+def _suggest_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument("data", help="images, as for pretrain; those of the train split that have no label")
+    made.add_argument("--out", type=Path, required=True, help="a CSV file: path, cluster, typicality, reason")
+    made.add_argument("--count", type=int, default=100, help="images to label")
+    made.add_argument("--labels", type=Path, metavar="FILE.csv", help="path, label: in place of the labels of DATA")
+    made.add_argument(
+        "--by",
+        choices=("typical", "margin", "random"),
+        help="typical: of each cluster; margin: where a probe on the labels hesitates; random: what to compare with "
+        "(default: margin where two classes have labels, else typical)",
+    )
+    made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
+
+
+def _suggest(given: argparse.Namespace) -> None:
+    place_of(given.data)
+    _encoder_at(given.encoder)
+    check_writable(given.out, file=True)
+    from underpaint.console import say
+    from underpaint.suggesting import suggest
+
+    settings = {name: getattr(given, name) for name in ("count", "labels", "by", "image_size")}
+    count = suggest(given.encoder, given.data, given.out, **settings)
+    say(f"{given.out}: {count} images to label, the first one first")
+
+
 def _tokenizer_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("data", help="images, as for pretrain")
     made.add_argument("--out", type=Path, required=True, help="a .safetensors file; a .json and a picture beside it")
@@ -378,6 +425,18 @@ COMMANDS = {
     ),
     "embed": _Command(
         "a feature vector an image", "embed runs/first photos/ --out vectors.parquet", _embed_takes, _embed
+    ),
+    "explore": _Command(
+        "your images on a map by what an encoder sees: neighbours, clusters, odd ones, near-duplicates",
+        "explore runs/first photos/ --out seen",
+        _explore_takes,
+        _explore,
+    ),
+    "suggest": _Command(
+        "which images to label first",
+        "suggest runs/first photos/ --count 100 --out to-label.csv",
+        _suggest_takes,
+        _suggest,
     ),
     "tokenizer": _Command(
         "fit or train a tokenizer: images to and from visual words",

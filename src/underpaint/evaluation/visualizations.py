@@ -276,7 +276,7 @@ def plane(x: Float[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"] | 
         init=start,  # pyright: ignore[reportArgumentType] -- an array is documented too
         perplexity=min(30.0, (len(x) - 1) / 3),
         random_state=seed % 2**32,
-        method="exact",  # as quick for so few
+        method="exact" if len(x) <= MAPPED else "barnes_hut",  # exact is as quick for few
     )
     return tsne.fit_transform(x / size)
 
