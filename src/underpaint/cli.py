@@ -259,6 +259,7 @@ def _embed_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("data", help="images, as for pretrain")
     made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
     made.add_argument("--out", type=Path, required=True, help="a parquet file: path, vector")
+    made.add_argument("--patches", action="store_true", help="the features of every patch too, in float16")
 
 
 def _embed(given: argparse.Namespace) -> None:
@@ -268,7 +269,7 @@ def _embed(given: argparse.Namespace) -> None:
     from underpaint.console import say
     from underpaint.prediction import embed
 
-    count = embed(given.encoder, given.data, given.out, image_size=given.image_size)
+    count = embed(given.encoder, given.data, given.out, image_size=given.image_size, patches=given.patches)
     say(f"{given.out}: {count} images")
 
 

@@ -1,6 +1,7 @@
 """Using what `underpaint evaluate` trained on images without annotations, and features for use elsewhere."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from underpaint.data import eval_batches, open_source, stored_scaling
 from underpaint.errors import InputError
 from underpaint.evaluation import EVALUATIONS, evaluation
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
-from underpaint.evaluation.features import counted
+from underpaint.evaluation.features import HALF_LIMIT, counted
 from underpaint.evaluation.keep import kept
 from underpaint.files import check_writable, refuse_inside, replacing, utf8
 from underpaint.patches import Standardize
@@ -71,8 +72,18 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
 
 
 @torch.no_grad()
-def embed(encoder: str | Path, data: str | Path, out: str | Path, *, image_size: tuple[int, int] | None = None) -> int:
+def embed(
+    encoder: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    patches: bool = False,
+) -> int:
     """Write path and pooled feature vector of every image to a parquet file; how many there are.
+
+    With `patches` a third column holds the features of the patches, [rows, columns, d] in float16 (what lies beyond its
+    range becomes its largest number), as Arrow's fixed-shape tensor. Everything is written batch by batch.
 
     A name that is not UTF-8, which parquet cannot hold, has its bytes as escapes: `caf\\udce9.png`.
 
@@ -82,18 +93,25 @@ def embed(encoder: str | Path, data: str | Path, out: str | Path, *, image_size:
     check_writable(Path(out), file=True)
     source = open_source(data)
     bundle = open_bundle(str(encoder), image_size=image_size).scaled(source)
-    images, path = bundle.images(source), Path(out)
+    images, path, dim = bundle.images(source), Path(out), bundle.encoder.dim
+    columns: list[tuple[str, Any]] = [("path", pa.string()), ("vector", pa.list_(pa.float32(), dim))]
+    if patches:
+        columns.append(("patches", pa.fixed_shape_tensor(pa.float16(), [*bundle.encoder.grid(*bundle.size), dim])))
+    schema = pa.schema(columns)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kind = pa.list_(pa.float32(), bundle.encoder.dim)
-        schema = pa.schema([("path", pa.string()), ("vector", kind)])
         with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             batches = eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device)
             for batch in counted(batches, "features", len(images)):
-                pooled = bundle.encoder(bundle.standardize(batch.images)).pooled.float().cpu().numpy()
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(pooled.reshape(-1)), bundle.encoder.dim)
-                names = pa.array([utf8(images.names[k]) for k in batch.samples])
-                writer.write_table(pa.Table.from_arrays([names, vectors], schema=schema))
+                found = bundle.encoder(bundle.standardize(batch.images))
+                pooled = found.pooled.float().cpu().numpy()
+                vectors = pa.FixedSizeListArray.from_arrays(pa.array(pooled.reshape(-1)), dim)
+                made: list[Any] = [pa.array([utf8(images.names[k]) for k in batch.samples]), vectors]
+                if patches:
+                    half = found.patches.float().clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu().numpy()
+                    grid = half.reshape(len(half), *schema.field("patches").type.shape)
+                    made.append(pa.FixedShapeTensorArray.from_numpy_ndarray(grid))
+                writer.write_table(pa.Table.from_arrays(made, schema=schema))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
     return len(images)
