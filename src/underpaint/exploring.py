@@ -7,7 +7,6 @@ import csv
 import io
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +126,7 @@ def _known(
         columns["split"] = [entries.split_names[code] if (code := split_of[name]) >= 0 else None for name in names]
     places, how = layout(x, near)
     oddness = near.distances[:, :10].mean(axis=1)
+    columns = {name: [each and utf8(each) for each in values] for name, values in columns.items()}
     shown = [utf8(name) for name in names]
     return Known(shown, columns, x, near, cluster, oddness, copies(near, gists), places, pictures), how
 
@@ -176,7 +176,7 @@ def copies(near: Neighbours, gists: UInt8[np.ndarray, "n s"]) -> Int[np.ndarray,
     return numbers[group]
 
 
-def _by_neighbours(near: Neighbours, codes: np.ndarray, classes: Sequence[str]) -> list[str | None]:
+def _by_neighbours(near: Neighbours, codes: np.ndarray, classes: list[str]) -> list[str | None]:
     """The class that most of an image's ten nearest neighbours have; None where none of them has a label."""
     votes = np.zeros((len(codes), len(classes)), np.float32)
     for place in range(min(10, near.ids.shape[1])):
@@ -190,7 +190,7 @@ def _by_neighbours(near: Neighbours, codes: np.ndarray, classes: Sequence[str]) 
 def layout(x: Float[Tensor, "n d"], near: Neighbours) -> tuple[Float[np.ndarray, "n 2"], str]:
     """Each image's place on a map, and how it was made: by UMAP where it is installed, else by t-SNE."""
     try:
-        from umap import UMAP
+        from umap import UMAP  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         return _by_tsne(x)
     count = near.ids.shape[1]
@@ -321,7 +321,7 @@ def _named(found: Known, predicted: bool) -> list[Named]:
     sections.append(("Odd ones", text, [("", [(k, f"{found.oddness[k]:.3f}") for k in odd])]))
     groups = [np.flatnonzero(found.copies == number).tolist() for number in range(found.copies.max() + 1)]
     text = (
-        f"{len(groups):,} groups of {sum(map(len, groups)):,} images that are alike pixel by pixel, but for compression, "
+        f"{len(groups):,} group{'s' if len(groups) > 1 else ''} of {sum(map(len, groups)):,} images that are alike pixel by pixel, but for compression, "
         "size and brightness" + (f"; the first {PAIRS} groups." if len(groups) > PAIRS else ".")
     )
     split = found.columns.get("split")

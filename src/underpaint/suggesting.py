@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from underpaint.data import open_source, pretraining_indices
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import open_bundle
 from underpaint.evaluation.features import stored_features
-from underpaint.evaluation.linear import linear_head
+from underpaint.evaluation.linear import statistics
 from underpaint.evaluation.neighbourhood import clusters, directions, typicality
 from underpaint.evaluation.splits import Split
 from underpaint.files import AS_IT_IS, check_writable, replacing
@@ -24,6 +23,7 @@ MOST_IMAGES = 100_000
 MOST_CLUSTERS = 500  # and clusters of fewer than SMALLEST images come last: as in TypiClust (arXiv 2202.02794)
 SMALLEST = 5
 POOL = 10  # times as many images as are wanted: the least certain ones, of which each cluster gives some
+STRENGTH = 0.1  # of the probe: weight of the summed loss against half the squared weights
 WAYS = {
     "typical": "the most typical image of each cluster, the largest clusters without a label first",
     "margin": "where a linear probe on the labels that there are hesitates most between two classes",
@@ -164,20 +164,37 @@ def _hesitating(
 ) -> dict[int, str]:
     """The smallest margins between the two likeliest classes, from each cluster in turn: alike images say the same."""
     known, free = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
-    train, values = features[torch.from_numpy(known)], np.unique(labels[known])
-    _, head = linear_head(train, labels[known], train, labels[known])
-    scores = features[torch.from_numpy(free)].float() @ head.weight.T + head.bias
-    best = scores.softmax(dim=1).topk(2, dim=1)
-    margin = (best.values[:, 0] - best.values[:, 1]).numpy()
+    values, probabilities = probe(features, known, labels[known], free)
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :2]
+    likeliest = np.take_along_axis(probabilities, best, axis=1)
+    margin = likeliest[:, 0] - likeliest[:, 1]
     pool = np.argsort(margin, kind="stable")[: POOL * count]
     turn, seen = np.empty(len(pool), np.int64), dict[int, int]()
     for place, number in enumerate(cluster[free[pool]].tolist()):
         turn[place] = seen[number] = seen.get(number, -1) + 1
     reasons = {}
     for k in pool[np.argsort(turn, kind="stable")][:count].tolist():
-        one, other = (_named(int(values[c]), classes) for c in best.indices[k].tolist())
+        one, other = (_named(int(values[c]), classes) for c in best[k])
         reasons[int(free[k])] = f"{one} or {other}: {margin[k]:.2f} between their probabilities"
     return reasons
+
+
+def probe(
+    features: Float[Tensor, "n d"],
+    known: Int[np.ndarray, "k"],
+    labels: Int[np.ndarray, "k"],
+    asked: Int[np.ndarray, "m"],
+) -> tuple[Int[np.ndarray, "c"], Float[np.ndarray, "m c"]]:
+    """The classes of some known images, and the probabilities of each for others, by a linear probe.
+
+    Its strength is fixed, since a handful of labels cannot choose one; features are standardised by those of all images.
+    """
+    from sklearn.linear_model import LogisticRegression  # importing it takes a second
+
+    mean, scale = statistics(features.float())
+    x = ((features.float() - mean) / scale).numpy()
+    fitted = LogisticRegression(C=STRENGTH, max_iter=1_000).fit(x[known], labels)
+    return fitted.classes_, fitted.predict_proba(x[asked])
 
 
 def _named(label: int, classes: list[str]) -> str:

@@ -1,7 +1,7 @@
 """What lies near what among features, without labels: neighbours, clusters, and how typical each image is of its own."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from underpaint.errors import InputError
 
 CHUNK = 2**24  # similarities that are held at once
 BATCHED = 10_000  # images from which on k-means looks at some of them at a time
+FEW = 50  # clusters, for which k-means starts more than once
 TYPICAL_BY = 20  # nearest neighbours, as in TypiClust (arXiv 2202.02794)
 
 
@@ -55,10 +56,11 @@ def clusters(x: Float[Tensor, "n d"], count: int, seed: int = 0) -> Int[np.ndarr
     from sklearn.exceptions import ConvergenceWarning
 
     count = min(count, len(x))
+    starts: Any = 3 if count <= FEW else 1  # sklearn says str, where whole numbers are documented too
     if len(x) > BATCHED:
-        model = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=4_096)
+        model = MiniBatchKMeans(count, random_state=seed, n_init=starts, batch_size=4_096)
     else:
-        model = KMeans(count, random_state=seed, n_init=3 if count <= 50 else 1)
+        model = KMeans(count, random_state=seed, n_init=starts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of images that are alike
         found = model.fit_predict(x.numpy())
