@@ -24,8 +24,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from underpaint import load_encoder, pretraining
 from underpaint.cli import main
+from underpaint.config import Length, Optimiser, Recipe
 from underpaint.errors import InputError, NotFinite
 from underpaint.methods import METHODS
+from underpaint.prepare import planned_steps
 from underpaint.seeds import ROLLED_BACK
 from underpaint.train.run_folder import Run, training_state
 from underpaint.train.schedules import Schedule
@@ -94,6 +96,15 @@ def test_a_run_leaves_what_is_promised(name: str, pictures: Path, tmp_path: Path
     assert trained is not None
     assert torch.equal(trained[0]["method.encoder.model.norm.weight"], start["norm.weight"])
     assert load_encoder(run.path)(torch.zeros(1, 3, 16, 16)).pooled.shape == (1, 32)
+
+
+@pytest.mark.quick
+def test_epochs_are_whole_passes_of_whole_batches() -> None:
+    recipe = Recipe(optimiser=Optimiser(batch_size=8), run=Length(epochs=4.0))
+    assert planned_steps(recipe, 34, math.nan) == 16  # each pass leaves two images out
+    assert planned_steps(recipe, 32, math.nan) == 16
+    assert planned_steps(recipe, 4, math.nan) == 2  # of 8 images each
+    assert planned_steps(Recipe(optimiser=Optimiser(batch_size=256), run=Length(epochs=0.5)), 50_000, math.nan) == 98
 
 
 def test_the_same_recipe_repeats_the_run(pictures: Path, tmp_path: Path) -> None:

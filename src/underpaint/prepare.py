@@ -308,6 +308,12 @@ def _without_duplicates(source: Source, labelled: Source, indices: np.ndarray, s
     return np.setdiff1d(indices, found)
 
 
+def passes(steps: int, batch: int, images: int) -> float:
+    """How often so many steps go through the images. A pass is of whole batches (`Crops`); a set smaller than a batch goes
+    on in the next pass within one."""
+    return steps / (images // batch) if images >= batch else steps * batch / images
+
+
 def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
     """How many steps the recipe's length comes to."""
     length = recipe.run
@@ -315,7 +321,7 @@ def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
         return length.steps
     if length.minutes:
         return max(1, round(length.minutes * 60 / seconds_per_step))
-    return max(1, round((length.epochs or DEFAULT_EPOCHS) * images / recipe.optimiser.batch_size))
+    return max(1, round((length.epochs or DEFAULT_EPOCHS) / passes(1, recipe.optimiser.batch_size, images)))
 
 
 TOKENIZER_MINUTES, TOKENIZER_BATCH = 20.0, 128

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from underpaint.config import FLAGS, LENGTHS, Recipe
+from underpaint.config import FLAGS, LENGTHS, SECTIONS, AnyEncoder, AnyMethod, Recipe, check_bounds
 from underpaint.errors import InputError
 from underpaint.files import place_of
 from underpaint.methods import METHODS
@@ -48,15 +48,20 @@ def laid_over(base: Mapping[str, Any], flags: Mapping[str, Any], settings: Mappi
 
 
 def foresee(data: str | Path, recipe: str | None, flags: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Complain of what is not there or has another name, before anything heavy is imported.
+    """Complain of what is not there, has another name or is out of its bounds, before anything heavy is imported.
 
     Raises:
-        InputError: no such data, recipe, method, section or setting.
+        InputError: no such data, recipe, method, section or setting; a number that cannot be.
     """
     for place in (data, flags.get("labels")):
         if place is not None:
             place_of(place)
-    names_known(laid_over(read_recipe(recipe) if recipe else plain(Recipe()), flags, settings))
+    chosen = laid_over(read_recipe(recipe) if recipe else plain(Recipe()), flags, settings)
+    method, encoder = names_known(chosen)
+    check_bounds(method, AnyMethod, "method.{}")
+    check_bounds(encoder, AnyEncoder, "encoder.{}")
+    for section, kind in SECTIONS.items():
+        check_bounds(chosen[section], kind, f"{section}.{{}}")
 
 
 def recipe_named(entry: str) -> str | None:
