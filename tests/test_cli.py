@@ -54,9 +54,14 @@ def test_help_shows_defaults_and_units(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["pretrain", "--help"])
     said = " ".join(capsys.readouterr().out.split())
+    assert "--lr LR peak learning rate [per 256 images] (default: planned)" in said
+    assert "height and width, N or HxW [pixels] (default: planned)" in said
+    assert "[steps] (default: a quarter of the run)" in said
+    with pytest.raises(SystemExit):
+        parser().parse_args(["compare", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
     assert "--lr LR peak learning rate [per 256 images] (default: 0.00015)" in said
     assert "[pixels] (default: 224x224)" in said
-    assert "[steps] (default: a quarter of the run)" in said
 
 
 @pytest.mark.quick
@@ -76,7 +81,10 @@ def test_help_shows_defaults_and_units(capsys: Any) -> None:
         (["pretrain", "DATA", "--out", "OUT", "--set", "method.mask_ratio=1.5"], "must be above 0 and below 1"),
         (["pretrain", "DATA", "--out", "OUT", "--set", "method.mask_ratio"], "not PATH=VALUE"),
         (["pretrain", "DATA", "--out", "OUT", "--recipe", "none"], "neither a file nor one of"),
-        (["pretrain", "DATA", "--out", "OUT", "--image-size", "30"], "16 px does not divide an image of 30x30"),
+        (
+            ["pretrain", "DATA", "--out", "OUT", "--image-size", "30", "--patch-size", "16"],
+            "16 px does not divide an image of 30x30",
+        ),
         (["pretrain", "DATA", "--out", "OUT", "--epochs", "1", "--steps", "2"], "not allowed with"),
         (["pretrain", "DATA", "--out", "OUT", "--steps", "-2"], "must be above 0"),
         (["pretrain", "DATA", "--out", "OUT", "--lr", "-1"], "optimiser.lr: -1; it must be at least 0"),

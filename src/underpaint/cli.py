@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 import yaml
 
 import underpaint
-from underpaint.config import COMPARED, FLAGS, LENGTHS, declaration
+from underpaint.config import COMPARED, FLAGS, LENGTHS, PLANNED, declaration
 from underpaint.errors import InputError, Stopped
 from underpaint.evaluation import EVALUATIONS
 from underpaint.evaluation.options import Options
@@ -65,20 +65,20 @@ class _Command(NamedTuple):
     run: Callable[[argparse.Namespace], None]
 
 
-def _add_flags(made: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """Flags as they are declared, and `--set`; what is not said comes from the recipe."""
+def _add_flags(made: argparse.ArgumentParser, names: Collection[str], planned: Collection[str] = ()) -> None:
+    """Flags as they are declared, and `--set`; what is not said comes from the recipe, or where there is none from the plan."""
     length = made.add_mutually_exclusive_group() if set(LENGTHS) <= set(names) else made
     for name in names:
-        _add_flag(length if name in LENGTHS else made, name, declaration(FLAGS[name]))
+        _add_flag(length if name in LENGTHS else made, name, declaration(FLAGS[name]), name in planned)
     made.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="PATH=VALUE", help="any value of the recipe"
     )
 
 
-def _add_flag(made: argparse._ActionsContainer, name: str, declared: Field[Any]) -> None:
+def _add_flag(made: argparse._ActionsContainer, name: str, declared: Field[Any], planned: bool = False) -> None:
     """The flag of a setting, as it is declared; what is not said is not there."""
     flag = f"--{name.replace('_', '-')}"
-    told: dict[str, Any] = {"help": _told(declared), "default": argparse.SUPPRESS}
+    told: dict[str, Any] = {"help": _told(declared, planned), "default": argparse.SUPPRESS}
     if declared.type is bool:
         made.add_argument(flag, action="store_true", **told)
     elif get_origin(declared.type) is Literal:
@@ -94,10 +94,12 @@ def _kind(annotation: Any) -> Callable[[str], Any]:
     return next(kind for kind in (int, float, str) if annotation is kind or kind in get_args(annotation))
 
 
-def _told(declared: Field[Any]) -> str:
+def _told(declared: Field[Any], planned: bool) -> str:
     """A setting's help, unit and default."""
     said, default = declared.metadata, declared.default
     words = f"{said['help']} [{said['unit']}]" if said["unit"] else said["help"]
+    if planned:
+        return f"{words} (default: planned)"
     if default is None:
         default = said["unset"]
     elif isinstance(default, tuple):
@@ -131,19 +133,25 @@ def _pretrain_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("data", help="folder, .zip, .tar, parquet, hf:NAME[:SPLIT] or wds:PATTERN")
     made.add_argument("--out", type=Path, required=True, help="the run folder")
     made.add_argument("--recipe", help="a shipped name ('underpaint recipes') or a YAML file")
-    _add_flags(made, FLAGS)
+    made.add_argument(
+        "--preview", action="store_true", help="say plan, memory and time, and how DATA is read; then stop"
+    )
+    _add_flags(made, FLAGS, PLANNED)
 
 
 def _pretrain(given: argparse.Namespace) -> None:
-    from underpaint.recipes.request import asked, foresee
+    from underpaint.recipes.request import asked, foresee, said
 
     flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
-    recipe, settings = given.recipe, dict(given.set)
-    foresee(given.data, recipe, flags, settings)
-    chosen = asked(given.out, recipe, flags, settings)
-    from underpaint.pretraining import pretrain
+    foresee(given.data, given.recipe, flags, dict(given.set))
+    settings = said(flags, dict(given.set))
+    asked(given.out, given.recipe, {}, settings)  # a mistake is answered before the training is imported
+    from underpaint.pretraining import pretrain, preview
 
-    pretrain(given.data, given.out, chosen)
+    if given.preview:
+        preview(given.data, given.out, given.recipe, settings)
+    else:
+        pretrain(given.data, given.out, given.recipe, settings=settings)
 
 
 def _restore_takes(made: argparse.ArgumentParser) -> None:
@@ -392,8 +400,9 @@ COMMANDS = {
         "pretrain, judge and report on crops of photographs, no download", "demo --out runs/demo", _demo_takes, _demo
     ),
     "pretrain": _Command(
-        "pretrain an encoder on a folder of images; go on where the run exists",
-        "pretrain photos/ --out runs/first --method mae --image-size 64 --patch-size 8 --minutes 30",
+        "pretrain an encoder on a folder of images, with what suits them, this machine and the time; go on where the run "
+        "exists",
+        "pretrain photos/ --out runs/first --minutes 30",
         _pretrain_takes,
         _pretrain,
     ),

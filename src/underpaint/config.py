@@ -172,6 +172,8 @@ FLAGS = {
     "probe_every": "run.probe_every",
     "checkpoint_every": "run.checkpoint_every",
 }
+# those that `pretrain` chooses for images, machine and time where no recipe is given (decision 18)
+PLANNED = ("method", "encoder", "patch_size", "image_size", "lr", "batch_size", *LENGTHS)
 # those of `compare`, which decides the others itself
 COMPARED = [name for name in FLAGS if name not in ("method", *LENGTHS, "seed", "probe_every")]
 

@@ -324,6 +324,23 @@ def planned_steps(recipe: Recipe, images: int, seconds_per_step: float) -> int:
     return max(1, round((length.epochs or DEFAULT_EPOCHS) / passes(1, recipe.optimiser.batch_size, images)))
 
 
+def passes_text(steps: int, batch: int, images: int) -> str:
+    """How often so many steps go through the images, in words."""
+    found = passes(steps, batch, images)
+    return f"{found:,.0f} passes" if found >= 10 else f"{found:.3g} pass{'' if found == 1 else 'es'}"
+
+
+def rate_text(recipe: Recipe) -> str:
+    """The learning rate that a batch results in, by which rule."""
+    settings = recipe.optimiser
+    return f"peak learning rate {peak_lr(recipe):.3g} = {settings.lr:g} x {settings.batch_size} / 256"
+
+
+def parts_text(local_batch: int, parts: int) -> str:
+    """In how many parts, to save memory, a process computes its images of a batch, in words."""
+    return "at once" if parts == 1 else f"in {parts} parts of {local_batch // parts}, whose gradients are added up"
+
+
 TOKENIZER_MINUTES, TOKENIZER_BATCH = 20.0, 128
 
 
@@ -457,17 +474,20 @@ def decide(session: Session) -> Stepper:
         }
     seconds = measured["seconds_per_step"] * measured["steps"]
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
+    batch, local = recipe.optimiser.batch_size, stepper.local_batch
     session.shout(
-        f"{recipe.optimiser.batch_size / measured['seconds_per_step']:.0f} images/s, {measured['memory_gib']:.1f} GiB; "
-        f"{measured['steps']} steps of {recipe.optimiser.batch_size} take {seconds / 60:.1f} min, "
-        f"probes not counted; it would end about {end}"
+        f"{batch / measured['seconds_per_step']:.0f} images/s, {measured['memory_gib']:.1f} GiB; "
+        f"{measured['steps']} steps of {batch} ({passes_text(measured['steps'], batch, len(session.images))}) take "
+        f"{seconds / 60:.1f} min, probes not counted; it would end about {end}"
     )
+    session.shout(f"{rate_text(recipe)}; a batch is computed {parts_text(local, stepper.accumulation)}")
     return stepper.compile() if measured["compile"] and not stepper.compiled else stepper
 
 
 def _measure(session: Session, stepper: Stepper) -> None:
     """Calibrate the method and time its steps, on real batches."""
     fabric, recipe = session.fabric, session.recipe
+    session.shout(f"timing a few steps of {recipe.optimiser.batch_size} images ...")
     seen = session.first_batches(4)
     images = stepper.transform(seen[0])
     calibrated = session.method.calibrate(

@@ -1,10 +1,15 @@
 """From images to a pretrained encoder, as a page of calls: prepare, train, judge, report."""
 
 import copy
+import json
+import shlex
+import shutil
+import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -19,7 +24,9 @@ from underpaint.evaluation.visualizations import write_visualizations
 from underpaint.files import refuse_inside
 from underpaint.locking import locked
 from underpaint.methods import Restores
+from underpaint.planning import planned, told
 from underpaint.prepare import (
+    Opened,
     Session,
     check_unchanged,
     construct,
@@ -31,7 +38,7 @@ from underpaint.prepare import (
     standardized,
     warm_again,
 )
-from underpaint.recipes.request import settled
+from underpaint.recipes.request import asked, settled
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
 from underpaint.report.run import run_text
@@ -50,6 +57,7 @@ def pretrain(
     out: str | Path,
     recipe: str | Recipe | None = None,
     *,
+    settings: Mapping[str, Any] | None = None,
     stop_at: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Run:
@@ -59,7 +67,9 @@ def pretrain(
         data: a folder, archive, parquet file, `hf:NAME[:SPLIT]` or `wds:PATTERN`.
         out: the run folder.
         recipe: every setting, as `underpaint.recipe` gives them to be changed; the name of a shipped recipe, or a YAML
-            file (that of a run repeats it). That of the run, else the defaults, where None.
+            file (that of a run repeats it). That of the run where None, else one that is planned for these images,
+            this machine and the time; the plan is said, and the recipe holds it (decision 18).
+        settings: by path, laid over the recipe; or what is planned around: {"run.minutes": 30.0}.
         stop_at: seconds of training in all after which this call ends, with a probe and a checkpoint; the next call
             goes on. A comparison trains its methods in turn so, and judges them itself. `minutes` are then minutes on
             the clock, which the schedule follows, and no number of steps.
@@ -71,12 +81,16 @@ def pretrain(
         Interrupted: told to end while it trained; a checkpoint was written.
     """
     run = Run(out)
-    chosen, resumed = settled(data, run.path, recipe)
+    open_to = settings or {} if recipe is None and not run.exists else None
+    chosen, resumed = settled(data, run.path, asked(run.path, recipe, {}, settings or {}))
     refuse_inside(out, data, chosen.data.labels)
     run.refuse_other()
     fabric = make_fabric(chosen)
     with locked(run.path) if fabric.is_global_zero else nullcontext():
-        session = _session(fabric, run, chosen, stop_at, clock)
+        opened = None
+        if open_to is not None:
+            chosen, opened = _planned(fabric, chosen, open_to)
+        session = _session(fabric, run, chosen, opened, stop_at, clock)
         untrained = copy.deepcopy(session.method.encoder)
         with _advice(chosen):
             stepper = decide(session)
@@ -89,7 +103,61 @@ def pretrain(
     return run
 
 
-def _session(fabric: Fabric, run: Run, recipe: Recipe, stop_at: float | None, clock: Callable[[], float]) -> Session:
+def preview(
+    data: str | Path, out: str | Path, recipe: str | Recipe | None = None, settings: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Say how the images are understood, and the plan of a run on them with its memory and time. Nothing is decoded, and
+    nothing written into `out`.
+
+    Args:
+        data, out, recipe, settings: as for `pretrain`.
+
+    Returns:
+        The recipe of that run.
+
+    Raises:
+        InputError: settings or data that cannot be used, in one line.
+    """
+    run = Run(out)
+    open_to = settings or {} if recipe is None and not run.exists else None
+    chosen, _ = settled(data, run.path, asked(run.path, recipe, {}, settings or {}))
+    refuse_inside(out, data, chosen.data.labels)
+    run.refuse_other()
+    fabric = make_fabric(chosen)
+    shout = say if fabric.is_global_zero else silent
+    found = planned(fabric, open_data(chosen, shout), chosen, open_to)
+    for line in told(found):
+        shout(line)
+    return found.recipe
+
+
+def _planned(fabric: Fabric, recipe: Recipe, around: Mapping[str, Any]) -> tuple[Recipe, Opened | None]:
+    """The recipe that is planned around some settings: by the first process, for all. What it listed is listed once."""
+    answer, opened = None, None
+    if fabric.is_global_zero:
+        try:
+            opened = open_data(recipe, say)
+            found = planned(fabric, opened, recipe, around)
+            for line in told(found):
+                say(line)
+            answer = found.recipe
+        except InputError as error:
+            answer = error
+    answer = fabric.broadcast(answer)
+    if isinstance(answer, InputError):
+        raise answer
+    assert answer is not None
+    return answer, opened
+
+
+def _session(
+    fabric: Fabric,
+    run: Run,
+    recipe: Recipe,
+    opened: Opened | None,
+    stop_at: float | None,
+    clock: Callable[[], float],
+) -> Session:
     """Images, what they are judged by, and the untrained method; makes the run folder. What needs no image comes first, so
     that a mistake is answered before any is decoded."""
     world = fabric.world_size * recipe.optimiser.accumulation
@@ -103,7 +171,8 @@ def _session(fabric: Fabric, run: Run, recipe: Recipe, stop_at: float | None, cl
     constructed = construct(recipe, run)
     if constructed.matched:
         shout(constructed.matched)
-    opened = open_data(recipe, shout)
+    if opened is None:
+        opened = open_data(recipe, shout)
     kept = check_unchanged(recipe, run, opened, shout) if main else {}
     # the first one fills the cache, the others find it
     with fabric.rank_zero_first(), quiet(shout is silent):
@@ -240,3 +309,30 @@ def _judge(session: Session, untrained: Backbone) -> None:
     for line in run_text(run.path):
         session.shout(line)
     session.shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")
+    for line in next_commands(session.recipe, run, suite.splits is not None):
+        session.shout(line)
+
+
+def next_commands(recipe: Recipe, run: Run, labelled: bool) -> list[str]:
+    """What comes after a run, as three commands for a shell: look at its page, judge or use its features, use it in Python."""
+    python = Path(sys.executable).name
+    if shutil.which(python) != sys.executable:
+        python = shlex.quote(sys.executable)
+    page, name = (run.path / "report.html").absolute().as_uri(), shlex.quote(str(run.path))
+    data = shlex.quote(str(recipe.data.labels or recipe.data.path))
+    if labelled:
+        groups = f" --groups {shlex.quote(recipe.data.groups)}" if recipe.data.groups else ""
+        use = f"evaluate {name} --data {data} --task knn,linear{groups} --out {shlex.quote(f'{run.path}-worth')}"
+    else:
+        use = f"embed {name} {data} --out {shlex.quote(f'{run.path}-vectors.parquet')}"
+    shape = (1, recipe.data.channels, *recipe.data.image_size)
+    code = (
+        f"import torch, underpaint; run = {json.dumps(str(run.path))}; encoder, transform = underpaint.load_encoder(run), "
+        f"underpaint.standardize_for(run); print(encoder(transform(torch.rand{shape})).pooled.shape)"
+    )
+    return [
+        "next:",
+        f"  {python} -m webbrowser {shlex.quote(page)}",
+        f"  underpaint {use}",
+        f"  {python} -c {shlex.quote(code)}",
+    ]

@@ -36,7 +36,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 def laid_over(base: Mapping[str, Any], flags: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Plain settings with those of a call laid over them; a length that is given takes the place of another."""
     chosen = copy.deepcopy(dict(base))
-    if any(flags.get(name) is not None for name in LENGTHS):
+    if any(flags.get(name) is not None or settings.get(f"run.{name}") is not None for name in LENGTHS):
         for name in LENGTHS:
             chosen["run"][name] = None
     for name, path in FLAGS.items():  # in this order: another method has other settings
@@ -79,13 +79,18 @@ def recipe_named(entry: str) -> str | None:
     )
 
 
-def asked(out: Path, recipe: str | None, flags: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
+def said(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags and settings of a command as settings by path; those by `--set` last."""
+    return {path: flags[name] for name, path in FLAGS.items() if flags.get(name) is not None} | dict(settings)
+
+
+def asked(out: Path, recipe: str | Recipe | None, flags: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
     """What a command asks for: its recipe, that of the run in `out`, or the defaults, with flags and settings over it.
 
     Raises:
         InputError: settings that cannot be.
     """
-    base = read_recipe(recipe) if recipe else plain(stored_recipe(out) or Recipe())
+    base = read_recipe(recipe) if isinstance(recipe, str) else plain(recipe or stored_recipe(out) or Recipe())
     chosen = laid_over(base, flags, settings)
     if chosen != base:
         chosen["measured"] = {}  # measured for other settings

@@ -1,5 +1,7 @@
 """Devices, precision and processes."""
 
+import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -34,3 +36,26 @@ def make_fabric(recipe: Recipe) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def memory(device: torch.device) -> int:
+    """Of a GPU, or of this machine, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def matrix_rate(fabric: Fabric) -> float:
+    """FLOP a second of a large matrix product on one device in the run's precision: a tenth of a second on two cores."""
+    cuda, precision = fabric.device.type == "cuda", fabric.strategy.precision
+    size = 8_192 if cuda else 1_024
+    with torch.random.fork_rng(devices=[]), precision.forward_context(), torch.no_grad():
+        left, right = (torch.randn(size, size, device=fabric.device) for _ in range(2))
+        best = float("inf")
+        for _ in range(8):
+            began = time.perf_counter()
+            torch.mm(left, right)
+            if cuda:
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

@@ -11,14 +11,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from underpaint.data import Batch
 from underpaint.errors import InputError
+from underpaint.methods import Method
 from underpaint.train.stepper import Stepper
 
 TINY_FACTOR = 1e-3  # of the learning rate, in steps that leave no trace
@@ -31,6 +36,50 @@ SHORT += (
     "cudnn_status_alloc_failed",
     "cudnn_status_internal_error_host_allocation_failed",
 )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step, for an image: `flops` of matrix products, convolutions and attention, and `saved` bytes of float32 that
+    are kept for the way back; `weights` is the number of those that are trained."""
+
+    flops: float
+    saved: float
+    weights: int
+
+    def memory(self, images: int, half: bool) -> float:
+        """Bytes that steps on so many images at once take: weights, gradients and AdamW's two, and what is kept."""
+        return 16.0 * self.weights + self.saved * images * (0.5 if half else 1.0)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up torch's own FLOP formulas. (FlopCounterMode also tracks modules, which torch.func.grad forbids.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def counted(method: Method, channels: int, size: tuple[int, int], images: int = 2) -> Cost:
+    """What a step of an untrained method costs, counted on the CPU by making one on noise; leaves gradients."""
+    own = {each.untyped_storage().data_ptr() for each in method.parameters()}
+    saved: dict[int, int] = {}
+
+    def kept(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            saved[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    keeping = torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=[]), _Counter() as counter, keeping:
+        for objective in method.parts(torch.randn(images, channels, *size)):
+            objective.loss.backward()
+    weights = sum(each.numel() for each in method.parameters() if each.requires_grad)
+    return Cost(counter.total / images, sum(saved.values()) / images, weights)
 
 
 def out_of_memory(error: BaseException) -> bool:
