@@ -52,6 +52,8 @@ def test_the_time_scales_the_plan() -> None:
     assert areas[0] < areas[-1] / 10
     assert [recipe.encoder.get("embed_dim", 192) for recipe in sizes] == [128, 192, 192, 192]
     assert all(recipe.run.minutes and recipe.run.epochs is None for recipe in sizes)
+    assert recipe_of({}, PHOTOS).data.workers == 1  # too many for the cache: decoded while it trains
+    assert recipe_of({}, FRAMES).data.workers == 0
     slow = Machine("cpu", "old laptop", 2, 1, 20e9, 4 * 2**30)
     assert recipe_of({}, FRAMES, slow).data.image_size[0] <= 48
     large = recipe_of({}, PHOTOS, GPU)

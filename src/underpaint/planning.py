@@ -4,6 +4,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from underpaint.backbones import create_arguments, describe_encoder
 from underpaint.backbones.protocols import Backbone
 from underpaint.config import Recipe
 from underpaint.console import lasting
-from underpaint.data.decode import Header, Unreadable, read_header
+from underpaint.data.decode import Header, Unreadable, decode, read_header
 from underpaint.patches import Standardize
 from underpaint.prepare import Opened, construct, parts_text, passes_text, planned_steps, rate_text
 from underpaint.recipes.plan import WORDS, Looked, Machine, plan, share_of
@@ -27,22 +28,27 @@ from underpaint.train.devices import matrix_rate, memory
 from underpaint.train.run_folder import processor
 from underpaint.train.speed import Cost, counted
 
-HEADERS, LOOKING = 48, 2.0  # images whose headers are read, and seconds that this may take
+HEADERS, DECODED, LOOKING = (
+    48,
+    8,
+    2.0,
+)  # images whose headers, and whose pixels, are read, and seconds that each may take
 ALIKE = 1.15  # times the proportions of the tenth percentile are those of the ninetieth, or images are not alike
 FEW = 1_000  # images on fewer of which five minutes of pretraining brought nothing (docs/log.md, nuclei)
-PROCESS = 0.6 * 2**30  # bytes, before a step
+PROCESS = 0.85 * 2**30  # bytes, before a step
 FAMILIES = {"vit": ["vision_transformer", "deit"], "beit": ["beit"], "swin": ["swin_transformer"]}
 # of `timm.create_model`, which a run says otherwise
 ELSEWHERE = {"model_name", "num_classes", "in_chans", "img_size", "global_pool", "fc_norm", "use_fc_norm"}
 
 
 class Planned(NamedTuple):
-    """A recipe, the reasons for what was chosen in it, and what it was chosen for."""
+    """A recipe, the reasons for what was chosen in it, what it was chosen for, and seconds in which the images are read."""
 
     recipe: Recipe
     reasons: Mapping[str, str]
     looked: Looked
     machine: Machine
+    reading: float
 
 
 def planned(fabric: Fabric, opened: Opened, recipe: Recipe, said: Mapping[str, Any] | None) -> Planned:
@@ -53,7 +59,7 @@ def planned(fabric: Fabric, opened: Opened, recipe: Recipe, said: Mapping[str, A
     """
     looked, machine = look(opened, recipe.data.max_pixels), machine_of(fabric)
     if said is None:
-        return Planned(recipe, {}, looked, machine)
+        return Planned(recipe, {}, looked, machine, reading(opened, recipe, machine))
     if "init" in said:
         start = _of_start(said["init"])
         if looked.channels in (1, 3):  # which are turned into one another
@@ -63,7 +69,7 @@ def planned(fabric: Fabric, opened: Opened, recipe: Recipe, said: Mapping[str, A
     found = plan(said, looked, machine, "vit" if name is None else family_of(name))
     chosen = checked(laid_over(found.settings, {}, said))
     chosen.data.path, chosen.measured = recipe.data.path, recipe.measured
-    return Planned(chosen, found.reasons, looked, machine)
+    return Planned(chosen, found.reasons, looked, machine, reading(opened, chosen, machine))
 
 
 def look(opened: Opened, max_pixels: int) -> Looked:
@@ -84,6 +90,19 @@ def look(opened: Opened, max_pixels: int) -> Looked:
     height, width = np.median(sizes, axis=0).round().astype(int).tolist()
     channels = {header.channels for header in headers}
     return Looked(len(indices), height, width, channels.pop() if len(channels) == 1 else 3, bool(high < ALIKE * low))
+
+
+def reading(opened: Opened, recipe: Recipe, machine: Machine) -> float:
+    """Seconds in which the images are decoded, by a few of them; which is done once for a cache, else in every pass."""
+    indices, began, tried = opened.indices, time.monotonic(), 0
+    for place in np.linspace(0, len(indices) - 1, DECODED).round().astype(int).tolist():
+        with suppress(Unreadable):
+            data = opened.source.read(int(indices[place]))
+            decode(data, channels=None, max_pixels=recipe.data.max_pixels, reduce_to=2 * min(recipe.data.image_size))
+        tried += 1
+        if time.monotonic() - began > LOOKING:
+            break
+    return (time.monotonic() - began) / tried * len(indices) / machine.cores
 
 
 def machine_of(fabric: Fabric) -> Machine:
@@ -134,7 +153,7 @@ def cost_of(recipe: Recipe) -> tuple[Cost, Backbone]:
 
 def told(found: Planned) -> list[str]:
     """A plan in five lines, with the reason for each choice and the flag that changes it, and what it will take."""
-    recipe, _, looked, machine = found
+    recipe, looked, machine = found.recipe, found.looked, found.machine
     cost, encoder = cost_of(recipe)
     batch, (height, width) = recipe.optimiser.batch_size, recipe.data.image_size
     speed = machine.flops * share_of(machine, encoder.dim) / cost.flops
@@ -165,7 +184,7 @@ def told(found: Planned) -> list[str]:
     words = "; a tokenizer is made first, for half as long at most" if recipe.method["name"] in WORDS else ""
     lines.append(
         f"  about {held / 2**30:.1f} GiB and {speed:,.0f} images/s by a count ({cost.flops / 1e9:.2g} GFLOP an image); measured "
-        f"before the first step. Reading the images and judging come on top{words}"
+        f"before the first step. Reading the images (about {lasting(found.reading)}) and judging come on top{words}"
     )
     if looked.images < FEW and recipe.init is None:
         lines.append(

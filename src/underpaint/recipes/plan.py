@@ -143,7 +143,7 @@ def plan(said: Mapping[str, Any], looked: Looked, machine: Machine, family: str 
     if tuned := base.encoder.get("init_values"):  # CAE's
         settings["encoder"]["init_values"] = tuned
     settings["data"] |= {"image_size": list(choice.size), "channels": looked.channels}
-    settings["data"]["workers"] = min(8, machine.cores // machine.processes) if machine.kind == "cuda" else 0
+    settings["data"]["workers"] = _workers(looked, machine, choice.size, base.data.cache_limit)
     settings["optimiser"] |= {"batch_size": batch, "lr": _rate(said, looked, choice.network, batch, base)}
     settings["run"] = plain(Recipe())["run"] | length
     reasons = {"method": why_method, "encoder": choice.why, "batch": why_batch, "length": why_length}
@@ -184,7 +184,10 @@ def _choose(said: Mapping[str, Any], looked: Looked, machine: Machine, method: s
             return replace(choice, why="as asked" if fixed else why)
     fastest = max(each.speed for each in choices)
     choice = next(each for each in choices if each.speed > 0.99 * fastest)
-    return replace(choice, why="as asked" if fixed else "the smallest, since the time is short for any")
+    few = "run.minutes" not in said and _most(looked) < choice.network.needs
+    return replace(
+        choice, why="as asked" if fixed else f"the smallest, for {'so few images' if few else 'a short time'}"
+    )
 
 
 def _choices(said: Mapping[str, Any], looked: Looked, machine: Machine, method: str, family: str) -> list[_Choice]:
@@ -356,7 +359,7 @@ def _rate(said: Mapping[str, Any], looked: Looked, network: Network, batch: int,
         return Recipe().optimiser.lr  # gently, from weights that are good already
     if network.width >= LARGE[-1].width:
         return base.optimiser.lr if batch >= BATCHES[1] else network.lr
-    if network.scale and looked.images < FEW_IMAGES:
+    if network.scale and looked.images < FEW_IMAGES and batch >= base.optimiser.batch_size:
         return base.optimiser.lr / 2
     return base.optimiser.lr
 
@@ -378,6 +381,18 @@ def _batch(
     if batch < started:
         why = f"small, for about {STEPS:,} steps" if 2 * batch <= looked.images else "there are no more images"
     return -(-batch // parts) * parts, why
+
+
+def _workers(looked: Looked, machine: Machine, size: tuple[int, int], limit: float) -> int:
+    """Processes that decode: none on a CPU where a set fits into the cache, of images of twice the size at most."""
+    cores = machine.cores // machine.processes
+    if machine.kind == "cuda":
+        return min(8, cores)
+    short = min(2 * min(size), looked.height, looked.width)
+    cached = (
+        looked.images * looked.channels * looked.height * looked.width * (short / min(looked.height, looked.width)) ** 2
+    )
+    return 0 if cached < limit * 2**30 else max(1, cores // 2)
 
 
 def _why_size(said: Mapping[str, Any], looked: Looked, choice: _Choice) -> str:
