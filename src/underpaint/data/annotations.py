@@ -130,11 +130,14 @@ def _index_mask(name: str, read: Callable[[str], bytes]) -> tuple[np.ndarray, bo
         raise InputError(f"{name} cannot be read ({error}); expected an index mask (PNG)") from error
 
 
-def masks_of(data: str | Path, source: Source) -> Masks:
+def masks_of(data: str | Path, source: Source, objects: "dict[str, CocoAnnotations] | None" = None) -> Masks:
     """Masks below masks/ (or else semantic/, labels/, ...) for the images of equal stems, by the folders before and after
     masks/ and images/: all alike, or else those of one side among those of the other (split folders, say, where
     images have some and masks have not). Else masks that lie beside their images (`beside`), or else those that the
     outlines of objects draw (`drawn_masks`). The notes say what was turned by an EXIF orientation.
+
+    Args:
+        objects: what `coco_annotations` found, where it was asked already.
 
     Raises:
         InputError: there are none; two masks for an image, or two images for a mask.
@@ -153,7 +156,7 @@ def masks_of(data: str | Path, source: Source) -> Masks:
     if not found:
         found = _beside(source, answers.names, notes)
     if not found:
-        if (drawn := drawn_masks(data, source)) is not None:
+        if (drawn := drawn_masks(data, source, objects)) is not None:
             return drawn
         raise InputError(
             f"{data}: no masks; expected index PNGs below masks/ with the names of the images, or beside them "
@@ -469,9 +472,12 @@ def _annotations(coco: Coco, images: dict[int, int], notes: list[str], **more: A
 
 
 def _other_formats(data: str | Path, answers: AnnotationFiles, source: Source) -> dict[str, CocoAnnotations]:
+    seen: dict[int, Seen] = {}
+
     def sizes(indices: list[int]) -> dict[int, tuple[int, int]]:
-        seen = _seen(source, indices)
-        return {index: size if turn < 5 else (size[1], size[0]) for index, (turn, size) in seen.items()}
+        seen.update(_seen(source, [index for index in indices if index not in seen]))
+        known = {index: seen[index] for index in indices if index in seen}
+        return {index: size if turn < 5 else (size[1], size[0]) for index, (turn, size) in known.items()}
 
     found = objects_of(answers.names, answers.read, source, sizes)
     if found is None:
@@ -481,7 +487,7 @@ def _other_formats(data: str | Path, answers: AnnotationFiles, source: Source) -
         )
     parts = {split: (cast(Coco, coco), images) for split, coco, images in as_coco(found, source)}
     cocos, images = ({split: coco for split, (coco, _) in parts.items()}, {s: known for s, (_, known) in parts.items()})
-    notes = _as_decoded(cocos, images, source, shown=found.shown)
+    notes = _as_decoded(cocos, images, source, seen, shown=found.shown)
     return {
         split: _annotations(
             coco, images, [*found.notes, *notes[split]], kind=found.kind, outside=found.outside if k == 0 else 0
@@ -529,22 +535,24 @@ class DrawnMasks(Masks):
         return mask
 
 
-def drawn_masks(data: str | Path, source: Source) -> DrawnMasks | None:
+def drawn_masks(
+    data: str | Path, source: Source, objects: dict[str, CocoAnnotations] | None = None
+) -> DrawnMasks | None:
     """The masks that outlines of objects draw; None where there are none, or not all objects have one."""
     try:
-        by_split = coco_annotations(data, source)
+        by_split = coco_annotations(data, source) if objects is None else objects
     except InputError:
         return None
     segments = [a.get("segmentation") for each in by_split.values() for a in each.coco["annotations"]]
     if not segments or not all(segments):
         return None
-    objects = {index: each for each in by_split.values() for index in each.images}
+    owner = {index: each for each in by_split.values() for index in each.images}
     first = next(iter(by_split.values()))
     classes = ["background", *(first.categories[k] for k in sorted(first.categories))]
     notes = list(dict.fromkeys(note for each in by_split.values() for note in each.notes))
     notes.append("masks are drawn from the outlines of objects; what has none is class 0, background")
-    names = {index: source.entries.names[index] for index in objects}
-    return DrawnMasks(names, classes, None, lambda name: b"", {}, notes, "", objects)
+    names = {index: source.entries.names[index] for index in owner}
+    return DrawnMasks(names, classes, None, lambda name: b"", {}, notes, "", owner)
 
 
 def _coco(files: AnnotationFiles, name: str) -> Coco:
@@ -563,10 +571,15 @@ def _coco(files: AnnotationFiles, name: str) -> Coco:
 
 
 def _as_decoded(
-    cocos: dict[str, Coco], images: dict[str, dict[int, int]], source: Source, *, shown: bool = False
+    cocos: dict[str, Coco],
+    images: dict[str, dict[int, int]],
+    source: Source,
+    known: dict[int, Seen] | None = None,
+    *,
+    shown: bool = False,
 ) -> dict[str, list[str]]:
     """Check annotations, leave out those without area, and turn what is drawn on the stored pixels of turned images; none
-    of them are where all are drawn on images as they are `shown`.
+    of them are where all are drawn on images as they are `shown`. `known`: what headers say, where they were read already.
 
     Returns:
         Notes, by file.
@@ -575,7 +588,7 @@ def _as_decoded(
     seen: dict[tuple[str, int], Seen] = {}
     sizes: dict[tuple[str, int], tuple[int, ...]] = {}
     for name, coco in cocos.items():
-        found = _seen(source, sorted(images[name]))
+        found = _seen(source, sorted(images[name])) if known is None else {k: known[k] for k in images[name]}
         seen |= {(name, images[name][index]): what for index, what in found.items()}
         for image in coco["images"]:
             key = (name, image["id"])
@@ -592,19 +605,19 @@ def _as_decoded(
     turned = set() if shown else _drawn_on_stored(turns, sizes)
     for name, coco in cocos.items():
         notes[name] = _exif_note("boxes", *(sum(file == name for file, _ in keys) for keys in (turns, turned)))
-        known = {image["id"]: image for image in coco["images"]}
+        listed = {image["id"]: image for image in coco["images"]}
         categories = {category["id"] for category in coco["categories"]}
-        for number, image in known.items():  # the size that boxes are drawn on
+        for number, image in listed.items():  # the size that boxes are drawn on
             orientation, size = seen.get((name, number), (1, sizes.get((name, number))))
             if size is not None:
                 upright = orientation < 5 or (name, number) in turned
                 image["height"], image["width"] = size if upright else size[::-1]
-        without = [a for a in coco["annotations"] if not _has_area(a, known, categories, name)]
+        without = [a for a in coco["annotations"] if not _has_area(a, listed, categories, name)]
         if without:
             first = without[0]
             notes[name].append(
                 f"{name}: {len(without):,} boxes without area are left out, the first: annotation {first.get('id')} "
-                f"({known[first['image_id']]['file_name']}) of {first['bbox'][2]} x {first['bbox'][3]} px"
+                f"({listed[first['image_id']]['file_name']}) of {first['bbox'][2]} x {first['bbox'][3]} px"
             )
         gone = {id(annotation) for annotation in without}
         coco["annotations"] = [a for a in coco["annotations"] if id(a) not in gone]
@@ -613,7 +626,7 @@ def _as_decoded(
                 _turn(annotation, *seen[name, annotation["image_id"]])
         for number, annotation in enumerate(coco["annotations"], start=1):
             annotation["id"] = number  # COCO's measure takes an id of 0, or one that occurs twice, for no match
-        for number, image in known.items():
+        for number, image in listed.items():
             if (name, number) in turned and seen[name, number][0] >= 5:
                 image["height"], image["width"] = image["width"], image["height"]
     return notes

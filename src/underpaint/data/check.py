@@ -2,8 +2,10 @@
 
 import csv
 import hashlib
+import itertools
 import math
 import shlex
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from underpaint.data.alike import CHUNK, NONE, difference_hash, near_groups
 from underpaint.data.annotations import CocoAnnotations, Masks, coco_annotations, masks_of
 from underpaint.data.decode import MAX_PIXELS, Unreadable, decode, read_header
 from underpaint.data.open import open_source
-from underpaint.data.parallel import ordered_map, spare_workers
+from underpaint.data.parallel import MANY, ordered_map, spare_workers
 from underpaint.data.sheets import alike_sheet, annotated_sheet
 from underpaint.data.sources.base import Source
 from underpaint.data.sources.tree import MaskFiles
@@ -24,6 +26,7 @@ from underpaint.data.splits import labelled_indices, labels_judge, pretraining_i
 from underpaint.errors import InputError
 from underpaint.files import AS_IT_IS, replacing, utf8, write_json
 
+WORTH = 15.0  # seconds in one process from which on it is worth the start of several
 HASHED = 100_000  # images compared for near-duplicates
 READ_MASKS = 200  # of which the classes are counted, evenly spread
 SHOWN_IMAGES, SHOWN_GROUPS = 16, 12  # on a sheet
@@ -71,13 +74,15 @@ def examine(
         why none); `tasks` (by name, the command, or why it cannot be done); `pictures` (files).
     """
     entries, chunks = source.entries, range(math.ceil(len(source.entries) / CHUNK))
-    workers = workers or spare_workers(len(entries))
     numbers = np.zeros((len(entries), 3), np.int32)  # height, width, channels; 0 where it cannot be read
     digests, hashes = np.zeros((len(entries), 2), np.uint64), np.zeros(len(entries), np.uint64)
     dtypes: Counter[str] = Counter()
     unreadable: list[dict[str, str]] = []
-    made = ordered_map(_Examine(source, max_pixels), chunks, workers)
-    index = 0
+    look, index, began = _Examine(source, max_pixels), 0, time.monotonic()
+    first = look(0)
+    if not workers and (time.monotonic() - began) * len(chunks) > WORTH:
+        workers = spare_workers(MANY)
+    made = itertools.chain([first], ordered_map(look, chunks[1:], workers))
     for results in progress(made, f"reading {len(entries):,} images, {CHUNK} at a time", len(chunks)):
         for result in results:
             if isinstance(result, str):
@@ -96,7 +101,8 @@ def examine(
     near = [[int(apart[p]) for p in group] for group in near_groups(hashes[apart])]
     classes = source.classes or []
     labels = np.bincount(entries.labels[entries.labels >= 0], minlength=len(classes)).tolist()
-    boxes, masks = _boxes(source), _masks(source)
+    boxes = _boxes(source)
+    masks = _masks(source, boxes)
     result = {
         "location": source.location,
         "notes": source.notes,
@@ -141,9 +147,9 @@ def _boxes(source: Source) -> dict[str, CocoAnnotations] | str:
         return str(error)
 
 
-def _masks(source: Source) -> Masks | str:
+def _masks(source: Source, boxes: dict[str, CocoAnnotations] | str) -> Masks | str:
     try:
-        return masks_of(source.location, source)
+        return masks_of(source.location, source, {} if isinstance(boxes, str) else boxes)
     except InputError as error:
         return str(error)
 

@@ -14,7 +14,8 @@ from underpaint.errors import InputError
 from underpaint.files import replacing, utf8
 
 SIDE, GAP, LINE = 256, 8, 16  # pixels: of a picture, between two, of a line of text
-COLUMNS = 4
+COLUMNS, LEGEND = 4, 40
+NOTHING = ([], ["background"], ["0"])  # what the first class is called where it is left without colour
 Colour = tuple[int, int, int]
 
 
@@ -43,20 +44,20 @@ def colour_of(number: int) -> Colour:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def sheet(pictures: Sequence[tuple[str, Image.Image]], path: Path, legend: Sequence[str], columns: int) -> None:
-    """Pictures with a caption each, in rows; below, the names that colours stand for."""
+def sheet(pictures: Sequence[tuple[str, Image.Image]], path: Path, legend: dict[int, str], columns: int) -> None:
+    """Pictures with a caption each, in rows; below, the names that the colours of classes stand for."""
     font = ImageFont.load_default(12)
     rows = -(-len(pictures) // columns)
     height = max(picture.height for _, picture in pictures)
     cell = (SIDE + GAP, height + LINE + GAP)
-    lines: list[list[tuple[int, str]]] = [[]]
+    lines: list[list[tuple[int, int, str]]] = [[]]
     x = GAP
-    for name in legend:
+    for number, name in legend.items():
         wide = 24 + round(font.getlength(name))
         if x + wide > columns * cell[0] and lines[-1]:
             lines.append([])
             x = GAP
-        lines[-1].append((x, name))
+        lines[-1].append((x, number, name))
         x += wide
     below = rows * cell[1] + GAP
     canvas = Image.new("RGB", (columns * cell[0] + GAP, below + (LINE + 2) * len(lines) * bool(legend)), "white")
@@ -65,13 +66,11 @@ def sheet(pictures: Sequence[tuple[str, Image.Image]], path: Path, legend: Seque
         left, top = GAP + k % columns * cell[0], GAP + k // columns * cell[1]
         canvas.paste(picture, (left, top + LINE))
         pen.text((left, top), _fitting(caption, font, SIDE), fill="black", font=font)
-    number = 0
     for k, line in enumerate(lines):
-        for x, name in line:
+        for x, number, name in line:
             top = below + k * (LINE + 2)
             pen.rectangle((x, top + 2, x + 10, top + 12), fill=colour_of(number))
             pen.text((x + 14, top), name, fill="black", font=font)
-            number += 1
     with replacing(path) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
 
@@ -94,29 +93,35 @@ def annotated_sheet(
     categories = sorted(found.categories) if found else []
     place = {category: number for number, category in enumerate(categories)}
     names = [found.categories[k] for k in categories] if found else list(masks.classes if masks else ())
-    pictures = []
+    pictures: list[tuple[str, Image.Image]] = []
+    used: set[int] = set()
     for index in indices:
         try:
             picture, size = picture_of(source, index)
             if masks is not None and index in masks.names and not boxes:
-                picture = _painted(picture, masks[index])
+                mask = masks[index]
+                painted = (mask >= 0) & (mask < max(len(names), 255)) & ((mask > 0) | (names[:1] not in NOTHING))
+                used.update(np.unique(mask[painted]).tolist())
+                picture = _painted(picture, mask, painted)
             if index in owner:
+                used.update(place[label] for label in owner[index].objects(index).labels.tolist())
                 picture = _with_objects(picture, size, owner[index], index, place)
         except (Unreadable, InputError):
             continue
         pictures.append((source.entries.names[index], picture))
     if pictures:
-        sheet(pictures, path, [utf8(name) for name in names[:24]], COLUMNS)
+        shown = {k: utf8(names[k]) if k < len(names) else str(k) for k in sorted(used)[:LEGEND]}
+        sheet(pictures, path, shown, COLUMNS)
 
 
-def _painted(picture: Image.Image, mask: np.ndarray) -> Image.Image:
-    values = Image.fromarray((mask % 256).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
-    numbers = np.asarray(values)
-    colours = np.array([(0, 0, 0), *(colour_of(k) for k in range(1, 256))], np.uint8)
-    painted = Image.fromarray(colours[numbers])
-    return Image.composite(
-        Image.blend(picture, painted, 0.5), picture, Image.fromarray(((numbers > 0) * 255).astype(np.uint8))
-    )
+def _painted(picture: Image.Image, mask: np.ndarray, painted: np.ndarray) -> Image.Image:
+    colours = np.array([colour_of(k) for k in range(256)], np.uint8)
+    small = [
+        Image.fromarray(values.astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
+        for values in (mask % 256, painted * 128)
+    ]
+    picture.paste(Image.fromarray(colours[np.asarray(small[0])]), (0, 0), small[1])
+    return picture
 
 
 def _with_objects(
@@ -150,4 +155,4 @@ def alike_sheet(
         blank = Image.new("RGB", (SIDE, 1), "white")
         pictures += [*row, *[("", blank)] * (shown - len(row))] if row else []
     if pictures:
-        sheet(pictures, path, (), shown)
+        sheet(pictures, path, {}, shown)

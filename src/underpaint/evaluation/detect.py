@@ -390,7 +390,7 @@ def boxed(context: Context) -> tuple[Boxed, Boxed]:
     train, test = (Boxed(images, found, [k for k in indices if k in images]) for found, indices in parts)
     if not train.indices or not test.indices:
         lacking = "train" if not train.indices else tested
-        raise InputError(f"{source.location}: none of the images that annotations/{lacking}.json lists is there")
+        raise InputError(f"{source.location}: none of the annotated images of {lacking} is there")
     say(f"boxes: {len(train.indices)} images to train on, {len(test.indices)} to test on")
     return train, test
 
