@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +19,7 @@ from PIL import Image
 from underpaint.backbones import from_arguments
 from underpaint.backbones.build import create_arguments, save_encoder
 from underpaint.evaluation.neighbourhood import Neighbours, clusters, directions, nearest, typicality
-from underpaint.exploring import _by_tsne, copies
+from underpaint.exploring import _by_tsne, copies, layout
 from underpaint.patches import Standardize
 
 COLOURS = {"blue": (60, 90, 200), "green": (60, 190, 90), "red": (200, 70, 60)}
@@ -242,3 +245,26 @@ def test_flat_images_are_copies_only_where_they_are_equal() -> None:
     near = Neighbours(np.asarray([[1, 2], [0, 2], [0, 1]]), np.zeros((3, 2), np.float32))
     flat = np.asarray([[10] * 8, [10] * 7 + [11], [90] * 8], np.uint8)
     assert copies(near, flat).tolist() == [0, 0, -1]
+
+
+def test_umap_gets_each_image_with_itself_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    class Umap:
+        def __init__(self, **settings: Any):
+            given.update(settings)
+
+        def fit_transform(self, x: np.ndarray) -> np.ndarray:
+            return x[:, :2]
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Umap))
+    x = directions(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)))
+    near = nearest(x, 4)
+    places, how = layout(x, near)
+    assert how == "UMAP"
+    assert places.shape == (30, 2)
+    ids, distances = given["precomputed_knn"]
+    assert given["n_neighbors"] == ids.shape[1] == 5
+    np.testing.assert_array_equal(ids[:, 0], np.arange(30))
+    np.testing.assert_array_equal(ids[:, 1:], near.ids)
+    assert not distances[:, 0].any()

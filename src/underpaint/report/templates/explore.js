@@ -75,7 +75,7 @@
         var at = place(k);
         pen.globalAlpha = pass ? 0.85 : 0.12;
         if (pictures.checked && pass) {
-          var from = where(k), side = Math.max(20, Math.min(tile[0], 900 * view[2]));
+          var from = where(k), side = Math.max(count > 2000 ? 12 : 20, Math.min(tile[0], 900 * view[2]));
           pen.globalAlpha = 1;
           pen.drawImage(sheets[Math.floor(k / tile[3])], from[0], from[1], tile[0], tile[1],
             at[0] - side / 2, at[1] - side / 2, side, side * tile[1] / tile[0]);
