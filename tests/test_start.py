@@ -34,6 +34,9 @@ def answers(commands: list[list[str]]) -> list[tuple[int, str, str, list[str]]]:
 
 
 def test_nothing_heavy_is_imported_to_help_to_list_or_to_complain(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "recipe.yaml").write_text("measured: {steps: 100}")
+    (tmp_path / "old" / "metrics.jsonl").write_text('{"step": 40, "loss": 0.5, "images_per_second": 300}\n')
     run = ["pretrain", str(pictures), "--out", str(tmp_path / "run")]
     asked = {
         "usage": ["--help"],
@@ -52,6 +55,7 @@ def test_nothing_heavy_is_imported_to_help_to_list_or_to_complain(pictures: Path
         "method.mask_ratio: 2; it must be above 0 and below 1": [*run, "--set", "method.mask_ratio=2"],
         "'mea' is no method": ["compare", str(pictures), "--methods", "mae,mea", "--minutes", "1", "--out", "x"],
         "here: no recipe.yaml here": ["report", "here"],
+        "old: stopped, step 40 of 100 (40%), 300 images/s, loss 0.500": ["watch", str(tmp_path / "old")],
         "there: no recipe.yaml": ["score", "there", str(pictures), "--out", "x.csv"],
         "runs/fisrt: no such encoder": ["embed", "runs/fisrt", str(pictures), "--out", "x.parquet"],
         "--task 'lineal': there are knn, linear": [

@@ -86,7 +86,7 @@ def test_a_run_leaves_what_is_promised(name: str, pictures: Path, tmp_path: Path
     assert set(lines[-1]["probe"]) >= {"linear", "linear_error", "attentive", "knn", "rank"}
     for file in (
         *("recipe.yaml", "environment.json", "encoder.safetensors", "encoder.json", "skipped.jsonl"),
-        *("report.html", "probes.json", "tensorboard", "pictures/restore-00000008.png"),
+        *("report.html", "probes.json", "tensorboard", "pictures/restore-00000008.webp"),
     ):
         assert (run.path / file).exists(), file
     probes = json.loads((run.path / "probes.json").read_text())

@@ -362,6 +362,17 @@ def _report(given: argparse.Namespace) -> None:
     print(write_report(given.run_folder))
 
 
+def _watch_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run_folder", metavar="RUN", type=Path)
+
+
+def _watch(given: argparse.Namespace) -> None:
+    from underpaint.console import say
+    from underpaint.report import watch
+
+    say(watch(given.run_folder))
+
+
 def _check_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("data", help="images, as for pretrain")
     made.add_argument("--out", type=Path, help="a folder: sheets of annotated and of alike images, and all as JSON")
@@ -453,6 +464,12 @@ COMMANDS = {
         "tokenizer photos/ --kind kmeans --image-size 64 --stride 8 --out words.safetensors",
         _tokenizer_takes,
         _tokenizer,
+    ),
+    "watch": _Command(
+        "where a run stands, in one line: step, speed, loss, probe, verdict so far, time left",
+        "watch runs/first",
+        _watch_takes,
+        _watch,
     ),
     "report": _Command(
         "write the HTML page of a run, an evaluation or a comparison", "report runs/first", _report_takes, _report

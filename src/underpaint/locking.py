@@ -45,6 +45,19 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def at_work(folder: Path) -> bool:
+    """Whether a process works in a folder, as far as its file system tells."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # nobody's to write to, or without locks
+        return _lives(_holder(folder)["process"]) if (folder / HOLDER).is_file() else False
+
+
 def holds_anything(folder: Path) -> bool:
     """Whether there is anything in a folder but what keeps others out of it."""
     return any(each.name not in (LOCK, HOLDER) for each in folder.iterdir())

@@ -51,6 +51,9 @@ from underpaint.train.schedules import Duration
 from underpaint.train.speed import out_of_memory, warm
 from underpaint.train.stepper import Stepper
 
+# images that are restored at each probe, and their pixels at most: the page holds all of these pictures
+PICTURED, PICTURED_SIDE = 4, 160
+
 
 def pretrain(
     data: str | Path,
@@ -96,9 +99,12 @@ def pretrain(
             stepper = decide(session)
             if stepper.compiled:
                 warm(stepper, session.first_batches(1)[0])
-            _train(session, stepper, resumed, stop_at)
-            if fabric.is_global_zero and stop_at is None:
-                _judge(session, untrained.to(fabric.device))
+            try:
+                _train(session, stepper, resumed, stop_at)
+                if fabric.is_global_zero and stop_at is None:
+                    _judge(session, untrained.to(fabric.device))
+            finally:
+                _write_page(session, going=False)
         fabric.barrier()
     return run
 
@@ -221,6 +227,7 @@ def _train(session: Session, stepper: Stepper, resumed: bool, stop_at: float | N
     going_on = training.resume() if resumed else training.start_anew()
     if going_on:
         session.shout(f"going on from step {training.at.step} of {measured['steps']}")
+        _write_page(session)
     if (before := measured.pop("steps_before", None)) is not None:
         if going_on and (note := warm_again(training.at.step, before, recipe)):
             session.shout(note)
@@ -253,12 +260,22 @@ def _batches(session: Session, training: Training) -> Callable[[int, int], Gener
     return lambda first, seed: session.batches(first, seed, note_skip)
 
 
+def _write_page(session: Session, going: bool = True) -> None:
+    """The page of where the run stands; no mistake in it costs the run anything."""
+    if session.fabric.is_global_zero:
+        try:
+            write_report(session.run.path, going)
+        except Exception as error:
+            say(f"note: report.html could not be written ({type(error).__name__}: {error})")
+
+
 def _watch(session: Session, stepper: Stepper) -> Watch:
     """What looks at a run while it trains: probe and picture, exported encoder, loggers."""
 
     def export() -> None:
         encoder = recalibrated(session, session.method.encoder)
         save_encoder(session.run.path, encoder, session.arguments, session.standardize, session.images.scaling)
+        _write_page(session)
 
     def divided(parts: int) -> None:
         session.recipe.measured["accumulation"] = parts
@@ -282,14 +299,15 @@ def _look(session: Session, step: int) -> dict[str, float]:
     """A probe and a picture of where the run stands; training's randomness is not touched."""
     method, standardize = session.method, session.standardize
     if isinstance(method, Restores):
-        images = standardize(session.suite.shown(session.fabric.device))
+        images = standardize(session.suite.shown(session.fabric.device)[:PICTURED])
         was = method.training
         method.eval()
         frames = method.restore(images)
         method.train(was)
         sheet(
             {caption: standardize.inverse(frame) for caption, frame in frames.items()},
-            session.run.path / "pictures" / f"restore-{step:08d}.png",
+            session.run.path / "pictures" / f"restore-{step:08d}.webp",
+            largest=PICTURED_SIDE,
         )
     return session.suite.quick(method.encoder, standardize)
 
@@ -305,7 +323,6 @@ def _judge(session: Session, untrained: Backbone) -> None:
     run.write_json("probes.json", report)
     mine, other = (recalibrated(session, each) for each in (encoder, untrained))
     write_visualizations(mine, other, suite, standardize, run.path / "pictures")
-    write_report(run.path)
     for line in run_text(run.path):
         session.shout(line)
     session.shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")

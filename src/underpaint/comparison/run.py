@@ -294,20 +294,19 @@ class Judging:
         return method.encoder
 
     def run(self, name: str, seed: int, untrained: Backbone) -> None:
-        """A method's run, and its page where it has none."""
+        """A method's run, and its page."""
         run = Run(self.folder / "runs" / f"{name}-{seed}")
         encoder, standardize = load_encoder(run.path), standardize_for(run.path)
         worth = self.judged(f"run-{name}", seed, partial(self.suite.worth, encoder, standardize, DRAWS))
         worths = self.found.worths
         worths.setdefault(name, []).append(worth)
-        if (run.path / "report.html").is_file():
-            return
-        known = {"encoder": worth, "untrained": worths["untrained encoder"][seed]}
-        known |= {key: worths[title][0] for key, title in FLOORS.items() if title in worths}
-        restoration = self.suite.restoration(load_method(run.path)[0], standardize)
-        run.write_json("probes.json", {"restoration": restoration} | self.suite.summary(known, encoder))
-        other = self.suite.recalibrate_bn(untrained, standardize)
-        write_visualizations(encoder, other, self.suite, standardize, run.path / "pictures")
+        if not (run.path / "pictures" / "looks.json").is_file():  # the last of what is found here
+            known = {"encoder": worth, "untrained": worths["untrained encoder"][seed]}
+            known |= {key: worths[title][0] for key, title in FLOORS.items() if title in worths}
+            restoration = self.suite.restoration(load_method(run.path)[0], standardize)
+            run.write_json("probes.json", {"restoration": restoration} | self.suite.summary(known, encoder))
+            other = self.suite.recalibrate_bn(untrained, standardize)
+            write_visualizations(encoder, other, self.suite, standardize, run.path / "pictures")
         write_report(run.path)
 
 

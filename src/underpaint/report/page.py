@@ -100,10 +100,10 @@ def picture(path: Path, limit: int, name: str = "") -> Picture | None:
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
-            image = opened.convert("RGB")
+            image, kind = opened.convert("RGB"), str(opened.format).lower()
     except BROKEN:
         return None
-    width, height, kind = *image.size, "png"
+    width, height = image.size
     while len(content) > limit:
         buffer = io.BytesIO()
         image.save(buffer, format="WEBP", quality=85)
@@ -116,11 +116,11 @@ def picture(path: Path, limit: int, name: str = "") -> Picture | None:
 class Seen:
     """What the features see: patches by colour, nearest neighbours and a map, those that there are."""
 
-    features: Picture | None
-    neighbours: Picture | None
-    map: Picture | None
-    labelled: bool  # whether neighbours of the same label are marked
-    sentences: Sequence[str]
+    features: Picture | None = None
+    neighbours: Picture | None = None
+    map: Picture | None = None
+    labelled: bool = False  # whether neighbours of the same label are marked
+    sentences: Sequence[str] = ()
 
     def __bool__(self) -> bool:
         return any((self.features, self.neighbours, self.map))

@@ -1,8 +1,9 @@
-"""A run folder as one page: what was learned, by which signal, and a verdict with what to change."""
+"""A run folder as one page: what to do with it, what was learned, by which signal, and what to change."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,13 @@ from underpaint.report.reading import (
     texts,
 )
 from underpaint.report.results import PROBES, Result, of_run, restoration_of
+from underpaint.report.standing import Standing, probes_of, standing
 from underpaint.report.tables import table, terminal
-from underpaint.report.verdict import MEASURABLE, Verdict, change_sentence, changes, judge
-from underpaint.report.words import capital, count_text, cut, points_text, time_text
+from underpaint.report.verdict import MEASURABLE, Decision, Verdict, change_sentence, changes, decide, judge
+from underpaint.report.words import capital, count_text, cut, points_text, short, time_text
 
 PICTURES = 12  # positions of the slider: more are not looked at
-RESTORATION_BYTES = PICTURE_BYTES // 2  # the rest is for what the features see
+RESTORATION_BYTES = PICTURE_BYTES * 5 // 8  # the rest is for what the features see
 TERMS = 6  # of the loss that are drawn
 
 
@@ -42,6 +44,10 @@ class RunPage:
 
     name: str
     facts: Mapping[str, str]
+    stands: Standing
+    left: str  # of training, while it goes on
+    written: int | None  # seconds since 1970, while it goes on
+    decision: Decision
     verdict: Verdict
     steps: int  # lines that were logged
     curves: tuple[Sequence[Markup], Sequence[Markup]]  # of training, large and small
@@ -57,8 +63,9 @@ class RunPage:
     environment: Mapping[str, object]
 
 
-def run_page(run: Path) -> RunPage:
-    """Everything there is to show of a run; whatever is missing or damaged is left out.
+def run_page(run: Path, going: bool | None = None) -> RunPage:
+    """Everything there is to show of a run; whatever is missing or damaged is left out. `going` says whether a process works
+    on it, where that is known.
 
     Raises InputError where the folder holds no run.
     """
@@ -66,9 +73,12 @@ def run_page(run: Path) -> RunPage:
     lines = read_lines(run / "metrics.jsonl")
     written = text_of(run / "recipe.yaml")
     recipe = read_yaml(written)
-    probes = read_json(run / "probes.json")
+    stands = standing(run, lines, recipe, going)
+    probes = probes_of(run, stands)
     result = of_run(probes, lines)
-    frames, broken = restorations(run / "pictures")
+    found = judge(lines, result, recipe)
+    moment = moments(lines)
+    frames, broken = restorations(run / "pictures", lines, moment)
     last = lines[-1] if lines else {}
     steps = [line for line in lines if math.isfinite(number(line, "step"))]
     known = {name: text(recipe, section, key) for name, (section, key) in FACTS.items()}
@@ -76,16 +86,21 @@ def run_page(run: Path) -> RunPage:
     return RunPage(
         name=run.resolve().name,
         facts=known | {"time": time_text(number(last, "seconds"))},
-        verdict=judge(lines, result, recipe),
+        stands=stands,
+        left=time_text(stands.left),
+        written=round(time.time()) if stands.word == "going" else None,
+        decision=decide(found, lines, result, stands),
+        verdict=found,
         steps=len(steps),
-        curves=training_plots(steps),
+        curves=training_plots(steps, moment),
         sentences=worth_sentences(result),
         result=result,
-        probes=probe_plots(probe_lines(steps)),
+        probes=probe_plots(probe_lines(steps), moment),
         restored=restoration_of({text(recipe, "method", "name"): probes.get("restoration")}),
         frames=frames,
         broken=broken,
-        seen=seen(run / "pictures", PICTURE_BYTES - RESTORATION_BYTES),
+        # of the end: what another run's end, or that of a shorter one, looked like is not shown
+        seen=seen(run / "pictures", PICTURE_BYTES - RESTORATION_BYTES) if stands.word == "finished" else Seen(),
         skipped=[(text(one, "path") or "?", text(one, "reason")) for one in read_lines(run / "skipped.jsonl")],
         recipe=cut(written),
         environment=read_json(run / "environment.json"),
@@ -93,11 +108,16 @@ def run_page(run: Path) -> RunPage:
 
 
 def run_text(run: Path) -> list[str]:
-    """What a terminal shows at the end of a run: the page's table of probes, its sentences, and notes."""
-    probes = read_json(run / "probes.json")
-    result = of_run(probes, read_lines(run / "metrics.jsonl"))
-    said = worth_sentences(result)
-    if init := at(read_yaml(text_of(run / "recipe.yaml")), "init"):
+    """What a terminal shows at the end of a run: the page's table of probes, its sentences, what to do, and notes."""
+    probes, lines, recipe = (
+        read_json(run / "probes.json"),
+        read_lines(run / "metrics.jsonl"),
+        read_yaml(text_of(run / "recipe.yaml")),
+    )
+    result = of_run(probes, lines)
+    decision = decide(judge(lines, result, recipe), lines, result, standing(run, lines, recipe))
+    said = [*worth_sentences(result), f"{decision.headline}. {decision.sentence}"]
+    if init := at(recipe, "init"):
         said.insert(0, f"Untrained is the encoder that it started from, {init}.")
     if not result.row("pretrained")["linear"].known:
         return [*said, "No labels: give --labels to know what the encoder is worth.", *texts(probes, "notes")]
@@ -107,7 +127,19 @@ def run_text(run: Path) -> list[str]:
 FACTS = {"method": ("method", "name"), "encoder": ("encoder", "name"), "data": ("data", "path")}  # of the recipe
 
 
-def training_plots(lines: Lines) -> tuple[list[Markup], list[Markup]]:
+def moments(lines: Lines) -> Callable[[float | int], str]:
+    """What is said of a step: its number, and the time of training until then."""
+    known = [line for line in lines if math.isfinite(number(line, "step") + number(line, "seconds"))]
+    steps, seconds = column(known, "step"), column(known, "seconds")
+
+    def moment(step: float | int) -> str:
+        spent = time_text(float(np.interp(step, steps, seconds))) if len(steps) else ""
+        return f"step {count_text(step)}" + (f", {spent}" if spent else "")
+
+    return moment
+
+
+def training_plots(lines: Lines, moment: Callable[[float | int], str]) -> tuple[list[Markup], list[Markup]]:
     """The curves of training: the loss and its terms, and small ones of what tells how it went."""
     lines = [line for line in lines if number(line, "step") > 0]  # before the first step nothing is measured
     steps = column(lines, "step").tolist()
@@ -120,12 +152,12 @@ def training_plots(lines: Lines) -> tuple[list[Markup], list[Markup]]:
     if loss := curve("loss", "loss"):
         against = curve("trivial baseline", "terms", "baseline")
         title = "Loss against its trivial baseline" if against else "Loss"
-        large.append(line_plot([loss], x_label="step", y_label="loss", title=title, baseline=against))
+        large.append(line_plot([loss], x_label="step", y_label="loss", title=title, baseline=against, moment=moment))
     names = dict.fromkeys(name for line in lines for name in mapping(line, "terms") if name != "baseline")
     terms = [term for name in names if (term := curve(name, "terms", name))][:TERMS]
     if len(terms) > 1:
         title = "What the loss is made of"
-        large.append(line_plot(terms, x_label="step", y_label="term of the loss", title=title))
+        large.append(line_plot(terms, x_label="step", y_label="term of the loss", title=title, moment=moment))
     for title, unit, key, scale in (
         ("Learning rate", "learning rate", "lr", 1.0),
         ("Gradient norm", "norm, all weights", "gradient_norm", 1.0),
@@ -133,7 +165,8 @@ def training_plots(lines: Lines) -> tuple[list[Markup], list[Markup]]:
         ("Speed", "images per second", "images_per_second", 1.0),
     ):
         if line := curve(title, key, scale=scale):
-            small.append(line_plot([line], x_label="step", y_label=unit, title=title, small=True, from_zero=True))
+            how = {"small": True, "from_zero": True, "moment": moment}
+            small.append(line_plot([line], x_label="step", y_label=unit, title=title, **how))
     return large, small
 
 
@@ -156,7 +189,7 @@ def worth_sentences(result: Result) -> list[str]:
     return said
 
 
-def probe_plots(lines: Lines) -> list[Markup]:
+def probe_plots(lines: Lines, moment: Callable[[float | int], str]) -> list[Markup]:
     """Each probe over training, against the untrained encoder; of the lines at which a probe ran."""
     steps = column(lines, "step").tolist()
     made = []
@@ -176,19 +209,24 @@ def probe_plots(lines: Lines) -> list[Markup]:
                 y_label="dimensions" if key == "rank" else "accuracy (%)",
                 title=f"{name if key == 'knn' else capital(name)} over training",
                 baseline=untrained,
+                moment=moment,
             )
         )
     return made
 
 
-def restorations(folder: Path) -> tuple[list[Picture], int]:
-    """Up to `PICTURES` of a run by step, evenly spaced, the first and the last among them; and how many are broken."""
-    paths = {
-        int(match[1]): path for path in folder.glob("restore-*.png") if (match := re.search(r"-(\d+)$", path.stem))
-    }
+def restorations(folder: Path, lines: Lines, moment: Callable[[float | int], str]) -> tuple[list[Picture], int]:
+    """Up to `PICTURES` of a run by step, evenly spaced, the first and the last among them, each named by its step, time and
+    loss; and how many are broken."""
+    paths = {int(match[1]): path for path in folder.glob("restore-*.*") if (match := re.search(r"-(\d+)$", path.stem))}
+    losses = {number(line, "step"): number(line, "loss") for line in lines}
     steps = sorted(paths)
     if len(steps) > PICTURES:
         steps = [steps[round(index * (len(steps) - 1) / (PICTURES - 1))] for index in range(PICTURES)]
-    found = [picture(paths[step], RESTORATION_BYTES // len(steps), str(step)) for step in steps]
+    found = []
+    for step in steps:
+        loss = losses.get(step, math.nan)
+        name = moment(step) + (f", loss {short(loss)}" if math.isfinite(loss) else "")
+        found.append(picture(paths[step], RESTORATION_BYTES // len(steps), name))
     frames = [one for one in found if one]
     return frames, len(found) - len(frames)

@@ -1,4 +1,5 @@
-"""Whether a run is learning, stalled, collapsed or starved of data, by which signal, and what to change.
+"""Whether a run is learning, stalled, collapsed or starved of data, by which signal, and what to change; and what follows
+for somebody who has to decide: use it, train longer, or do not use it.
 
 A difference below two standard errors is said not to be measurable. One above is told with its error, which is that of
 the test images alone, and is not called measurable: of one run it is not known what another seed would give.
@@ -17,13 +18,13 @@ from underpaint.report.reading import (
     finite,
     mean,
     number,
-    read_json,
     read_lines,
     read_yaml,
     require_run,
     text_of,
 )
 from underpaint.report.results import PROBES, Result, Value, of_run
+from underpaint.report.standing import Standing, probes_of, standing
 from underpaint.report.words import points_text, short
 
 # The verdict's thresholds.
@@ -40,6 +41,7 @@ NO_GRADIENT = 1e-8  # below it, no precision moves a weight
 CONSTANT = 0.01  # of the loss: what differs between batches when the model no longer looks at them
 TRIVIAL = "its trivial baseline"
 FEW_LINES = 8  # log lines: with fewer, a quarter of the run is one number
+EARLY = 0.25  # share of a run, before which a loss that does not fall yet is waited for
 
 
 class Verdict(NamedTuple):
@@ -53,8 +55,87 @@ class Verdict(NamedTuple):
 def verdict(run: Path) -> Verdict:
     """Whether a run is learning, stalled, collapsed or starved of data, by which signal, and what to change."""
     require_run(run)
-    lines = read_lines(run / "metrics.jsonl")
-    return judge(lines, of_run(read_json(run / "probes.json"), lines), read_yaml(text_of(run / "recipe.yaml")))
+    lines, recipe = read_lines(run / "metrics.jsonl"), read_yaml(text_of(run / "recipe.yaml"))
+    return judge(lines, of_run(probes_of(run, standing(run, lines, recipe)), lines), recipe)
+
+
+class Decision(NamedTuple):
+    """What to do with a run, and why, in a sentence; the verdict beside it holds the signals. `advice` is what to do next,
+    where there is something."""
+
+    word: Literal["use", "longer", "leave", "label", "wait", "stop"]
+    sentence: str
+    advice: str = ""
+
+    @property
+    def headline(self) -> str:
+        return HEADLINES[self.word]
+
+
+HEADLINES = {
+    "use": "Use it",
+    "longer": "Train longer",
+    "leave": "Do not use it",
+    "label": "Label some images first",  # nobody can say yet
+    "wait": "Let it go on",
+    "stop": "Stop it",
+}
+NOTHING = {  # of what came to nothing, by the word of its verdict
+    "collapsed": "Its features hardly tell images apart any more.",
+    "stalled": "It has learned nothing of the images: its loss is no lower than what constant answers reach.",
+}
+LOWER = "Its loss falls, but is not yet below what constant answers reach, so nothing of the images is learned yet."
+SOON = "It has learned nothing of the images yet; it is too early to say more."
+STARVED = "The device waited for data most of the time, so few images were seen for the time that it took."
+
+
+def decide(found: Verdict, lines: Lines, result: Result, stands: Standing) -> Decision:
+    """What follows from a verdict, and from the probes, for who has to decide."""
+    loss = column([line for line in lines if number(line, "step") > 0], "loss")
+    diverged = len(loss) > 0 and not math.isfinite(loss[-1])
+    falling = is_falling(loss)
+    hopeful = found.word == "stalled" and not diverged and (falling or not len(loss))
+    early = found.word == "stalled" and not diverged and not stands.share >= EARLY
+    nothing = "Its loss is not finite any more." if diverged else NOTHING.get(found.word, "")
+    if stands.word == "going":
+        if nothing and not hopeful and not early:
+            return Decision("stop", nothing, found.advice)
+        if found.word == "starved":
+            return Decision("wait", STARVED, found.advice)
+        yet = LOWER if hopeful and len(loss) else SOON
+        return Decision("wait", yet if nothing else "It learns; what it is worth is told at its end.")
+    if stands.word == "stopped" and (not nothing or hopeful or early):
+        return Decision("longer", "It stopped before its end.", START_AGAIN)
+    if hopeful and len(loss):
+        return Decision("longer", LOWER, found.advice)
+    if nothing:
+        return Decision("leave", nothing, found.advice)
+    if found.word == "starved":
+        return Decision("longer", STARVED, found.advice)
+    return worth_decision(result, falling)._replace(advice=found.advice)
+
+
+def worth_decision(result: Result, falling: bool) -> Decision:
+    """Of a run that learned, by what its features are worth under the linear and the attentive probe: the nearest neighbours
+    of methods that restore are poor, whatever their features serve for."""
+    gains = {name: result.gain("pretrained", name) for name in ("linear", "attentive")}
+    moved = {name: gain.sigmas for name, gain in gains.items() if gain.known}
+    more = " Its loss was still falling, so more may come of it." if falling else ""
+    if not moved:
+        return Decision(
+            "label", "It learned to restore images; whether its features serve, only labelled images can tell."
+        )
+    if fell := [name for name, sigmas in moved.items() if sigmas <= -MEASURABLE]:
+        return Decision("leave", f"Under the {PROBES[fell[0]]} it is worse than before training.")
+    if not (rising := [name for name, sigmas in moved.items() if sigmas >= MEASURABLE]):
+        nothing = "Nothing measurable was gained over the untrained encoder"
+        return Decision("longer", f"{nothing} yet.{more}") if falling else Decision("leave", f"{nothing}.")
+    better = f"Under the {PROBES[rising[0]]} it is better than before training"
+    own = result.row("pretrained")["linear"]
+    below = [name for name in ("HOG", "raw pixels") if own.minus(result.row(name)["linear"]).sigmas <= -MEASURABLE]
+    if below:
+        return Decision("longer", f"{better}, but not as good as a linear model on {below[0]}, which needs no network.")
+    return Decision("use", f"{better}.{more}")
 
 
 def judge(lines: Lines, result: Result, recipe: object) -> Verdict:
@@ -93,6 +174,10 @@ def judge(lines: Lines, result: Result, recipe: object) -> Verdict:
     return Verdict("learning", f"{story} {worth}", learning_advice(falling, gains))
 
 
+PUBLIC = (
+    "Public weights are often better where images are few: "
+    "`underpaint evaluate RUN --data LABELLED --task linear --beside timm:NAME` compares."
+)
 START_AGAIN = "Run the same command again; it goes on from the last checkpoint, or from the start where there is none."
 NOT_FINITE = "and use `--precision bf16` or `32` if it was `16`; the last good checkpoint is kept."
 COLLAPSED = "or warm it up longer, and start anew: a collapsed encoder does not recover."
@@ -144,7 +229,7 @@ def learning_advice(falling: bool, gains: dict[str, Value]) -> str:
     if not gains:
         advice = "Give labelled images (`--labels`) to learn whether the features are any good."
     elif next(iter(gains.values())).sigmas >= MEASURABLE:
-        advice = "" if longer else "Nothing needs to change."
+        advice = PUBLIC
     else:
         advice = "Compare with public weights (`--init timm:NAME`), which are often better where images are few."
     return " ".join(part for part in (longer, advice) if part)

@@ -1,4 +1,4 @@
-"""Sheets of small pictures with captions, as PNG."""
+"""Sheets of small pictures with captions."""
 
 import colorsys
 from collections.abc import Sequence
@@ -24,26 +24,32 @@ def sheet(
     path: Path,
     smallest: int = 96,
     legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
+    largest: int | None = None,
 ) -> None:
-    """Write one picture: a row an image, a column a frame, with a caption of one line or more; below, what the colours
-    of `legend` mean. Small images are enlarged to `smallest` px."""
+    """Write one picture, PNG or WebP by its name: a row an image, a column a frame, with a caption of one line or more;
+    below, what the colours of `legend` mean. Small images are enlarged to `smallest` px, large ones reduced to `largest`."""
     frames = {caption: to_rgb(images) for caption, images in columns.items()}
     count, height, width, _ = next(iter(frames.values())).shape
     scale = max(1, -(-smallest // min(height, width)))
     lines = max(caption.count("\n") for caption in frames) + 1
+    how = Image.Resampling.NEAREST
     height, width, gap, top = height * scale, width * scale, 6, 5 + 17 * lines
+    if largest is not None and (longer := max(height, width)) > max(largest, smallest):
+        height, width = (max(1, round(side * largest / longer)) for side in (height, width))
+        how = Image.Resampling.BOX
     canvas = Image.new("RGB", (len(frames) * (width + gap) + gap, top + count * (height + gap)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for column, (caption, pictures) in enumerate(frames.items()):
         left = gap + column * (width + gap)
         pen.text((left, 2), caption, fill="black", font=font)
         for row, picture in enumerate(pictures):
-            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            tile = Image.fromarray(picture).resize((width, height), how)
             canvas.paste(tile, (left, top + row * (height + gap)))
     if legend:
         canvas = _with_legend(canvas, legend)
+    kind = {"format": "WEBP", "quality": 85} if path.suffix == ".webp" else {"format": "PNG", "optimize": True}
     with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG", optimize=True)
+        canvas.save(temporary, **kind)
 
 
 def _with_legend(canvas: Image.Image, legend: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:

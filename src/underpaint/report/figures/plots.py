@@ -1,14 +1,16 @@
 """One look for every plot: colours that survive colour blindness, labelled axes, text that follows the page.
 
 A plot is SVG to put inside a page, marked as such. Its text and axes are `currentColor`, so that they turn light where
-the page turns dark, and its background is transparent.
+the page turns dark, and its background is transparent. What the page's script shows where a pointer is, lies in
+`data-lines`.
 """
 
 import hashlib
 import io
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +75,7 @@ def line_plot(
     small: bool = False,
     from_zero: bool = False,
     log: bool = False,
+    moment: Callable[[float | int], str] | None = None,
 ) -> Markup:
     """Lines over a shared axis, as SVG text for inlining.
 
@@ -83,16 +86,19 @@ def line_plot(
     - `small`: for plots that stand beside a large one.
     - `log`: equal steps along `x` are equal factors; the ticks are where points are.
     - `from_zero`: the axis of `y` starts at 0, for quantities whose zero means something.
+    - `moment`: what is said of an `x` where a pointer is; its number where None.
 
     **Returns** an `<svg>` element without a namespace, which only HTML understands.
     """
     with matplotlib.rc_context({**STYLE, "font.size": 9 if small else 10}):
         figure = Figure(figsize=SMALL if small else WIDE, layout="constrained")
         axes = figure.add_subplot()
-        for position, line in enumerate(series):
-            _draw(axes, thin(line), PALETTE[position % len(PALETTE)], MARKERS[position % len(MARKERS)])
+        lines = [(PALETTE[position % len(PALETTE)], thin(line)) for position, line in enumerate(series)]
+        for position, (colour, line) in enumerate(lines):
+            _draw(axes, line, colour, MARKERS[position % len(MARKERS)])
         if baseline is not None:
-            _draw_baseline(axes, thin(baseline))
+            lines.append((FOREGROUND, thin(baseline)))
+            _draw_baseline(axes, lines[-1][1])
         axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -113,7 +119,36 @@ def line_plot(
             figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize="small")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return inline(buffer.getvalue(), title)
+    return inline(buffer.getvalue(), title, _hover(axes, lines, moment or (lambda x: f"{x_label} {number_text(x)}")))
+
+
+def _hover(axes: Any, drawn: Sequence[tuple[str, Line]], moment: Callable[[float | int], str]) -> dict[str, Any]:
+    """What the script needs: places in the plot and numbers of every line, and what is said of each `x`."""
+    height = axes.figure.get_figheight() * 72
+
+    def places(x: Sequence[float | int], y: Sequence[float | int]) -> np.ndarray:
+        at = axes.transData.transform(np.stack([np.asarray(x, float), np.asarray(y, float)], 1)) * 72 / axes.figure.dpi
+        return np.nan_to_num(np.stack([at[:, 0], height - at[:, 1]], 1).round(1))
+
+    lines = []
+    for colour, line in drawn:
+        known = [k for k, y in enumerate(line.y) if math.isfinite(y) and math.isfinite(line.x[k])]
+        x, y = [line.x[k] for k in known], [line.y[k] for k in known]
+        errors = [math.nan if line.error is None else line.error[k] for k in known]
+        at = places(x, y)
+        made: dict[str, Any] = {
+            "name": line.name,
+            "colour": colour.lower(),
+            "x": at[:, 0].tolist(),
+            "y": at[:, 1].tolist(),
+        }
+        made["value"] = [value_text(*pair) for pair in zip(y, errors, strict=True)]
+        made["said"] = [moment(value) for value in x]
+        if lines and made["x"] == lines[0]["x"]:  # said once, where all have the same moments
+            del made["x"], made["said"]
+        lines.append(made)
+    (_, bottom), (_, top) = axes.bbox.get_points() * 72 / axes.figure.dpi
+    return {"top": round(height - top, 1), "bottom": round(height - bottom, 1), "lines": lines}
 
 
 @dataclass(frozen=True)
@@ -204,15 +239,20 @@ def number_text(value: float | int) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def inline(svg: str, title: str) -> Markup:
-    """Matplotlib's SVG file as an element of a page: in the page's colour and font, with names of its own."""
+def value_text(value: float | int, error: float | int) -> str:
+    """A number where a pointer is, with its error where that is known."""
+    return f"{number_text(value)} ± {number_text(float(f'{error:.2g}'))}" if error > 0 else number_text(value)
+
+
+def inline(svg: str, title: str, hover: dict[str, Any] | None = None) -> Markup:
+    """Matplotlib's SVG file as an element of a page: in the page's colour and font, with names of its own. `hover` is what
+    the page's script shows of it."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)  # matplotlib repeats each text in a comment
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = svg.replace(FOREGROUND, "currentColor")
-    # the one colour too dark for a dark page, which may give another
-    svg = svg.replace(PALETTE[0].lower(), f"var(--blue, {PALETTE[0]})")
+    told = json.dumps(hover, separators=(",", ":")).replace("&", "&amp;").replace("<", "&lt;").replace("'", "&#39;")
+    told = "" if hover is None else f""" tabindex="0" data-lines='{told}'"""
     svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)  # matplotlib 3.10
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # matplotlib 3.11
     svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)  # it would style the whole page
@@ -222,5 +262,10 @@ def inline(svg: str, title: str) -> Markup:
     svg = re.sub(r'href="#', f'href="#p{name}-', svg)
     svg = svg.replace("url(#", f"url(#p{name}-")
     # the style sheet gives the size, so that a plot shrinks with its column
-    svg = re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', r'<svg class="plot" role="img" viewBox="\1">', svg, count=1)
-    return Markup(svg.replace(">", f"><title>{escape(title)}</title>", 1).strip())
+    svg = re.sub(
+        r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', r'<svg class="plot" role="img" viewBox="\1" HOVER>', svg, count=1
+    )
+    svg = svg.replace(">", f"><title>{escape(title)}</title>", 1).replace(" HOVER>", f"{told}>", 1)
+    # the one colour too dark for a dark page, which may give another
+    svg = svg.replace(FOREGROUND, "currentColor").replace(PALETTE[0].lower(), f"var(--blue, {PALETTE[0]})")
+    return Markup(svg.strip())
