@@ -348,7 +348,7 @@ def next_commands(recipe: Recipe, run: Run, labelled: bool) -> list[str]:
         f"underpaint.standardize_for(run); print(encoder(transform(torch.rand{shape})).pooled.shape)"
     )
     return [
-        "next:",
+        f"next: look at the page, {'judge it by all labels' if labelled else 'write feature vectors'}, use it in Python:",
         f"  {python} -m webbrowser {shlex.quote(page)}",
         f"  underpaint {use}",
         f"  {python} -c {shlex.quote(code)}",
