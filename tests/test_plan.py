@@ -13,6 +13,8 @@ from forked import CommandLine
 from PIL import Image
 
 from underpaint.config import PLANNED, Recipe
+from underpaint.methods import METHODS
+from underpaint.prepare import construct
 from underpaint.recipes.plan import Looked, Machine, Plan, plan, vit_flops
 from underpaint.recipes.recipe import checked
 from underpaint.recipes.request import laid_over
@@ -124,6 +126,16 @@ def test_what_is_said_is_kept(said: dict[str, Any], family: str, machine: Machin
             or not (recipe.data.image_size[0] % patch or recipe.data.image_size[1] % patch)
             or ("data.image_size" in said)
         )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    "said", [{}, {"encoder.depth": 2}, {"encoder.patch_size": 6}, {"encoder.name": "vit_tiny_patch16_224"}]
+)
+def test_what_is_planned_can_be_built(method: str, said: dict[str, Any]) -> None:
+    """Settings that were tuned for one network do not follow into another."""
+    construct(recipe_of({"method.name": method, **said}, FRAMES))
 
 
 @pytest.mark.quick

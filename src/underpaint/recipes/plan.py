@@ -134,7 +134,7 @@ def plan(said: Mapping[str, Any], looked: Looked, machine: Machine, family: str 
     why_method = "as asked"
     if method is None:
         method, why_method = _method(machine, shown / choice.speed / 60, min(choice.size), family)
-    base = _base(method, choice.network, family)
+    base = _base(method, choice.network, family, choice.patch)
     batch, why_batch = _batch(said, looked, machine, shown, base, choice.network)
     settings = plain(base)
     settings["encoder"] = {**choice.network.encoder}
@@ -293,7 +293,10 @@ def _network_said(said: Mapping[str, Any]) -> Network:
     }
     name = encoder.setdefault("name", AnyEncoder.name)
     width, depth = next((sizes for word, sizes in WIDTHS.items() if word in name), WIDTHS["small"])
-    width, depth = int(encoder.get("embed_dim") or width), int(encoder.get("depth") or depth)
+    width, depth = (
+        own if isinstance(own := encoder.get(setting), int) and own > 0 else known
+        for setting, known in (("embed_dim", width), ("depth", depth))
+    )
     like = next((each for each in NETWORKS if each.width <= width and each.depth <= depth), NETWORKS[-1])
     return replace(like, encoder=encoder, width=width, depth=depth, needs=NETWORKS[-1].needs)
 
@@ -337,20 +340,26 @@ def _length(
     return shown, {"minutes": CPU_MINUTES}, "a first answer on a CPU"
 
 
-def _base(method: str, network: Network, family: str) -> Recipe:
+def _base(method: str, network: Network, family: str, patch: int | None) -> Recipe:
     """The shipped recipe for a method and a network of this size, else one of its neighbours', else defaults."""
     scales = [network.scale, *(["tiny-32"] if network.scale == "small-64" else [])] if family == "vit" else []
     for scale in scales:
         if (found := RECIPES.get(f"{method}-{scale}")) is not None:
             recipe = found()
-            small = network.scale == "small-64" and scale == "tiny-32"
-            return replace(recipe, method={"name": method}) if small else recipe
-    recipe = Recipe(method={"name": method})
+            # settings of the method were tuned for this network, not for any of about its size
+            own = scale == network.scale and any(_alike(each.encoder, network.encoder) for each in NETWORKS)
+            fits = own and (patch or 0) % recipe.method.get("stride", 1) == 0  # CIM's words
+            return recipe if fits else replace(recipe, method={"name": method}, encoder={})
+    recipe = Recipe(method={"name": method}, encoder={})
     if family != "vit" and method == "cim":
         recipe.optimiser = RECIPES["cim-resnet-32"]().optimiser
     else:
         recipe.optimiser.lr = network.lr
     return recipe
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return {**one, "patch_size": 0} == {**other, "patch_size": 0}
 
 
 def _rate(said: Mapping[str, Any], looked: Looked, network: Network, batch: int, base: Recipe) -> float:
