@@ -18,6 +18,7 @@ from PIL import Image
 
 from underpaint.backbones import from_arguments
 from underpaint.backbones.build import create_arguments, save_encoder
+from underpaint.evaluation.bundle import open_bundle
 from underpaint.evaluation.neighbourhood import Neighbours, clusters, directions, nearest, typicality
 from underpaint.exploring import _by_tsne, copies, layout
 from underpaint.patches import Standardize
@@ -216,7 +217,14 @@ def test_embed_writes_patches(server: CommandLine, encoder: Path, unlabelled: Pa
     assert patches.shape == (46, 4, 2, 32)
     vectors = np.asarray(table["vector"].to_pylist())
     np.testing.assert_allclose(patches.astype(np.float64).mean((1, 2)), vectors, atol=2e-3)
-    assert np.abs(patches[:, 0] - patches[:, -1]).max() > 0.05  # rows differ
+    # by hand: one image, cut as evaluation cuts it, its tokens row by row
+    bundle = open_bundle(str(encoder), image_size=(32, 16))
+    with Image.open(unlabelled / table["path"][5].as_py()) as opened:
+        pixels = torch.from_numpy(np.asarray(opened.convert("RGB"))[:, 8:24].copy()).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        tokens = bundle.encoder(bundle.standardize(pixels)).patches[0].reshape(4, 2, 32).numpy()
+    np.testing.assert_allclose(patches[5], tokens, atol=2e-3)
+    assert np.abs(tokens[0] - tokens[-1]).max() > 0.05
 
 
 # -- the parts ----------------------------------------------------------------------------------------------------------

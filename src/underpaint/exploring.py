@@ -82,11 +82,15 @@ def explore(
     check_writable(folder)
     said = None if predictions is None else _predictions(Path(predictions))
     source = open_source(data)
+    for note in source.notes:
+        say(note)
     chosen = np.arange(len(source.entries))
     if len(chosen) > MOST:
         say(f"{len(chosen):,} images: {MOST:,} of them, drawn at random, are explored")
         chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:MOST])
     bundle = open_bundle(str(encoder), image_size=image_size).scaled(source, chosen)
+    for note in bundle.notes:
+        say(note)
     found, how = _known(bundle, source, chosen, said)
     facts = {"encoder": bundle.name, "images": f"{len(found.names):,} of {data}", "map": how}
     try:

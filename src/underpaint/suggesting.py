@@ -68,12 +68,16 @@ def suggest(
     if count < 1:
         raise InputError(f"--count {count}: must be at least 1")
     source = open_source(data)
+    for note in source.notes:
+        say(note)
     chosen = pretraining_indices(source, all_images=True)
     said = None if labels is None else _labels(Path(labels))
     if len(chosen) > MOST_IMAGES:
         say(f"{len(chosen):,} images: the choice is among {MOST_IMAGES:,} of them, drawn at random")
         chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:MOST_IMAGES])
     bundle = open_bundle(str(encoder), image_size=image_size).scaled(source, chosen)
+    for note in bundle.notes:
+        say(note)
     images = bundle.images(source, chosen)
     features = stored_features(bundle, Split(images, range(len(images))), with_patches=False)
     names = [images.names[k] for k in features.samples]
