@@ -336,7 +336,14 @@ def _named(found: Known, predicted: bool) -> list[Named]:
         differ = [k for k in range(len(label)) if label[k] is not None and guess[k] not in (None, label[k])]
         known = sum(each is not None for each in label)
         who = "the prediction" if predicted else "that of most of its ten nearest neighbours"
-        text = f"{len(differ):,} of {known:,} labels are not {who}: look here for wrong labels. The least odd images first."
-        first = sorted(differ, key=lambda k: found.oddness[k])[:ODD]
+        text = f"{len(differ):,} of {known:,} labels are not {who}"
+        text += (
+            ": look here for wrong labels. "
+            if 2 * len(differ) < known
+            else ": this encoder hardly tells the classes apart. "
+        )
+        text += "Those first whose neighbours have the other label most often."
+        against = {k: sum(label[other] == guess[k] for other in found.near.ids[k, :10]) for k in differ}
+        first = sorted(differ, key=lambda k: -against[k])[:ODD]
         sections.append(("Unlike their label", text, [("", [(k, f"{label[k]}, not {guess[k]}?") for k in first])]))
     return sections
