@@ -27,7 +27,9 @@ def small(name: str) -> Recipe:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["pretrain", "compare", "evaluate", "predict", "embed", "restore", "score", "recipe"])
+@pytest.mark.parametrize(
+    "name", ["pretrain", "compare", "evaluate", "predict", "embed", "explore", "suggest", "restore", "score", "recipe"]
+)
 def test_a_command_is_a_function_that_tells_what_it_takes(name: str) -> None:
     function = getattr(underpaint, name)
     parameters = inspect.signature(function).parameters.values()
