@@ -335,7 +335,7 @@ def test_published_recipes_run(run: Path, pictures: Path, tmp_path: Path, recipe
     assert found["recipe"]["optimiser"] == ("lamb" if recipe.startswith("rsb") else "adamw")
 
 
-def test_segmentation(run: Path, scenes: Path, tmp_path: Path) -> None:
+def test_segmentation(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "masks"
     arguments = ["evaluate", str(run), "--data", str(scenes), "--task", "segment", "--out", str(out)]
     assert main([*arguments, "--set", "steps=150", "--set", "batch_size=4", "--set", "channels=16"]) == 0
@@ -352,6 +352,9 @@ def test_segmentation(run: Path, scenes: Path, tmp_path: Path) -> None:
         "untrained, upernet",
     ]
     assert rows["encoder, upernet"]["miou"] > rows["most frequent class"]["miou"] + 0.1
+    # the whole image, where nobody says
+    assert found["image_sizes"] == {"encoder": [32, 40]}
+    assert "crops and windows of 32x40 px, 4 a step" in capsys.readouterr().out
     for head in ("linear", "upernet"):
         assert (out / "segment" / head / "segmentations.png").is_file()
         used = tmp_path / f"used-{head}"
@@ -362,7 +365,7 @@ def test_segmentation(run: Path, scenes: Path, tmp_path: Path) -> None:
             assert mask.size == (40, 32)
 
 
-def test_detection(run: Path, scenes: Path, tmp_path: Path) -> None:
+def test_detection(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "boxes"
     arguments = ["evaluate", str(run), "--data", str(scenes), "--task", "detect", "--out", str(out), "--untrained"]
     assert main([*arguments, "--set", "steps=3", "--set", "batch_size=2", "--set", "channels=16"]) == 0
@@ -371,6 +374,12 @@ def test_detection(run: Path, scenes: Path, tmp_path: Path) -> None:
     assert set(found["rows"]) == {"encoder"}
     assert {"box_ap50", "mask_ap50", "box_ap50_error"} <= set(found["rows"]["encoder"])
     assert (out / "detect" / "detections.png").is_file()
+    said = capsys.readouterr().out
+    assert "detect: " in said
+    assert "2 images a step, maps from stride 2 on" in said
+    assert found["image_sizes"] == {"encoder": [32, 40]}
+    assert "encoder had fewer than 20 steps" in found["verdict"][0]
+    assert "Too short to compare anything" in (out / "report.html").read_text()
     assert main(["predict", str(out), str(scenes), "--out", str(tmp_path / "used")]) == 0
     coco = json.loads((tmp_path / "used" / "detections.json").read_text())
     assert len(coco["images"]) == 22

@@ -198,6 +198,11 @@ class Evaluation(ABC, Generic[Settings, Data, Model, Found]):
         return None
 
     @classmethod
+    def fitting_size(cls, context: Context) -> tuple[tuple[int, int], str] | None:
+        """Height and width of what the encoder is given where nobody says, and why; None for the encoder's own."""
+        return None
+
+    @classmethod
     @abstractmethod
     def load(cls, context: Context) -> Data:
         """The annotated images. Raises InputError where there are none, or none that serve."""

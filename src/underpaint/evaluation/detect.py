@@ -8,7 +8,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,17 +42,18 @@ from underpaint.evaluation.base import ENCODER, Context, Evaluation, Kept, Row
 from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.full_res import FullResImages
 from underpaint.evaluation.keep import Saved
-from underpaint.evaluation.pyramid import Pyramid
+from underpaint.evaluation.pyramid import Pyramid, patch_of
 from underpaint.evaluation.results import Groups, Measured, bootstrap
 from underpaint.evaluation.settings import DetectConfig
-from underpaint.evaluation.trained import Task, as_tuples, sampled_batches, train, two_rates
+from underpaint.evaluation.sizes import fitting_batch, fitting_size
+from underpaint.evaluation.trained import Learned, Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.files import write_json
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
-from underpaint.train.fit import Trained
 from underpaint.train.schedules import Duration, Schedule
 
 Kind = Literal["bbox", "segm"]  # COCO's words for boxes and masks
 RATIOS = (0.5, 1.0, 2.0)
+PIXELS_A_STEP, MOST_A_STEP = 4 * 448**2, 8  # of all images, and images
 REDRAWS = 20  # of the test images, for standard errors
 SHOWN = 6
 MOST_LEVELS = 4  # of a pyramid
@@ -111,17 +112,18 @@ class Untouched(GeneralizedRCNNTransform):
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    """What the training data says: sides of the anchors in pixels, by level, and detections an image."""
+    """What the training data says: sides of the anchors in pixels, by level, detections an image, and the finest stride."""
 
     anchors: tuple[tuple[float, ...], ...]
     limit: int
+    stride: int | None = None  # of the finest level; None in what an earlier version wrote
 
 
 def detector(
     encoder: Backbone, size: tuple[int, int], classes: int, masks: bool, sizes: AnchorConfig, settings: DetectConfig
 ) -> nn.Module:
     """Faster R-CNN, or Mask R-CNN, for `classes` kinds of objects (background not counted)."""
-    first, width, limit = finest(size), settings.channels, sizes.limit
+    first, width, limit = sizes.stride or finest(size), settings.channels, sizes.limit
     levels = FPN(encoder, width, first, len(sizes.anchors))
     names = levels.names
     # where a region is pooled from (Lin et al. 2017, equation 1, with level 4 for 224 px): from the second level on
@@ -151,13 +153,14 @@ def detector(
     return model
 
 
-def finest(size: tuple[int, int]) -> int:
-    """Stride in pixels of the finest level: 4, or 2 for images of at most 64 px."""
-    return 4 if min(size) > 64 else 2
+def finest(size: tuple[int, int], small: float = math.inf) -> int:
+    """Stride in pixels of the finest level: 4, or 2 for images of at most 64 px, and for images of at most 256 px with a
+    tenth of the objects smaller than 8 px (`small`), which a stride of 4 would hardly see."""
+    return 2 if min(size) <= 64 or (small < 8 and max(size) <= 256) else 4
 
 
-def anchor_config(train: "Boxed", size: tuple[int, int]) -> AnchorConfig:
-    """Measured on the training images as the detector sees them: fitted into `size`.
+def anchor_config(train: "Boxed", size: tuple[int, int], stride: int | None = None) -> AnchorConfig:
+    """Measured on the training images as the detector sees them: fitted into `size`; the stride too, where it is None.
 
     Raises:
         InputError: no object in train.
@@ -171,7 +174,9 @@ def anchor_config(train: "Boxed", size: tuple[int, int]) -> AnchorConfig:
     together = np.concatenate(boxes) if boxes else np.zeros((0, 4))
     if not len(together):
         raise InputError("no image of train has an object; detection needs some")
-    return AnchorConfig(anchor_sides(together, finest(size)), detection_limit(counts))
+    sides = np.sqrt((together[:, 2] - together[:, 0]) * (together[:, 3] - together[:, 1]))
+    first = stride or finest(size, float(np.quantile(sides, 0.1)))
+    return AnchorConfig(anchor_sides(together, first), detection_limit(counts), first)
 
 
 def letterbox(
@@ -407,7 +412,8 @@ class DetectionTask(Task[list[Example]]):
         encoder = copy.deepcopy(bundle.encoder)
         network = detector(encoder, bundle.size, len(found.categories), found.masks, found.anchors, config)
         duration = Duration(config.steps, context.options.minutes)
-        super().__init__(network.to(context.device), config.batch_size, duration, Schedule(config.warmup))
+        batch = config.batch_size or fitting_batch(bundle.size, PIXELS_A_STEP, MOST_A_STEP)
+        super().__init__(network.to(context.device), batch, duration, Schedule(config.warmup))
         self.own, self.bundle, self.data, self.config = [encoder], bundle, data, config  # a list: it is in the network
         self.masks = found.masks
         self.numbers = {category: number for number, category in enumerate(found.categories, start=1)}
@@ -457,6 +463,8 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
     def __init__(self, name: str, context: Context, data: tuple[Boxed, Boxed], config: DetectConfig):
         """Raises InputError: no object in train, or in test."""
         super().__init__(name, context, data, config)
+        if config.stride not in (None, 2, 4, 8):
+            raise InputError(f"--set stride={config.stride}: it is 2, 4 or 8")
         train, test = data
         if all(one.crowd.all() for one in test.instances()):
             raise InputError("no image of test has an object; detection needs some to judge by")
@@ -469,14 +477,25 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
         if 0 < without < len(segments):  # COCO's measure needs all, and an empty mask would be learned as one
             say(f"note: {without} of {len(segments)} objects have no mask: boxes alone")
         size, masks = context.bundle.size, without == 0 and len(segments) > 0
-        anchors = anchor_config(train, size)
+        batch = config.batch_size or fitting_batch(size, PIXELS_A_STEP, MOST_A_STEP)
+        self.config = replace(config, batch_size=batch)
+        anchors = anchor_config(train, size, config.stride)
         self.found = Found(sorted(used), masks, anchors)
-        self.trained: dict[str, Trained] = {}
+        self.trained: dict[str, Learned] = {}
         sides = "; ".join(", ".join(f"{side:.0f}" for side in level) for level in anchors.anchors)
         say(
-            f"{'Mask' if masks else 'Faster'} R-CNN at {size[0]}x{size[1]} px: anchors of {sides} px, at most "
-            f"{anchors.limit} detections an image"
+            f"{'Mask' if masks else 'Faster'} R-CNN at {size[0]}x{size[1]} px: {batch} images a step, maps from stride "
+            f"{anchors.stride} on, anchors of {sides} px, at most {anchors.limit} detections an image, all by the objects "
+            "of train (`--image-size`, `--set batch_size` and `--set stride` change them)"
         )
+
+    @classmethod
+    def fitting_size(cls, context: Context) -> tuple[tuple[int, int], str] | None:
+        by_split: dict[str, CocoAnnotations] = context.found[cls.annotation]
+        coco = by_split.get("train", next(iter(by_split.values()))).coco
+        sides = [math.sqrt(one["bbox"][2] * one["bbox"][3]) for one in coco["annotations"] if not one.get("iscrowd")]
+        shapes = [(image["height"], image["width"]) for image in coco["images"]]
+        return fitting_size(shapes, np.array(sides), patch_of(context.bundle.encoder)) if shapes else None
 
     @classmethod
     def annotated(cls, source: Source) -> dict[str, CocoAnnotations]:
@@ -535,7 +554,8 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
 
     @classmethod
     def rebuild(cls, saved: Saved, bundle: EncoderBundle) -> nn.Module:
-        anchors = AnchorConfig(tuple(map(tuple, saved["sizes"]["anchors"])), saved["sizes"]["limit"])
+        sizes = saved["sizes"]
+        anchors = AnchorConfig(tuple(map(tuple, sizes["anchors"])), sizes["limit"], sizes.get("stride"))
         config, classes = DetectConfig(**as_tuples(saved["settings"])), len(saved["classes"])
         return detector(bundle.encoder, bundle.size, classes, saved["masks"], anchors, config)
 

@@ -38,8 +38,7 @@ from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.results import Probe
 from underpaint.evaluation.settings import FineTuning, changed, fine_tuning
 from underpaint.evaluation.splits import Split, hold_out, stratified
-from underpaint.evaluation.trained import Task, train
-from underpaint.train.fit import Trained
+from underpaint.evaluation.trained import Learned, Task, train
 from underpaint.train.optim import layerwise
 from underpaint.train.schedules import Duration, Schedule
 
@@ -191,7 +190,7 @@ class FineTune(Classification[FineTuning, nn.Module | None]):
         labels, _ = self.classes()
         if len(labels) < 2:
             raise InputError(f"fine-tuning needs at least 2 classes in train; there is only {labels[0]}")
-        self.trained: dict[str, Trained] = {}
+        self.trained: dict[str, Learned] = {}
         self.choices: dict[str, Choice] = {}
         self.seen = self.test.indices
 

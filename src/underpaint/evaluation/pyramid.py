@@ -14,6 +14,11 @@ from torch.nn import functional as F
 from underpaint.backbones import Backbone, PatchBackbone
 
 
+def patch_of(encoder: Backbone) -> tuple[int, int] | None:
+    """Height and width of an encoder's patches in pixels; None where it has maps."""
+    return (encoder.patch_size[0], encoder.patch_size[1]) if isinstance(encoder, PatchBackbone) else None
+
+
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of a map."""
 

@@ -26,14 +26,16 @@ from underpaint.data import (
 )
 from underpaint.errors import InputError
 from underpaint.evaluation import EVALUATIONS, evaluation
-from underpaint.evaluation.base import ENCODER, UNTRAINED, AnyEvaluation, Context, Evaluation, Row
+from underpaint.evaluation.base import ENCODER, PIXELS, UNTRAINED, AnyEvaluation, Context, Evaluation, Row
 from underpaint.evaluation.beside import ONCE, Arm, advice, needed, shares_of
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
+from underpaint.evaluation.classify import MAJORITY
 from underpaint.evaluation.keep import keep
 from underpaint.evaluation.options import Options
 from underpaint.evaluation.probes import SETTLING
 from underpaint.evaluation.results import Measured
 from underpaint.evaluation.settings import foresee
+from underpaint.evaluation.trained import Learned, too_short
 from underpaint.files import write_json, write_text
 from underpaint.locking import locked
 from underpaint.reading import read_object
@@ -44,6 +46,7 @@ from underpaint.report.words import capital, count_text
 from underpaint.signals import Interrupted
 from underpaint.train.run_folder import Run, environment
 
+FREQUENT = "most frequent class"  # of a segmentation, which is imported where one is asked for
 FORMAT = 2  # 1 did not say of which weights and images it is
 Numbers = dict[str, Any]  # of a row: each number, its error ("..._error"), and what stands beside them
 
@@ -217,11 +220,14 @@ class Judged:
     rows: dict[str, Numbers] = field(default_factory=dict)
     gains: dict[str, Numbers] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, Learned] = field(default_factory=dict)
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
 
     def add(self, task: Evaluation[Any, Any, Any, Any], row: Row, name: str, who: str) -> Any:
         """Fit, predict and measure a row, under a name; what was fitted."""
         model = task.fit(row)
+        if (trained := getattr(task, "trained", {}).get(row.name)) is not None:
+            self.trained[name] = trained
         self.found[name] = task.predict(row, model)
         measured = self.measured[who, row.variant] = task.measure(self.found[name])
         numbers = measured.numbers()
@@ -298,12 +304,19 @@ def _judged(name: str, kind: AnyEvaluation, context: Context, beside: Mapping[st
     def made(at: Context) -> Evaluation[Any, Any, Any, Any]:
         return kind(name, at, kind.load(at), kind.configure(at))
 
+    context, beside = _sized(name, kind, context), {other: _sized(name, kind, at) for other, at in beside.items()}
     task = made(context)
     judged = _rows(task, {other: partial(made, at) for other, at in beside.items()}, task.rows())
     result: Any = {**task.facts(), "rows": judged.rows, "gains": judged.gains, **task.details(judged.found)}
+    short = _too_short(judged)
+    if judged.trained:
+        result["trained"] = judged.trained
+    if short:
+        say(f"{name}: {short}")
+        result["verdict"] = [capital(short)]
+    result["image_sizes"] = {ENCODER: context.bundle.size, **{other: at.bundle.size for other, at in beside.items()}}
     if not beside:
         return result
-    result["image_sizes"] = {ENCODER: context.bundle.size, **{other: at.bundle.size for other, at in beside.items()}}
     parts, note = {1.0: judged}, ""
     counts = {1.0: result["train"]}
     if context.options.label_fraction is None and kind.annotation != "none":
@@ -318,10 +331,38 @@ def _judged(name: str, kind: AnyEvaluation, context: Context, beside: Mapping[st
         for share in sorted(parts)
         if share < 1
     ]
-    result["verdict"] = [*_verdict(parts, counts, list(beside)), *([note] if note else [])]
-    if "trained" in result:
-        result["verdict"].append(ONCE)
+    if not short:
+        once = [ONCE] if judged.trained else []
+        result["verdict"] = [*_verdict(parts, counts, list(beside)), *([note] if note else []), *once]
     return result
+
+
+def _too_short(judged: Judged) -> str:
+    """Why what was trained cannot be compared yet, in a sentence; nothing where it can."""
+    if not judged.trained:
+        return ""
+    name = next(each for each in METRICS if any(each in one.values for one in judged.measured.values()))
+    floor = max(
+        (one.values[name] for (who, _), one in judged.measured.items() if who in (MAJORITY, FREQUENT)), default=0
+    )
+    networks = {row: one for row, one in judged.trained.items() if row.split(", ")[0] not in PIXELS}
+    best = max(
+        one.values[name] for (who, _), one in judged.measured.items() if who not in (MAJORITY, FREQUENT, *PIXELS)
+    )
+    return too_short(networks, best - floor)
+
+
+def _sized(name: str, kind: AnyEvaluation, context: Context) -> Context:
+    """The same with an encoder of images of the size that suits the task, where none is given."""
+    found = kind.fitting_size(context) if context.options.image_size is None else None
+    if found is None or found[0] == context.bundle.size:
+        return context
+    size, why = found
+    say(f"{name}: {context.bundle.name} takes images of {size[0]}x{size[1]} px: {why} (`--image-size` changes it)")
+    untrained = context.options.untrained and not context.alone
+    options = replace(context.options, image_size=size, untrained=untrained)
+    bundle = _opened(context.bundle.name, context.source, options, context.bundle.encoder.channels)
+    return replace(context, bundle=bundle)
 
 
 def _with(context: Context, share: float) -> Context:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -23,21 +23,24 @@ from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.full_res import FullResImages
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.plots import matrix_picture
-from underpaint.evaluation.pyramid import Pyramid, padded, sliding, tokens_to_map
+from underpaint.evaluation.pyramid import Pyramid, padded, patch_of, sliding, tokens_to_map
 from underpaint.evaluation.results import Groups, Measured, bootstrap
 from underpaint.evaluation.settings import SegmentConfig
-from underpaint.evaluation.trained import Task, as_tuples, sampled_batches, train, two_rates
+from underpaint.evaluation.sizes import fitting_batch, fitting_size
+from underpaint.evaluation.splits import evenly
+from underpaint.evaluation.trained import Learned, Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.files import replacing, write_json
 from underpaint.patches import patchify
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.targets import hog_pyramid
-from underpaint.train.fit import Trained
 from underpaint.train.schedules import Duration, Schedule
 
 VOID = 255  # of masks while training, whatever the file says
 IGNORE = 255  # of masks in files, where nothing is said
 LINEAR, UPERNET, FREQUENT = "linear", "upernet", "most frequent class"
 REDRAWS = 200
+PIXELS_A_STEP, MOST_A_STEP = 16 * 224**2, 16  # of all crops, and crops
+LOOKED_AT = 50  # masks, to see how large images are
 LINEAR_RATE = 10.0  # of the linear head over UperNet's: one layer on normalised features takes large steps
 LINEAR_SHARE = 1 / 3  # of the minutes that UperNet has: a head alone is sooner done
 SHOWN = 6
@@ -278,7 +281,8 @@ class SegmentationTask(Task[tuple[Tensor, Tensor]]):
         network = segmenter(own, head, len(data.names), bundle.size, config).to(context.device)
         share = minutes if minutes is None or head == UPERNET else minutes * LINEAR_SHARE
         schedule = Schedule(config.warmup, power=config.power)
-        super().__init__(network, config.batch_size, Duration(config.steps, share), schedule)
+        batch = config.batch_size or fitting_batch(bundle.size, PIXELS_A_STEP, MOST_A_STEP)
+        super().__init__(network, batch, Duration(config.steps, share), schedule)
         self.own, self.head, self.config, self.bundle = [own], head, config, bundle  # a list: it is part of the network
         self.split = data.train
         self.mean = bundle.standardize.mean.flatten().cpu()
@@ -317,15 +321,28 @@ class Segment(Evaluation[SegmentConfig, Masked, nn.Module | int, Segmented]):
     def __init__(self, name: str, context: Context, data: Masked, config: SegmentConfig):
         """Raises InputError: windows that leave gaps or never move on, or no scale; fewer than two classes in train; wrong
         masks."""
+        size = context.bundle.size
+        batch = config.batch_size or fitting_batch(size, PIXELS_A_STEP, MOST_A_STEP)
+        config = replace(config, batch_size=batch)
         super().__init__(name, context, data, config)
+        say(
+            f"crops and windows of {size[0]}x{size[1]} px, {batch} a step (`--image-size` and `--set batch_size` change them)"
+        )
         if config.scale[0] > config.scale[1]:
             raise InputError(f"--set scale={list(config.scale)}: the lower scale comes first")
         self.frequent = int(pixels_of_classes(*data).argmax())
-        self.trained: dict[str, Trained] = {}
+        self.trained: dict[str, Learned] = {}
 
     @classmethod
     def annotated(cls, source: Source) -> Masks:
         return masks_of(source.location, source)
+
+    @classmethod
+    def fitting_size(cls, context: Context) -> tuple[tuple[int, int], str] | None:
+        masks: Masks = context.found[cls.annotation]
+        names = sorted(masks.names)
+        shapes = [masks[names[k]].shape for k in evenly(len(names), LOOKED_AT)]
+        return fitting_size([(shape[0], shape[1]) for shape in shapes], None, patch_of(context.bundle.encoder))
 
     @classmethod
     def load(cls, context: Context) -> Masked:

@@ -112,10 +112,12 @@ def fine_tuning(name: str) -> FineTuning:
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    """Settings. Crops are as large as the encoder's images; a test image is covered by such windows."""
+    """Settings. Crops are as large as the images that the encoder takes; a test image is covered by such windows."""
 
     steps: int = setting(2_000, "of the training of each network", low=1, high=MOST)
-    batch_size: int = setting(16, "of a step", unit="images", low=1, high=1_000_000)
+    batch_size: int | None = setting(
+        None, "of a step", unit="images", unset="16, fewer of large images", low=1, high=1_000_000
+    )
     lr: float = setting(1e-3, "peak, of what is new; ten times that for a linear head", low=0, high=1_000)
     # not so low that an encoder which has all to learn is held back
     encoder_lr: float = setting(3e-4, "peak, of the encoder under UperNet", low=0, high=1_000)
@@ -132,7 +134,12 @@ class DetectConfig:
     """Settings. What torchvision would fix for COCO is measured on the training data: `detect.anchor_config`."""
 
     steps: int = setting(3_000, "of the training of each network", low=1, high=MOST)
-    batch_size: int = setting(4, "of a step", unit="images", low=1, high=1_000_000)
+    batch_size: int | None = setting(
+        None, "of a step", unit="images", unset="8 small images, 4, or 2 large ones", low=1, high=1_000_000
+    )
+    stride: int | None = setting(
+        None, "of the finest map: 2, 4 or 8", unit="pixels", unset="4, or 2 for small objects", low=2, high=8
+    )
     # alike, so that an encoder that has all to learn is not held back
     lr: float = setting(3e-4, "peak, of what is new", low=0, high=1_000)
     encoder_lr: float = setting(3e-4, "peak, of the encoder", low=0, high=1_000)

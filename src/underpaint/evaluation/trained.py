@@ -1,7 +1,7 @@
 """Evaluations that train a network: what is trained is a module with its loss, and one loop trains it."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -12,13 +12,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from underpaint.evaluation.base import Context
+from underpaint.report.words import listing, span_text
 from underpaint.train.fit import Fitting, Trained, fit_task
 from underpaint.train.optim import adamw
+from underpaint.train.run_folder import Run
 from underpaint.train.schedules import Duration, Schedule
 from underpaint.trainable import Objective, Trainable
 
+STEEP = 0.2  # share of all that the loss fell: where the last quarter brought more, it was far from done
+FEWEST = 20  # steps: of fewer nothing can be said
+OFF_THE_FLOOR = 0.02  # of a share: what no network is beyond says nothing of any
 STATE = 2  # of what a checkpoint holds; 1 named the weights otherwise
 Batch = TypeVar("Batch")
+
+
+class Learned(Trained):
+    """How a training went, and how far."""
+
+    passes: float  # over the images to train on
+    fall: float | None  # the share of all that the loss fell that came in the last quarter; None where it did not fall
 
 
 class Task(Trainable, Generic[Batch]):
@@ -63,11 +75,11 @@ class Task(Trainable, Generic[Batch]):
 AnyTask: TypeAlias = Task[Any]
 
 
-def train(task: AnyTask, context: Context, folder: Path, settings: Mapping[str, object]) -> Trained:
+def train(task: AnyTask, context: Context, folder: Path, settings: Mapping[str, Any]) -> Learned:
     """Train a task in place, or go on where `folder` holds a checkpoint of it; it is in eval mode at the end.
 
     Args:
-        settings: plain data; what differs from those in `folder` is refused.
+        settings: plain data, with the number of images in `train`; what differs from those in `folder` is refused.
 
     Raises:
         InputError: `folder` holds training with other settings.
@@ -77,7 +89,43 @@ def train(task: AnyTask, context: Context, folder: Path, settings: Mapping[str, 
     bundle, seed = context.bundle, context.options.seed
     described = {"state": STATE, "encoder": bundle.name, "size": list(bundle.size), "seed": seed, **settings}
     how = Fitting(task.duration, task.schedule, seed, task.clip, task.size, described)
-    return fit_task(task, task.optimiser(), task.numbered, folder, how)
+    trained = fit_task(task, task.optimiser(), task.numbered, folder, how)
+    losses = [line["loss"] for line in Run(folder).lines("metrics.jsonl") if line.get("loss") is not None]
+    return Learned(**trained, passes=round(trained["steps"] * task.size / settings["train"], 2), fall=last_fall(losses))
+
+
+def last_fall(losses: Sequence[float]) -> float | None:
+    """The share of all that a loss fell, between the means of its first and its last quarter, that came in the last."""
+    if len(losses) < 4:
+        return None
+    first, _, third, last = (float(np.mean(part)) for part in np.array_split(np.asarray(losses, float), 4))
+    return round((third - last) / (first - last), 2) if first > last else None
+
+
+def too_short(trained: Mapping[str, Learned], above: float) -> str:
+    """Why trainings were too short for their numbers to be compared, in a sentence; nothing where they were not.
+
+    Args:
+        trained: by the name of the network.
+        above: how far the best of them is above what needs no network, a share.
+    """
+    rates = [trained[name] for name in trained]
+    few = [name for name, one in trained.items() if one["steps"] < FEWEST]
+    steep = {name: one["fall"] for name, one in trained.items() if one["fall"] is not None and one["fall"] > STEEP}
+    if few:
+        why = f"{listing(few)} had fewer than {FEWEST} steps"
+    elif steep:
+        falls = listing([f"{name} ({100 * fall:.0f} %)" for name, fall in steep.items()])
+        why = f"the loss was still falling steeply, a large share of all that it fell in the last quarter: {falls}"
+    elif above < OFF_THE_FLOOR:
+        why = "no network is off the floor, that of what needs none"
+    else:
+        return ""
+    passes = span_text([one["passes"] for one in rates], lambda value: f"{value:.3g}")
+    return (
+        f"too short to compare anything: {why}; the images were seen {passes} times. Give more `--minutes`, or "
+        "`--set steps=...` or `epochs=...`, before a number here is taken for an answer."
+    )
 
 
 def two_rates(
