@@ -1,6 +1,7 @@
 """`underpaint evaluate --beside`: the same task with public weights, from scratch and ours, and what is said of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import timm
 import torch
 from asking import pretrain
 from conftest import write_pictures
+from forked import CommandLine
 from huggingface_hub import constants as hub
 from safetensors.torch import save_file
+from scenes import write_scenes
 
 from underpaint.cli import main
 from underpaint.evaluation.beside import Arm, advice, needed, shares_of
@@ -109,6 +112,42 @@ def test_weights_that_are_not_there_are_one_line_before_anything_is_trained(
     assert "no such encoder" in capsys.readouterr().err
     assert main([*command, "--beside", PUBLIC, "--beside", PUBLIC]) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+def test_arms_that_are_trained_go_on_after_a_kill(
+    run: Path, pictures: Path, server: CommandLine, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    flags: dict[str, Any] = {"method": "mae", "encoder": "vit_tiny_patch16_224", "image_size": (32, 32), "seed": 1}
+    pretrain(pictures, other, **flags, patch_size=16, batch_size=8, steps=1, settings=TINY, stop_at=1e9)
+    command = ["evaluate", run, "--data", pictures, "--task", "finetune", "--set", "epochs=1", "--beside", other]
+    command += ["--set", "batch_size=32", "--label-fraction", "1", "--out"]
+    assert server(*command, tmp_path / "whole").status == 0
+    # the two networks of 6 steps each are trained, the arm half
+    assert server(*command, tmp_path / "out", die=("term underpaint.train.stepper:Stepper.step", 15)).status == 143
+    again = server(*command, tmp_path / "out")
+    assert again.status == 0, again.error
+    assert again.out.count("going on from step 6") == 2
+    assert again.out.count("going on from step 3") == 1
+    whole, out = (results(tmp_path / name)["tasks"]["finetune"] for name in ("whole", "out"))
+    assert list(whole["rows"]) == ["encoder", str(other), "untrained", "majority"]
+    assert whole["rows"] == out["rows"]
+    assert whole["fewer"] == []  # one share of the labels was asked for
+    assert set(whole["trained"]) == {"encoder", "untrained", str(other)}
+    assert "fewer than 20 steps" in whole["verdict"][0]
+
+
+def test_detectors_beside_each_other(run: Path, server: CommandLine, tmp_path: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", 6, 3, (32, 32))
+    command = ["evaluate", run, "--data", scenes, "--task", "detect", "--set", "steps=2", "--set", "channels=16"]
+    other = shutil.copytree(run, tmp_path / "copy")
+    ended = server(*command, "--set", "regions=8", "--beside", other, "--untrained", "--out", tmp_path / "out")
+    assert ended.status == 0, ended.error
+    task = results(tmp_path / "out")["tasks"]["detect"]
+    assert list(task["rows"]) == ["encoder", str(other)]
+    # 6 images: a tenth is none, so the curve begins with the fewest that will do or is left out
+    assert {"box_ap", "mask_ap"} <= set(task["gains"][f"encoder over {other}"])
+    assert (tmp_path / "out" / "beside").is_dir()
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from underpaint.backbones.norms import batch_norms, settled
 from underpaint.config import Recipe
-from underpaint.console import say
+from underpaint.console import lasting, say
 from underpaint.data import (
     Source,
     fair_batches,
@@ -34,7 +34,7 @@ from underpaint.evaluation.keep import keep
 from underpaint.evaluation.options import Options
 from underpaint.evaluation.probes import SETTLING
 from underpaint.evaluation.results import Measured
-from underpaint.evaluation.settings import foresee
+from underpaint.evaluation.settings import SETTINGS, foresee
 from underpaint.evaluation.trained import Learned, too_short
 from underpaint.files import write_json, write_text
 from underpaint.locking import locked
@@ -141,6 +141,13 @@ def _evaluated(encoder: str, data: str | Path, tasks: Sequence[str], folder: Pat
     finished = _finished(results, asked, folder)
     if finished:
         say(f"finished before, and kept: {', '.join(finished)}")
+    if others and options.minutes is not None and any(name in SETTINGS for name in kinds):
+        networks, shares = len(context.encoders) + len(others), 3 if options.label_fraction is None else 1
+        spent = lasting(60 * options.minutes * networks * shares)
+        say(
+            f"each task that trains: {networks} networks x {shares} shares of the labels x {options.minutes:g} min = {spent}"
+            f"{' (`--label-fraction 1` leaves out the curve)' if shares > 1 else ''}"
+        )
     results["notes"] = [*bundle.notes, *_seen(run, source)] if bundle.trained else []
     for name, other in others.items():
         results["notes"] += [*other.notes, *(f"{name}: {note}" for note in _seen(run_of(name), source))]
