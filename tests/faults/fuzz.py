@@ -282,6 +282,56 @@ def archive_kinds(folder: Path) -> dict[str, Kind]:
     return {"archive": Kind(make, read)}
 
 
+def annotation_kinds() -> dict[str, Kind]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from underpaint.data.formats import read_labelme, read_voc, read_yolo
+    from underpaint.data.sources.tables import _list_rows, _rows
+
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>7</xmax><ymax>8.5</ymax></bndbox>"
+    item = f"<object><name>a</name><difficult>0</difficult>{box}</object>"
+    shape: dict[str, Any] = {"label": "a", "points": [[1, 2], [5.5, 2], [5, 7]], "shape_type": "polygon"}
+    shapes = [
+        shape,
+        {**shape, "points": [[1, 2], [3, 4]], "shape_type": "circle"},
+        {**shape, "shape_type": "rectangle"},
+    ]
+    table = pa.table({"path": ["0.png", "1.png"], "label": [["a"], ["b", "c"]], "weight": [0.5, None]})
+    parquet = io.BytesIO()
+    pq.write_table(table, parquet)
+    corpus: dict[str, bytes] = {
+        "a.xml": f"<annotation><size><width>8</width><height>9</height></size>{item * 2}</annotation>".encode(),
+        "a.json": json.dumps({"shapes": shapes, "imageHeight": 9, "imageWidth": 8}).encode(),
+        "yolo.txt": b"0 0.5 0.5 0.25 0.25\n1 0.1 0.1 0.5 0.1 0.5 0.5\n2 0.5 0.5 0.2 0.2 0.9\n",
+        "labels.csv": b"path,label,split\n0.png,a|b,train\n1.png,1.5,val\n",
+        "labels.jsonl": b'{"path": "0.png", "label": ["a"]}\n{"path": "1.png", "label": 3}\n',
+        "labels.parquet": parquet.getvalue(),
+        "val.txt": b"0.png 3\n1.png n01440764\n",
+    }
+    names = sorted(corpus)
+
+    def make(rng: random.Random) -> Input:
+        name = rng.choice(names)
+        return name, mutated(rng, corpus[name], list(corpus.values()) if rng.random() < 0.1 else None)
+
+    def read(given: Input) -> None:
+        name, data = given
+        with contextlib.suppress(ValueError):
+            if name == "a.xml":
+                found = read_voc(data)
+            elif name == "a.json":
+                found = read_labelme(data)
+            elif name == "yolo.txt":
+                found = read_yolo(data, (9, 8), ["a"])
+            else:
+                (_list_rows if name == "val.txt" else _rows)(name, lambda _: data)
+                return
+            assert all(abs(side) <= 1e9 for one in found.objects for side in one.box)
+
+    return {"annotation": Kind(make, read)}
+
+
 # -- what is said of runs, encoders and caches --------------------------------------------------------------------------
 
 
@@ -508,6 +558,7 @@ GROUPS: dict[str, Callable[[Path], dict[str, Kind]]] = {
     "images": lambda folder: image_kinds(),
     "archives": archive_kinds,
     "plain": plain_kinds,
+    "annotations": lambda folder: annotation_kinds(),
     "models": model_kinds,
     "commands": command_kinds,
 }
@@ -516,6 +567,7 @@ KINDS = {  # the group of each, and its share of the time
     "header": ("images", 2),
     "alpha": ("images", 1),
     "archive": ("archives", 3),
+    "annotation": ("annotations", 1),
     "yaml": ("plain", 1),
     "recipe": ("plain", 1),
     "recipe file": ("plain", 1),

@@ -30,7 +30,9 @@ SEED = 22
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["image", "archive", "recipe file", "encoder"])  # a process each, which takes the time
+@pytest.mark.parametrize(
+    "kind", ["image", "archive", "annotation", "recipe file", "encoder"]
+)  # a process each, which takes the time
 def test_damaged_inputs_are_refused_in_one_line(kind: str) -> None:
     """`python tests/faults/fuzz.py --kind KIND --seed SEED --only NUMBER` makes a fault again."""
     share = fuzz.KINDS[kind][1] / sum(share for _, share in fuzz.KINDS.values())

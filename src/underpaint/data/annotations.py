@@ -22,6 +22,7 @@ from underpaint.data.sources.base import Source
 from underpaint.data.sources.beside import EXTREME, EXTREMES, WORDS, beside
 from underpaint.data.sources.folder import walk
 from underpaint.data.sources.names import coco_places, coco_split, folders_of, is_hidden, is_image, may_be_one
+from underpaint.data.sources.tables import TEXTS
 from underpaint.errors import InputError
 
 MASK_FOLDERS = ("masks", "semantic", "labels", "segmentationclass", "ground_truth", "groundtruth")
@@ -45,6 +46,8 @@ def open_annotations(data: str | Path) -> AnnotationFiles:
         InputError: data of another kind, which holds images alone.
     """
     path = Path(data).expanduser()
+    if path.suffix.lower() in TEXTS and path.is_file():  # a table of images in its folder
+        path = path.parent
     if path.is_dir():
         names = sorted(PurePosixPath(name).as_posix() for name, file in walk(path, []) if file.is_file())
         return AnnotationFiles(names, lambda name: (path / name).read_bytes())

@@ -241,15 +241,17 @@ def _write(
         places = np.linspace(0, len(shown) - 1, min(SHOWN_IMAGES, len(shown))).round().astype(int).tolist()
         chosen = [shown[place] for place in places]
         annotated_sheet(source, drawn, None if isinstance(masks, str) else masks, chosen, out / "annotated.png")
-    across = sorted((group for kind in alike for group in kind), key=lambda group: not _apart(source, group))
+    kinds = [(group, same) for same, groups in zip((1, 0), alike, strict=True) for group in groups]
+    kinds.sort(key=lambda kind: not _apart(source, kind[0]))
     with replacing(out / "alike.csv") as part, part.open("w", newline="", encoding="utf-8", errors=AS_IT_IS) as file:
         rows = csv.writer(file)
         rows.writerow(("group", "path", "split", "same_bytes"))
-        for number, group in enumerate(across):
+        for number, (group, same) in enumerate(kinds):
             for index in group:
-                rows.writerow((number, source.entries.names[index], _split(source, index), int(group in alike[0])))
-    if across:
-        alike_sheet(source, across[:SHOWN_GROUPS], out / "alike.png", lambda index: _split(source, index))
+                rows.writerow((number, source.entries.names[index], _split(source, index), same))
+    if kinds:
+        shown = [group for group, _ in kinds[:SHOWN_GROUPS]]
+        alike_sheet(source, shown, out / "alike.png", lambda index: _split(source, index))
     found = [out / name for name in ("annotated.png", "alike.png", "alike.csv", "check.json")]
     result["pictures"] = [str(path) for path in found if path.exists() or path.name == "check.json"]
     write_json(out / "check.json", result)

@@ -304,7 +304,7 @@ def _yolo_names(files: Sequence[str], read: Callable[[str], bytes]) -> list[str]
                 lines = read(file)[:LARGEST_TEXT].decode("utf-8-sig").splitlines()
                 if names := [line.strip() for line in lines if line.strip()]:
                     return names
-        except ValueError:
+        except (ValueError, OSError, InputError):
             continue
     return []
 

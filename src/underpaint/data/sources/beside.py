@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from underpaint.data.decode import Unreadable, decode, read_header
+from underpaint.errors import InputError
 
 WORDS = re.compile(r"(.+?)[-_. ](masks?|labels?|gt|seg|segmentation|ground_?truth)([-_ ]?\d+)?$", re.IGNORECASE)
 LOSSLESS = (
@@ -42,7 +43,7 @@ def beside(names: Sequence[str]) -> list[Beside]:
         stem, _, suffix = name.rpartition(".")
         suffixes[suffix.lower()] += 1
         match = WORDS.match(stem)
-        if match and "/" not in match.group(2):
+        if match:
             worded.setdefault(match.group(1), []).append(name)
     taken = set()
     if worded:
@@ -108,7 +109,7 @@ def looks_like_mask(read: Callable[[str], bytes], mask: str, image: str) -> bool
         if sorted((one.height, one.width)) != sorted((other.height, other.width)):
             return False
         pixels = decode(data, channels=None)
-    except (Unreadable, OSError):
+    except (Unreadable, OSError, InputError):  # InputError of a damaged archive
         return None
     if pixels.shape[2] == 1 or (pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all()):
         values, counts = np.unique(pixels[..., 0], return_counts=True)

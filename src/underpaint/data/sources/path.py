@@ -7,6 +7,7 @@ from underpaint.data.sources.archive import is_tar, list_tar, list_zip
 from underpaint.data.sources.base import Listing
 from underpaint.data.sources.folder import list_folder
 from underpaint.data.sources.parquet import has_images, list_parquet
+from underpaint.data.sources.tables import TEXTS
 from underpaint.data.sources.tree import MaskFiles
 from underpaint.errors import InputError
 from underpaint.files import KINDS
@@ -22,7 +23,7 @@ def list_path(path: Path, text: str, masks: MaskFiles = "aside") -> Listing:
             start = file.read(4)
     except OSError as error:
         raise InputError(f"cannot read {text}: {error.strerror}") from error
-    if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".ndjson") or (start == b"PAR1" and not has_images(path)):
+    if path.suffix.lower() in TEXTS or (start == b"PAR1" and not has_images(path)):
         return list_folder(path.parent, text, masks, path.name)
     if path.suffix.lower() == ".parquet" or start == b"PAR1":
         return list_parquet([path], path.parent)

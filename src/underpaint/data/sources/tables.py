@@ -19,7 +19,8 @@ from underpaint.reading import one_line, plain_json
 
 TABLES = {"labels.csv", "metadata.csv"}  # always read, and complained of
 STEMS = {"labels", "metadata", "annotations", "classes", "data", "dataset", "index", "images"}  # of tables, or a split
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+TEXTS = (".csv", ".tsv", ".jsonl", ".ndjson")
+SUFFIXES = (*TEXTS, ".parquet")
 # of a table, the first of these names the images
 NAME_COLUMNS = ("file_name", "filename", "path", "image", "name", "file", "filepath", "file_path", "image_path")
 NAME_COLUMNS += ("image_name", "image_id", "imageid", "img", "id", "id_code")
@@ -87,7 +88,7 @@ def read_tables(
         needed = table == only or PurePosixPath(table).name.lower() in TABLES
         try:
             rows = _list_rows(table, read) if table.lower().endswith(".txt") else _rows(table, read)
-        except ValueError as error:
+        except (ValueError, OSError, InputError) as error:  # InputError of a damaged archive
             if needed:
                 kind = PurePosixPath(table).suffix[1:].upper()
                 raise InputError(
@@ -262,7 +263,7 @@ def synset_names(files: Sequence[str], read: Read) -> dict[str, str]:
             continue
         try:
             lines = read(name)[:LARGEST_TABLE].decode().splitlines()
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, OSError, InputError):
             continue
         found = {
             match.group(1): match.group(2).split(",")[0].strip() for line in lines if (match := SYNSET.match(line))

@@ -24,7 +24,22 @@ from underpaint.data.sources.tables import Told, labels_of, read_tables, synset_
 from underpaint.errors import InputError
 from underpaint.reading import plain_json
 
-SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".pdf"}
+SIDE_SUFFIXES = {
+    ".parquet",
+    ".ndjson",
+    ".names",
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".md",
+    ".csv",
+    ".tsv",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".pdf",
+}
 SIDE_NAMES = {"license", "licence", "readme", "notice", "copying", "sha256sums", "md5sums", "thumbs.db"}
 
 
