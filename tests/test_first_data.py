@@ -358,6 +358,38 @@ def test_check_needs_no_torch_and_takes_seconds(bccd: Path) -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("form", ["roboflow", "cvat", "label studio"])
+def test_coco_json_lies_where_other_tools_write_it(form: str, tmp_path: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", train=4, test=2, size=(32, 32))
+    wanted = coco_annotations(scenes, open_source(scenes))
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        text = (scenes / f"annotations/{split}.json").read_text()
+        coco = json.loads(text)
+        for image in coco["images"]:
+            image["file_name"] = Path(image["file_name"]).name
+        folder = {"train": "train/", "val": "valid/"}[split]
+        place, images = {
+            "roboflow": (f"{folder}_annotations.coco.json", folder),
+            "cvat": ("annotations/instances_default.json", "images/"),
+            "label studio": ("result.json", "images/"),
+        }[form]
+        if form != "roboflow" and split == "val":
+            continue
+        (data / place).parent.mkdir(parents=True, exist_ok=True)
+        (data / images).mkdir(parents=True, exist_ok=True)
+        (data / place).write_text(json.dumps(coco))
+        for image in coco["images"]:
+            shutil.copy(next((scenes / "images" / split).glob(image["file_name"])), data / images / image["file_name"])
+    found = coco_annotations(data, open_source(data))
+    assert set(found) == ({"train", "val"} if form == "roboflow" else {"all"})
+    for split, each in found.items():
+        other = wanted["train" if split == "all" else split]
+        assert len(each.images) == len(other.images)
+        assert len(each.coco["annotations"]) == len(other.coco["annotations"])
+
+
+@pytest.mark.quick
 def test_boxes_outside_and_objects_of_no_use_are_counted(tmp_path: Path) -> None:
     scenes = write_scenes(tmp_path / "scenes", train=4, test=2, size=(32, 32))
     convert(scenes, "yolo", tmp_path / "data")

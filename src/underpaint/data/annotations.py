@@ -24,10 +24,13 @@ from underpaint.data.sources.folder import walk
 from underpaint.data.sources.names import coco_places, coco_split, folders_of, is_hidden, is_image, may_be_one
 from underpaint.data.sources.tables import TEXTS
 from underpaint.errors import InputError
+from underpaint.reading import plain_json
 
 MASK_FOLDERS = ("masks", "semantic", "labels", "segmentationclass", "ground_truth", "groundtruth")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 PHOTOMETRIC_TAG = 262
+WHOLE_COCO = {"instances_default.json", "_annotations.coco.json", "coco.json", "result.json", "labels.json"}
+WHOLE_COCO |= {"annotations.json", "instances.json"}
 SAMPLED = 64  # masks that are looked at to know what white means
 
 
@@ -450,6 +453,8 @@ def coco_annotations(data: str | Path, source: Source, *, lenient: bool = False)
         if split in files:
             raise InputError(f"{files[split]} and {name} both annotate {split}; one file a split is needed")
         files[split] = name
+    if not files and (whole := _whole_coco(answers)):
+        files["all"] = whole
     if not files:
         return _other_formats(data, answers, source)
     cocos = {name: _coco(answers, name) for name in files.values()}
@@ -472,6 +477,17 @@ def coco_annotations(data: str | Path, source: Source, *, lenient: bool = False)
 
 def _annotations(coco: Coco, images: dict[int, int], notes: list[str], **more: Any) -> CocoAnnotations:
     return CocoAnnotations(coco, images, {each["id"]: each["name"] for each in coco["categories"]}, notes, **more)
+
+
+def _whole_coco(answers: AnnotationFiles) -> str | None:
+    """A COCO file of all images, as CVAT, Label Studio, FiftyOne and Roboflow call it."""
+    for name in sorted(answers.names, key=lambda name: (name.count("/"), name)):
+        if PurePosixPath(name).name.lower() in WHOLE_COCO and not is_hidden(name):
+            with suppress(ValueError, OSError, InputError):
+                found = plain_json(answers.read(name))
+                if isinstance(found, dict) and {"images", "annotations", "categories"} <= found.keys():
+                    return name
+    return None
 
 
 def _other_formats(data: str | Path, answers: AnnotationFiles, source: Source) -> dict[str, CocoAnnotations]:
