@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,29 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from asking import pretrain
 from conftest import write_pictures
+from faster_coco_eval import COCO
 from PIL import Image
 from scenes import write_scenes
+from skimage import measure
+from test_report import whole
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import underpaint
 from underpaint.cli import main
 from underpaint.data import load_images, open_source
+from underpaint.data.annotations import coco_annotations, mask_of, masks_of
 from underpaint.errors import InputError, NotFinite
 from underpaint.evaluation.bundle import open_bundle
 from underpaint.evaluation.features import features_of, stored_features
 from underpaint.evaluation.outliers import mahalanobis, neighbour_distance, separation
 from underpaint.evaluation.splits import Split
 from underpaint.evaluation.trained import Task
+from underpaint.evaluation.written import Places, labels_place, write_yolo
+from underpaint.report.figures.pictures import colours
 from underpaint.seeds import ROLLED_BACK
 from underpaint.train import cadence
 from underpaint.train.fit import Fitting, Trained, fit_task
@@ -291,6 +299,10 @@ def test_frozen_tasks_and_their_use(run: Path, pictures: Path, tmp_path: Path) -
         assert right >= found[task]["rows"]["encoder"]["accuracy"] * found[task]["test"] / 90
         with Image.open(used / "predictions.png") as picture:
             assert picture.width > 600
+        said = json.loads((used / "predictions.json").read_text())
+        assert {row[0]: int(row[1]) for row in said["rows"]} == Counter(row["class"] for row in rows)
+        assert said["count"] == 90
+        assert '<th scope="row">class0</th>' in whole(used / "report.html")[0]
 
 
 def test_kept_linear_probe_says_what_the_probe_said(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -363,10 +375,29 @@ def test_segmentation(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.Ca
         assert len(masks) == 22
         with Image.open(masks[0]) as mask:
             assert mask.size == (40, 32)
+            assert mask.mode == "P"
+            assert mask.convert("RGB").getpixel((0, 0)) == tuple(colours(3)[np.asarray(mask)[0, 0]])
+    # read back as the masks of the images that they are of, by what reads anybody's
+    shutil.copytree(scenes / "images", used / "images")
+    shutil.move(used / "masks" / "images", tmp_path / "masks-of-images")
+    shutil.rmtree(used / "masks")
+    shutil.move(tmp_path / "masks-of-images", used / "masks")
+    source = open_source(used)
+    found_masks = masks_of(used, source)
+    assert len(found_masks.names) == 22
+    assert found_masks.classes == ["ground", "disc", "square"]
+    said = json.loads((used / "predictions.json").read_text())
+    counts = np.sum([np.bincount(found_masks[k].reshape(-1), minlength=3) for k in found_masks.names], axis=0)
+    assert [row[1] for row in said["rows"]] == [f"{share:.1%}" for share in counts / counts.sum()]
+    text, _ = whole(used / "report.html")
+    assert "Some of the images" in text
+    assert "masks/" in text
 
 
-def test_detection(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "boxes"
+def test_detection(
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, used = tmp_path / "boxes", tmp_path / "used"
     arguments = ["evaluate", str(run), "--data", str(scenes), "--task", "detect", "--out", str(out), "--untrained"]
     assert main([*arguments, "--set", "steps=3", "--set", "batch_size=2", "--set", "channels=16"]) == 0
     found = results(out)["tasks"]["detect"]
@@ -380,10 +411,57 @@ def test_detection(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.Captu
     assert found["image_sizes"] == {"encoder": [32, 40]}
     assert "encoder had fewer than 20 steps" in found["verdict"][0]
     assert "Too short to compare anything" in (out / "report.html").read_text()
-    assert main(["predict", str(out), str(scenes), "--out", str(tmp_path / "used")]) == 0
-    coco = json.loads((tmp_path / "used" / "detections.json").read_text())
+    monkeypatch.setattr("underpaint.evaluation.detect.LEAST", 0.0)  # three steps make nothing that is sure
+    assert main(["predict", str(out), str(scenes), "--out", str(used)]) == 0
+    coco = json.loads((used / "detections.json").read_text())
     assert len(coco["images"]) == 22
     assert [c["name"] for c in coco["categories"]] == ["disc", "square"]
+    # by the tool that measures, and by what reads anybody's boxes
+    tool = COCO(str(used / "detections.json"))
+    assert len(tool.getAnnIds()) == len(coco["annotations"]) > 22
+    shutil.copytree(scenes / "images", used / "images")
+    (used / "annotations").mkdir()
+    shutil.copy(used / "detections.json", used / "annotations" / "train.json")
+    read = coco_annotations(used, open_source(used))["train"]
+    assert len(read.images) == 22
+    assert sum(len(read.objects(k).boxes) for k in read.images) == len(coco["annotations"])
+    # YOLO's outlines are those of the masks, for each image a file
+    names = [image["file_name"] for image in coco["images"]]
+    labels = {name: used / Path(name.replace("images", "labels")).with_suffix(".txt") for name in names}
+    assert sorted(used.rglob("labels/**/*.txt")) == sorted(labels.values())
+    assert yaml.safe_load((used / "data.yaml").read_text())["names"] == {0: "disc", 1: "square"}
+    same = []
+    for image in coco["images"]:
+        own = tool.imgToAnns[image["id"]]
+        lines = labels[image["file_name"]].read_text().splitlines()
+        assert len(lines) == len(own)
+        for line, one in zip(lines, own, strict=True):
+            number, *shares = line.split()
+            assert {"0": 10, "1": 20}[number] == one["category_id"]
+            size = image["height"], image["width"]
+            drawn = mask_of([(np.array(shares, float).reshape(-1, 2) * size[::-1]).reshape(-1).tolist()], *size)
+            truth = mask_of(one["segmentation"], *size)
+            if np.asarray(measure.label(truth)).max() == 1 and truth.sum() > 30:
+                same.append((drawn & truth).sum() / (drawn | truth).sum())
+    assert len(same) > 20
+    assert np.mean(same) > 0.9
+    text, _ = whole(used / "report.html")
+    total = sum(int(row[1].replace(",", "")) for row in json.loads((used / "predictions.json").read_text())["rows"])
+    assert total == len(coco["annotations"])
+    assert "labels/" in text
+    assert main(["report", str(used)]) == 0
+
+
+def test_boxes_of_yolo_and_places_of_files(tmp_path: Path) -> None:
+    image: Any = {"id": 1, "file_name": "a.jpg", "height": 40, "width": 80}
+    objects: Any = [{"image_id": 1, "category_id": 7, "bbox": [20.0, 10.0, 40.0, 20.0], "score": 0.9}]
+    write_yolo(tmp_path / "labels" / "a.txt", objects, {7: 3}, image)
+    assert (tmp_path / "labels" / "a.txt").read_text() == "3 0.5 0.5 0.5 0.5\n"
+    write_yolo(tmp_path / "none.txt", [], {}, image)
+    assert (tmp_path / "none.txt").read_text() == ""
+    places = Places(["x/a.jpg", "x/a.png", "../b.tif", "images/train/c.png"], ".txt")
+    found = [str(labels_place(places(name))) for name in ("x/a.jpg", "x/a.png", "../b.tif", "images/train/c.png")]
+    assert found == ["labels/x/a.jpg.txt", "labels/x/a.png.txt", "labels/b.txt", "labels/train/c.txt"]
 
 
 def test_outliers(run: Path, pictures: Path, scenes: Path, tmp_path: Path) -> None:

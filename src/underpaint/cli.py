@@ -251,7 +251,9 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _predict_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("trained", metavar="DIR", type=Path, help="a folder of evaluate, or that of one of its tasks")
     made.add_argument("images", help="images, as for pretrain")
-    made.add_argument("--out", type=Path, required=True, help="a folder: a table, masks or COCO json, and pictures")
+    made.add_argument(
+        "--out", type=Path, required=True, help="a folder: CSV, masks, or COCO json and YOLO txt, and a page"
+    )
 
 
 def _predict(given: argparse.Namespace) -> None:
@@ -355,7 +357,7 @@ def _report_takes(made: argparse.ArgumentParser) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    if not any((given.run_folder / name).is_file() for name in ("compare.json", "results.json")):
+    if not any((given.run_folder / name).is_file() for name in ("compare.json", "results.json", "predictions.json")):
         _run_at(given.run_folder)
     from underpaint.report import write_report
 
@@ -472,7 +474,10 @@ COMMANDS = {
         _watch,
     ),
     "report": _Command(
-        "write the HTML page of a run, an evaluation or a comparison", "report runs/first", _report_takes, _report
+        "write the HTML page of a run, an evaluation, a comparison or predictions",
+        "report runs/first",
+        _report_takes,
+        _report,
     ),
     "check": _Command(
         "what would be read, and how it was understood; no training", "check photos/", _check_takes, _check

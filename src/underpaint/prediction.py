@@ -1,5 +1,6 @@
 """Using what `underpaint evaluate` trained on images without annotations, and features for use elsewhere."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,24 @@ import pyarrow.parquet as pq
 import torch
 
 from underpaint.backbones import from_arguments
+from underpaint.console import say
 from underpaint.data import eval_batches, open_source, stored_scaling
 from underpaint.errors import InputError
 from underpaint.evaluation import EVALUATIONS, evaluation
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
 from underpaint.evaluation.features import HALF_LIMIT, counted
 from underpaint.evaluation.keep import kept
-from underpaint.files import check_writable, refuse_inside, replacing, utf8
+from underpaint.files import check_writable, refuse_inside, replacing, utf8, write_json
 from underpaint.patches import Standardize
+from underpaint.report import write_report
 
 
 def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
     """Run what an evaluation trained over images.
 
     `out` gets what the evaluation writes: predictions.csv (path, and a class with its probability, or a number), masks/
-    (an index PNG an image, and classes.json), or detections.json (COCO, with scores); and a picture of the first images.
+    (an indexed PNG an image, and classes.json), or detections.json (COCO, with scores) and labels/ (YOLO); a picture of some
+    of the images, predictions.json, which sums up, and a page, report.html. Everything is written as it is computed.
 
     Args:
         trained: a folder of `underpaint evaluate`, or that of one of its tasks.
@@ -66,7 +70,17 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
     bundle = bundle.scaled(source)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        kind.write(model.to(device).eval(), saved, bundle, source, folder)
+        written = kind.write(model.to(device).eval(), saved, bundle, source, folder)
+        told = {
+            "format": 1,
+            "task": saved["task"],
+            "trained": str(trained),
+            "images": str(images),
+            "count": written.images,
+        }
+        rest = {name: value for name, value in asdict(written).items() if name != "images"}
+        write_json(folder / "predictions.json", told | rest)
+        say(f"done: {write_report(folder)}")
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
 

@@ -28,6 +28,7 @@ from underpaint.evaluation.options import Options
 from underpaint.evaluation.results import Measured
 from underpaint.evaluation.settings import NoSettings, changed
 from underpaint.evaluation.splits import Split, stratified
+from underpaint.evaluation.written import Written
 from underpaint.files import utf8
 
 ENCODER, UNTRAINED = "encoder", "untrained"  # the encoder that is judged, and the same choices with random weights
@@ -252,8 +253,8 @@ class Evaluation(ABC, Generic[Settings, Data, Model, Found]):
         raise InputError(f"a model of task '{saved['task']}' is of no use on other images")
 
     @classmethod
-    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
-        """What the network says of every image of a source, into a folder, with a picture of the first ones."""
+    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> Written:
+        """What the network says of every image of a source, into a folder, as it computes it, with a picture of some."""
         raise NotImplementedError
 
 

@@ -20,11 +20,14 @@ from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.plots import confusion_picture, contact_sheet
 from underpaint.evaluation.results import Measured, Probe, means
 from underpaint.evaluation.splits import Split
+from underpaint.evaluation.written import Written
 from underpaint.files import AS_IT_IS, replacing
-from underpaint.report.figures.pictures import to_rgb
+from underpaint.report.figures.pictures import spread, to_rgb
+from underpaint.report.predictions import by_count
 
 MAJORITY = "majority"
 SHOWN = 24  # images on a picture of what was said
+TABLE, PICTURE = "predictions.csv", "predictions.png"
 Settings = TypeVar("Settings")
 Model = TypeVar("Model")
 Splits = tuple[Split, Split]  # to train on, and to test on
@@ -86,20 +89,41 @@ class Classification(Evaluation[Settings, Splits, Model, Probe]):
 
     @classmethod
     @torch.no_grad()
-    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
+    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> Written:
         """predictions.csv (path, class, probability) and predictions.png."""
         images, names = bundle.images(source), saved["classes"]
-        tiles: list[tuple[np.ndarray, str]] = []
+        tiles, sums = Tiles(len(images)), {name: [0, 0.0] for name in names}
         with table(folder, ["path", "class", "probability"]) as add:
             for batch in every(images, bundle):
                 best = model(bundle.standardize(batch.images)).softmax(1).max(1)
-                shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
-                for position, sample in enumerate(batch.samples):
-                    name, probability = names[int(best.indices[position])], float(best.values[position])
+                said = [(names[k], p) for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+                for sample, (name, probability) in zip(batch.samples, said, strict=True):
                     add([images.names[sample], name, f"{probability:.4f}"])
-                    if position < len(shown):
-                        tiles.append((shown[position], f"{name} {100 * probability:.0f} %"))
-        contact_sheet(tiles, folder / "predictions.png")
+                    sums[name] = [sums[name][0] + 1, sums[name][1] + probability]
+                tiles.add(batch, [f"{name} {100 * probability:.0f} %" for name, probability in said])
+        tiles.write(folder / PICTURE)
+        counts = {name: both for name, both in sums.items() if both[0]}
+        rows = [[name, f"{counts[name][0]:,}", f"{counts[name][1] / counts[name][0]:.0%}"] for name in by_count(counts)]
+        files = {TABLE: "an image a line: path, class, probability"}
+        return Written(tiles.count, ["Class", "Images", "Mean probability"], rows, files, PICTURE)
+
+
+class Tiles:
+    """Some of the images, evenly apart, each with what was said of it."""
+
+    def __init__(self, total: int):
+        self.wanted, self.count = set(spread(total, SHOWN)), 0
+        self.made: list[tuple[np.ndarray, str]] = []
+
+    def add(self, batch: Batch, said: Sequence[str]) -> None:
+        """The images of a batch, in their order."""
+        kept = [k for k in range(len(said)) if self.count + k in self.wanted]
+        if kept:
+            self.made += zip(to_rgb(batch.images[kept]), [said[k] for k in kept], strict=True)
+        self.count += len(said)
+
+    def write(self, path: Path) -> None:
+        contact_sheet(self.made, path)
 
 
 def every(images: ImageSet, bundle: EncoderBundle) -> Generator[Batch, None, None]:
@@ -115,7 +139,7 @@ def table(folder: Path, names: list[str]) -> Generator[Callable[[Sequence[str]],
     Names of files are written byte by byte as they are, UTF-8 or not.
     """
     count = 0
-    path = folder / "predictions.csv"
+    path = folder / TABLE
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=AS_IT_IS) as file:
         writer = csv.writer(file)
         writer.writerow(names)

@@ -6,7 +6,7 @@ images full of small objects, so sizes, anchors and the limit of detections are 
 
 import copy
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ from underpaint.evaluation.results import Groups, Measured, bootstrap
 from underpaint.evaluation.settings import DetectConfig
 from underpaint.evaluation.sizes import fitting_batch, fitting_size
 from underpaint.evaluation.trained import Learned, Task, as_tuples, sampled_batches, train, two_rates
-from underpaint.files import write_json
+from underpaint.evaluation.written import Places, Written, coco_file, labels_place, write_data_yaml, write_yolo
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
 from underpaint.train.schedules import Duration, Schedule
 
@@ -56,6 +56,7 @@ RATIOS = (0.5, 1.0, 2.0)
 PIXELS_A_STEP, MOST_A_STEP = 4 * 448**2, 8  # of all images, and images
 REDRAWS = 20  # of the test images, for standard errors
 SHOWN = 6
+PREDICTED = 12  # images on a picture of what was said of others
 MOST_LEVELS = 4  # of a pyramid
 LEAST = 0.5  # score of a detection that is drawn
 FOUND = f"found\n(score {LEAST:g} and above)"
@@ -560,35 +561,46 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
         return detector(bundle.encoder, bundle.size, classes, saved["masks"], anchors, config)
 
     @classmethod
-    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
-        """detections.json (COCO, with scores) and detections.png."""
+    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> Written:
+        """detections.json (COCO, all with their scores); labels/ and data.yaml (YOLO, the sure ones); detections.png."""
         names, numbers = saved["classes"], saved["categories"]
-        listed: list[CocoImage] = []
-        results: list[CocoObject] = []
         columns: dict[str, list[Tensor]] = {"image": [], FOUND: []}
-        for index, image in FullResImages.readable(source, bundle):
-            number = len(listed) + 1
-            height, width = (int(side) for side in image.shape[-2:])
-            listed.append({"id": number, "file_name": source.entries[index].name, "width": width, "height": height})
-            found = detected(model, bundle, image, number, dict(enumerate(numbers, start=1)), saved["masks"])
-            results += found
-            if number <= SHOWN:
-                columns["image"].append(rgb(image))
-                columns[FOUND].append(found_frame(image, found, numbers))
-        categories = [{"id": k, "name": name} for k, name in zip(numbers, names, strict=True)]
-        annotations = [{"id": k, "iscrowd": 0, "area": _area(one), **one} for k, one in enumerate(results, start=1)]
-        whole = {"images": listed, "annotations": annotations, "categories": categories}
-        write_json(folder / "detections.json", whole, indent=None)
+        wanted = set(spread(len(source.entries), PREDICTED))
+        places = Places(source.entries.names, ".txt")
+        objects, seen = Counter[int](), Counter[int]()
+        count = 0
+        with coco_file(folder / "detections.json", dict(zip(numbers, names, strict=True))) as add:
+            for index, image in FullResImages.readable(source, bundle):
+                count += 1
+                height, width = (int(side) for side in image.shape[-2:])
+                name = source.entries[index].name
+                listed: CocoImage = {"id": count, "file_name": name, "width": width, "height": height}
+                found = detected(model, bundle, image, count, dict(enumerate(numbers, start=1)), saved["masks"])
+                add(listed, found)
+                sure = [one for one in found if one.get("score", 0.0) >= LEAST]
+                by_number = {category: number for number, category in enumerate(numbers)}
+                write_yolo(folder / labels_place(places(name)), sure, by_number, listed)
+                objects.update(one["category_id"] for one in sure)
+                seen.update({one["category_id"] for one in sure})
+                if index in wanted:
+                    columns["image"] += alike([rgb(image)])
+                    columns[FOUND] += alike([found_frame(image, found, numbers)])
+        write_data_yaml(folder / "data.yaml", names)
         shown = {name: alike(frames) for name, frames in columns.items()}
         sheet(shown, folder / "detections.png", legend=legend_of(names) if len(names) > 1 else ())
-        say(f"{folder / 'detections.json'}: {len(results)} objects on {len(listed)} images")
-
-
-def _area(one: CocoObject) -> float:
-    from faster_coco_eval import mask
-
-    coding: Any = mask  # its annotations are narrower than what it takes
-    return float(coding.area(one["segmentation"])) if "segmentation" in one else one["bbox"][2] * one["bbox"][3]
+        say(
+            f"{folder / 'detections.json'}: {sum(objects.values())} objects of score {LEAST:g} and above on {count} images"
+        )
+        rows = [[name, f"{objects[k]:,}", f"{seen[k]:,}"] for k, name in zip(numbers, names, strict=True)]
+        what = "outlines" if saved["masks"] else "boxes"
+        files = {
+            "detections.json": f"COCO json: boxes{' and masks' if saved['masks'] else ''} of every object, with scores",
+            "labels/": f"YOLO txt, by the image's path: {what} of the objects of score {LEAST:g} and above",
+            "data.yaml": "the names of YOLO's classes",
+        }
+        return Written(
+            count, ["Class", f"Objects (score {LEAST:g})", "Images with some"], rows, files, "detections.png"
+        )
 
 
 def picture(test: Boxed, results: Sequence[CocoObject], categories: list[int], path: Path) -> None:

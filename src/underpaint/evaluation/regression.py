@@ -15,16 +15,15 @@ from underpaint.data import Source, split_indices
 from underpaint.errors import InputError
 from underpaint.evaluation.base import ENCODER, PIXELS, Context, Evaluation, Kept, Row
 from underpaint.evaluation.bundle import EncoderBundle
-from underpaint.evaluation.classify import SHOWN, Splits, every, table
+from underpaint.evaluation.classify import PICTURE, TABLE, Splits, Tiles, every, table
 from underpaint.evaluation.frozen import Headed, LinearHead
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.linear import statistics
-from underpaint.evaluation.plots import contact_sheet
 from underpaint.evaluation.results import Measured, bootstrap, means, together
 from underpaint.evaluation.settings import NoSettings
 from underpaint.evaluation.splits import hold_out
+from underpaint.evaluation.written import Written
 from underpaint.files import replacing
-from underpaint.report.figures.pictures import to_rgb
 
 MEAN = "mean"
 PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of squared weights, over the squared error an image
@@ -173,15 +172,25 @@ class Regression(Evaluation[NoSettings, Splits, Ridge, Float[np.ndarray, "n"]]):
 
     @classmethod
     @torch.no_grad()
-    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
+    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> Written:
         """predictions.csv (path, and the number by its name) and predictions.png."""
-        images = bundle.images(source)
-        tiles: list[tuple[np.ndarray, str]] = []
-        with table(folder, ["path", saved["settings"]["number"]]) as add:
+        images, name = bundle.images(source), saved["settings"]["number"]
+        tiles = Tiles(len(images))
+        said: list[np.ndarray] = []
+        with table(folder, ["path", name]) as add:
             for batch in every(images, bundle):
-                numbers = model(bundle.standardize(batch.images)).squeeze(1).tolist()
-                for k, number in zip(batch.samples, numbers, strict=True):
+                numbers = model(bundle.standardize(batch.images)).squeeze(1)
+                for k, number in zip(batch.samples, numbers.tolist(), strict=True):
                     add([images.names[k], f"{number:.6g}"])
-                shown = to_rgb(batch.images[: SHOWN - len(tiles)]) if len(tiles) < SHOWN else []
-                tiles += [(tile, f"{number:.4g}") for tile, number in zip(shown, numbers, strict=False)]
-        contact_sheet(tiles, folder / "predictions.png")
+                tiles.add(batch, [f"{number:.4g}" for number in numbers.tolist()])
+                said.append(numbers.cpu().numpy())
+        tiles.write(folder / PICTURE)
+        levels = {
+            "smallest": 0.0,
+            "a quarter below": 0.25,
+            "half below": 0.5,
+            "three quarters below": 0.75,
+            "largest": 1.0,
+        }
+        rows = [[level, f"{np.quantile(np.concatenate(said), share):.4g}"] for level, share in levels.items()]
+        return Written(tiles.count, ["", name], rows, {TABLE: f"an image a line: path, {name}"}, PICTURE)

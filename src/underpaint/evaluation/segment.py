@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from underpaint.evaluation.settings import SegmentConfig
 from underpaint.evaluation.sizes import fitting_batch, fitting_size
 from underpaint.evaluation.splits import evenly
 from underpaint.evaluation.trained import Learned, Task, as_tuples, sampled_batches, train, two_rates
+from underpaint.evaluation.written import Places, Written
 from underpaint.files import replacing, write_json
 from underpaint.patches import patchify
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
@@ -44,6 +45,7 @@ LOOKED_AT = 50  # masks, to see how large images are
 LINEAR_RATE = 10.0  # of the linear head over UperNet's: one layer on normalised features takes large steps
 LINEAR_SHARE = 1 / 3  # of the minutes that UperNet has: a head alone is sooner done
 SHOWN = 6
+PREDICTED = 12  # images on a picture of what was said of others
 
 
 class Grid(nn.Module):
@@ -420,27 +422,41 @@ class Segment(Evaluation[SegmentConfig, Masked, nn.Module | int, Segmented]):
         return segmenter(bundle.encoder, head, len(saved["classes"]), bundle.size, config)
 
     @classmethod
-    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> None:
-        """masks/, an index PNG an image; classes.json; segmentations.png."""
+    def write(cls, model: nn.Module, saved: Saved, bundle: EncoderBundle, source: Source, folder: Path) -> Written:
+        """masks/, an indexed PNG an image in the colours of its classes; classes.json; segmentations.png."""
         names, overlap = saved["classes"], saved["settings"]["overlap"]
         columns: dict[str, list[Tensor]] = {"image": [], "found": []}
-        count = 0
+        wanted = set(spread(len(source.entries), PREDICTED))
+        places, palette = Places(source.entries.names, ".png"), colours(len(names)).reshape(-1).tolist()
+        pixels, seen, count = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64), 0
         for index, image in FullResImages.readable(source, bundle):
             standard = bundle.standardize(image[None].to(bundle.standardize.mean.device))[0]
             scores = sliding_window_inference(model, standard, bundle.size, len(names), overlap)
             mask = scores.argmax(0).to(torch.uint8).cpu().numpy()
-            path = folder / "masks" / _inside(source.entries[index].name).with_suffix(".png")
+            path = folder / "masks" / places(source.entries[index].name)
             path.parent.mkdir(parents=True, exist_ok=True)
+            indexed = Image.fromarray(mask)
+            indexed.putpalette(palette)
             with replacing(path) as temporary:
-                Image.fromarray(mask).save(temporary, format="PNG")
-            count += 1
-            if len(columns["image"]) < SHOWN:
-                columns["image"].append(rgb(image))
-                columns["found"].append(painted(mask, len(names)))
+                indexed.save(temporary, format="PNG")
+            each = np.bincount(mask.reshape(-1), minlength=len(names))
+            pixels, seen, count = pixels + each, seen + (each > 0), count + 1
+            if index in wanted:
+                columns["image"] += alike([rgb(image)])
+                columns["found"] += alike([painted(mask, len(names))], nearest=True)
         write_json(folder / "classes.json", names, indent=None)
         frames = {name: alike(shown, nearest=name == "found") for name, shown in columns.items()}
         sheet(frames, folder / "segmentations.png", legend=legend_of(names))
         say(f"{folder / 'masks'}: {count} masks; classes.json names their numbers")
+        rows = [
+            [name, f"{share:.1%}", f"{times:,}"]
+            for name, share, times in zip(names, (pixels / pixels.sum()).tolist(), seen.tolist(), strict=True)
+        ]
+        files = {
+            "masks/": "an indexed PNG an image, by the image's path: the value of a pixel is the number of its class",
+            "classes.json": "the names of the classes by number",
+        }
+        return Written(count, ["Class", "Pixels", "Images with it"], rows, files, "segmentations.png")
 
 
 def segmenter(
@@ -489,8 +505,3 @@ def picture(shown: list[tuple[Tensor, np.ndarray, np.ndarray]], names: list[str]
 def painted(mask: Int[np.ndarray, "h w"] | UInt8[np.ndarray, "h w"], classes: int) -> Float[Tensor, "3 h w"]:
     """A mask in the colours of its classes."""
     return torch.from_numpy(colours(classes)).float()[torch.from_numpy(mask).long()].permute(2, 0, 1) / 255
-
-
-def _inside(name: str) -> Path:
-    """A path of an archive without a way out of the folder."""
-    return Path(*[part for part in PurePosixPath(name).parts if part not in ("..", "/", ".")])
