@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from underpaint.data import Batch
@@ -40,46 +41,48 @@ SHORT += (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a step, for an image: `flops` of matrix products, convolutions and attention, and `saved` bytes of float32 that
-    are kept for the way back; `weights` is the number of those that are trained."""
+    """Of a step, for an image: `flops` of matrix products, convolutions and attention, and `made` bytes of float32 on the way
+    forward, of which most are kept for the way back; `weights` is the number of those that are trained."""
 
     flops: float
-    saved: float
+    made: float
     weights: int
 
     def memory(self, images: int, half: bool) -> float:
         """Bytes that steps on so many images at once take: weights, gradients and AdamW's two, and what is kept."""
-        return 16.0 * self.weights + self.saved * images * (0.5 if half else 1.0)
+        return 16.0 * self.weights + self.made * images * (0.5 if half else 1.0)
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up torch's own FLOP formulas. (FlopCounterMode also tracks modules, which torch.func.grad forbids.)"""
+    """Adds up torch's own FLOP formulas, and notes what is made on the way forward. (FlopCounterMode also tracks modules,
+    and hooks of saved tensors see what is kept: torch.func.grad forbids both.)"""
 
-    total = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.made, self.forward = 0, dict[int, int](), True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        if self.forward:
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):  # by its place: what is freed is made use of again
+                    storage = tensor.untyped_storage()
+                    self.made[storage.data_ptr()] = storage.nbytes()
         return out
 
 
 def counted(method: Method, channels: int, size: tuple[int, int], images: int = 2) -> Cost:
     """What a step of an untrained method costs, counted on the CPU by making one on noise; leaves gradients."""
-    own = {each.untyped_storage().data_ptr() for each in method.parameters()}
-    saved: dict[int, int] = {}
-
-    def kept(tensor: Tensor) -> Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in own:
-            saved[place] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    keeping = torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor)
-    with torch.random.fork_rng(devices=[]), _Counter() as counter, keeping:
+    with torch.random.fork_rng(devices=[]), _Counter() as counter:
         for objective in method.parts(torch.randn(images, channels, *size)):
+            counter.forward = False
             objective.loss.backward()
     weights = sum(each.numel() for each in method.parameters() if each.requires_grad)
-    return Cost(counter.total / images, sum(saved.values()) / images, weights)
+    own = {each.untyped_storage().data_ptr() for each in method.state_dict().values()}
+    made = sum(held for place, held in counter.made.items() if place not in own)
+    return Cost(counter.flops / images, made / images, weights)
 
 
 def out_of_memory(error: BaseException) -> bool:
