@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from underpaint.data import check, format_check
-from underpaint.data.check import near_groups
+from underpaint.data.alike import alike_groups, near_groups
 
 pytestmark = pytest.mark.quick
 
@@ -64,6 +64,15 @@ def test_near_groups_agree_with_all_pairs():
         together[np.ix_(group, group)] = True
     assert (together | ~close).all()
     assert sum(len(group) for group in groups) == (close.sum(axis=1) > 1).sum()
+
+
+def test_pictures_decide_where_hashes_agree():
+    draws = np.random.default_rng(0)
+    one, other = draws.integers(0, 256, (2, 256))
+    pictures = (
+        np.stack([one, one * 0.9 + 10, other, one + draws.normal(0, 80, 256), other]).clip(0, 255).astype(np.uint8)
+    )
+    assert alike_groups(np.full(5, 7, np.uint64), pictures) == [[0, 1], [2, 4]]
 
 
 def test_check_of_a_plain_folder(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from underpaint.console import progress
-from underpaint.data.alike import CHUNK, NONE, difference_hash, near_groups
+from underpaint.data.alike import CHUNK, NONE, SIDE, alike_groups, look_of
 from underpaint.data.annotations import CocoAnnotations, Masks, coco_annotations, masks_of
 from underpaint.data.decode import MAX_PIXELS, Unreadable, decode, read_header
 from underpaint.data.open import open_source
@@ -26,6 +26,7 @@ from underpaint.data.splits import labelled_indices, labels_judge, pretraining_i
 from underpaint.errors import InputError
 from underpaint.files import AS_IT_IS, replacing, utf8, write_json
 
+MANY_ALIKE = 0.1  # share of the images from which on it is said what else may make them alike
 WORTH = 15.0  # seconds in one process from which on it is worth the start of several
 HASHED = 100_000  # images compared for near-duplicates
 READ_MASKS = 200  # of which the classes are counted, evenly spread
@@ -33,7 +34,7 @@ SHOWN_IMAGES, SHOWN_GROUPS = 16, 12  # on a sheet
 NAMED = 20  # classes in a text for people
 WHAT = ["images with class labels", "images with a number each", "masks of classes", "boxes or outlines of objects"]
 
-Seen = tuple[int, int, int, str, bytes, int]  # height, width, channels, type, digest, difference hash
+Seen = tuple[int, int, int, str, bytes, int, np.ndarray]  # height, width, channels, type, digest, and `look_of`
 
 
 def check(
@@ -68,7 +69,7 @@ def examine(
         `channels`, `dtypes`, `splits` (counts by value; "none" for no split); `scaling` (lines on how values would
         become 0 to 1, none where all is 8 bit); `classes` (images by class name);
         `unreadable` and `left_out` ({"path", "reason"}); `duplicates` and `near_duplicates` (groups of names with the
-        same bytes, or with difference hashes at most 2 of 64 bits apart), `duplicates_across_splits` and
+        same bytes, or that look alike: difference hashes at most 2 of 64 bits apart, and small pictures that correlate), `duplicates_across_splits` and
         `near_duplicates_across_splits` (how many of those groups), `compared` (images hashed for likeness), `flat`
         (names of images of one colour, which look alike to no other); `boxes` and `masks` (what was found of them, or
         why none); `tasks` (by name, the command, or why it cannot be done); `pictures` (files).
@@ -76,6 +77,7 @@ def examine(
     entries, chunks = source.entries, range(math.ceil(len(source.entries) / CHUNK))
     numbers = np.zeros((len(entries), 3), np.int32)  # height, width, channels; 0 where it cannot be read
     digests, hashes = np.zeros((len(entries), 2), np.uint64), np.zeros(len(entries), np.uint64)
+    pictures = np.zeros((min(len(entries), HASHED), SIDE * SIDE), np.uint8)
     dtypes: Counter[str] = Counter()
     unreadable: list[dict[str, str]] = []
     look, index, began = _Examine(source, max_pixels), 0, time.monotonic()
@@ -88,7 +90,9 @@ def examine(
             if isinstance(result, str):
                 unreadable.append({"path": entries.names[index], "reason": result})
             else:
-                *numbers[index], dtype, digest, hashes[index] = result
+                *numbers[index], dtype, digest, hashes[index], picture = result
+                if index < len(pictures):
+                    pictures[index] = picture
                 digests[index] = np.frombuffer(digest, np.uint64)
                 dtypes[dtype] += 1
             index += 1
@@ -96,9 +100,9 @@ def examine(
     channels = Counter({str(k): int(n) for k, n in zip(*np.unique(numbers[known, 2], return_counts=True), strict=True)})
     same = _equal(digests, known)
     copies = np.array([k for group in same for k in group[1:]], np.int64)
-    compared = known[hashes[known] != NONE][:HASHED]
+    compared = known[(hashes[known] != NONE) & (known < len(pictures))]
     apart = np.setdiff1d(compared, copies)
-    near = [[int(apart[p]) for p in group] for group in near_groups(hashes[apart])]
+    near = [[int(apart[p]) for p in group] for group in alike_groups(hashes[apart], pictures[apart])]
     classes = source.classes or []
     labels = np.bincount(entries.labels[entries.labels >= 0], minlength=len(classes)).tolist()
     boxes = _boxes(source)
@@ -194,7 +198,8 @@ def _told_masks(masks: Masks | str) -> dict[str, Any]:
             continue
         counts.update(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
     total = counts.total()
-    names = {k: masks.classes[k] if 0 <= k < len(masks.classes) else str(k) for k in counts}
+    named = f" (no class of {len(masks.classes)})" if masks.classes else ""
+    names = {k: masks.classes[k] if 0 <= k < len(masks.classes) else f"{k}{named}" for k in counts}
     return {
         "images": len(indices),
         "looked_at": len(places),
@@ -294,6 +299,12 @@ def format_check(result: dict[str, Any], *, notes: bool = True) -> str:
         lines.append(
             "    pretrain --drop-duplicates leaves out all but one, and those that look like images to judge by"
         )
+        surplus = sum(len(group) - 1 for key in ("duplicates", "near_duplicates") for group in result[key])
+        if surplus > MANY_ALIKE * result["readable"]:
+            lines.append(
+                f"    that is {surplus:,} images: a fixed camera or a video makes images that differ in small things alone; "
+                "look at alike.png (--out) first"
+            )
     if result["compared"] < result["readable"] - len(result["flat"]):
         lines.append(f"  (only the first {result['compared']:,} images were compared for likeness)")
     lines += ["what can be done with it:", *(f"  {task}: {told}" for task, told in result["tasks"].items())]
@@ -362,7 +373,7 @@ class _Examine:
         # a reduced JPEG is still read to its end, so that truncation is found
         pixels = decode(data, channels=None, max_pixels=self._max_pixels, reduce_to=16)
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        return header.height, header.width, header.channels, header.dtype, digest, difference_hash(pixels)
+        return header.height, header.width, header.channels, header.dtype, digest, *look_of(pixels)
 
 
 def _scaling(source: Source, channels: Counter[str], dtypes: Counter[str], max_pixels: int) -> list[str]:

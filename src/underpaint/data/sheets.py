@@ -100,7 +100,7 @@ def annotated_sheet(
             picture, size = picture_of(source, index)
             if masks is not None and index in masks.names and not boxes:
                 mask = masks[index]
-                painted = (mask >= 0) & (mask < max(len(names), 255)) & ((mask > 0) | (names[:1] not in NOTHING))
+                painted = (mask >= 0) & (mask < (len(names) or 255)) & ((mask > 0) | (names[:1] not in NOTHING))
                 used.update(np.unique(mask[painted]).tolist())
                 picture = _painted(picture, mask, painted)
             if index in owner:
