@@ -547,7 +547,7 @@ def test_bad_answers_are_one_line(run: Path, tmp_path: Path, capsys: Any) -> Non
         Image.fromarray(np.zeros((32, 40), np.uint8)).save(file)
     assert "needs at least 2 classes in train" in said(scenes, "segment")
     scenes = write_scenes(tmp_path / "colour", 4, 2, (32, 40))
-    Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(scenes / "masks/train/train001.png")
+    Image.new("RGB", (40, 32), "red").save(scenes / "masks/train/train001.png")
     assert "not an index mask" in said(scenes, "segment")
     pictures = write_pictures(tmp_path / "classes/train", 12)
     write_pictures(tmp_path / "classes/test", 8, classes=4)
