@@ -51,7 +51,7 @@ def alike_groups(hashes: np.ndarray, pictures: np.ndarray) -> list[list[int]]:
         first: list[int] = []  # of each group, its place in `values`
         members: list[list[int]] = []
         for place, position in enumerate(group):
-            close = np.flatnonzero(values[first] @ values[place] >= SAME) if first else ()
+            close = np.flatnonzero(values[first] @ values[place] >= SAME) if first else np.zeros(0, int)
             if len(close):
                 members[int(close[0])].append(position)
             else:
