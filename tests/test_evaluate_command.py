@@ -36,7 +36,7 @@ from underpaint.evaluation.features import features_of, stored_features
 from underpaint.evaluation.outliers import mahalanobis, neighbour_distance, separation
 from underpaint.evaluation.splits import Split
 from underpaint.evaluation.trained import Task
-from underpaint.evaluation.written import Places, labels_place, write_yolo
+from underpaint.evaluation.written import Places, coco_file, labels_place, write_yolo
 from underpaint.report.figures.pictures import colours
 from underpaint.seeds import ROLLED_BACK
 from underpaint.train import cadence
@@ -441,7 +441,7 @@ def test_detection(
             size = image["height"], image["width"]
             drawn = mask_of([(np.array(shares, float).reshape(-1, 2) * size[::-1]).reshape(-1).tolist()], *size)
             truth = mask_of(one["segmentation"], *size)
-            if np.asarray(measure.label(truth)).max() == 1 and truth.sum() > 30:
+            if np.max(measure.label(truth)) == 1 and truth.sum() > 30:
                 same.append((drawn & truth).sum() / (drawn | truth).sum())
     assert len(same) > 20
     assert np.mean(same) > 0.9
@@ -557,3 +557,28 @@ def test_bad_answers_are_one_line(run: Path, tmp_path: Path, capsys: Any) -> Non
         shutil.rmtree(tmp_path / "classes/test" / name)
     shutil.rmtree(tmp_path / "classes/test/class3")
     assert said(pictures.parent, "linear")  # one class is no labels
+
+
+def test_detections_are_written_as_they_come_and_there_when_all_are(tmp_path: Path) -> None:
+    path = tmp_path / "detections.json"
+    image: Any = {"id": 1, "file_name": "caf\udce9.jpg", "height": 40, "width": 80}
+    box: Any = {"image_id": 1, "category_id": 7, "bbox": [0.0, 0.0, 4.0, 5.0], "score": 0.9}
+
+    def ended() -> None:
+        with coco_file(path, {7: "cell"}) as add:
+            for _ in range(1000):
+                add(image, [box])
+            assert next(tmp_path.iterdir()).stat().st_size > 50_000
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ended()
+    assert not list(tmp_path.iterdir())
+    with coco_file(path, {7: "cell"}):
+        pass
+    assert json.loads(path.read_text())["annotations"] == []
+    with coco_file(path, {7: "cell"}) as add:
+        add(image, [box, box])
+    whole_file = json.loads(path.read_text())
+    assert [(one["id"], one["area"]) for one in whole_file["annotations"]] == [(1, 20.0), (2, 20.0)]
+    assert whole_file["images"][0]["file_name"] == "caf\udce9.jpg"
