@@ -244,8 +244,9 @@ class FineTune(Classification[FineTuning, nn.Module | None]):
 
         _, whole = duration_of(self.config, len(labels), options.minutes)
         settings = settings_of(self.config, trained=bundle.trained, train=len(labels), held=len(held), seed=seed)
+        who = bundle.name if self.context.alone else name
         pairs = grid(self.config, options.settings)
-        return choose(pairs, whole, tried, self.folder / name, settings, f"fine-tuning of {name}")
+        return choose(pairs, whole, tried, self.folder / name, settings, f"fine-tuning of {who}")
 
     @torch.no_grad()
     def _scores(

@@ -175,7 +175,7 @@ def fewer(found: object, result: Result, name: str) -> Table:
     longest = max(by_row.values(), key=len, default=[])
     heads = [f"{count_text(count)} images" for count, _, _ in longest]
     lines = [
-        Line(row, [metric(name).text(value, error) for _, value, error in points], "own" if row == "encoder" else "")
+        Line(row, [metric(name).text(value, error) for _, value, error in points], "bold" if row == "encoder" else "")
         for row, points in by_row.items()
         if len(points) == len(longest)
     ]
@@ -196,7 +196,7 @@ def choices(found: object) -> Table:
             ]
             cells.append(percent_text(number(one, "accuracy")))
             chosen = taken == [number(row, "chosen", key) for key in ("lr", "layer_decay")]
-            lines.append(Line(name, cells, "own" if chosen else ""))
+            lines.append(Line(name, cells, "bold" if chosen else ""))
     return Table(["Network", "Round", "Rate per 256 images", "Layer decay", "Steps", "Held-out labels, %"], lines)
 
 
