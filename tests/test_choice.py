@@ -61,9 +61,11 @@ def test_a_rate_is_chosen_alike_for_all_and_goes_on_after_a_kill(
     # killed in the middle of the third pair it ends with the same
     out = tmp_path / "killed"
     assert server(*command, out, die=("kill underpaint.train.stepper:Stepper.step", 20)).status == -9
-    assert len(json.loads((out / "finetune/encoder/choice.json").read_text())["tried"]) == 2
+    known = json.loads((out / "finetune/encoder/choice.json").read_text())["tried"]
+    assert len(known) == 2
     again = server(*command, out)
     assert again.status == 0, again.error
+    assert found(out)["rows"]["encoder"]["tried"][:2] == known  # their minutes tell that they were not made again
     assert rows_of(out) == rows_of(tmp_path / "whole")
     # what is given is not chosen
     fixed = server(*command, tmp_path / "fixed", "--set", "lr=1e-3", "--set", "epochs=2", "--untrained")

@@ -4,22 +4,29 @@ import numpy as np
 import pytest
 
 from underpaint.evaluation.detect import finest
-from underpaint.evaluation.sizes import fitting_batch, fitting_size
+from underpaint.evaluation.sizes import fitting_batch, fitting_size, small_side
 from underpaint.evaluation.trained import Learned, last_fall, too_short
 
 pytestmark = pytest.mark.quick
 
 
 def test_large_objects_need_no_large_images() -> None:
-    # blood cells: images of 480x640 whose smaller objects have 50 px; 16 px of them will do
-    size, why = fitting_size([(480, 640)] * 9, np.linspace(40, 120, 101)[4:], (16, 16))
-    assert size == (160, 208)
-    assert "nine of ten objects have a side of" in why
+    # blood cells: images of 480x640 with many large objects and a few small ones, of which 16 px will do
+    sides = np.concatenate([np.linspace(80, 120, 500), np.linspace(34, 54, 21)])
+    small = small_side(sides, np.repeat([1, 2], [500, 21]))
+    assert small == pytest.approx(36)
+    size, why = fitting_size([(480, 640)] * 9, small, (16, 16))
+    assert size == (224, 288)
+    assert "nine of ten objects of every class have a side of" in why
     # small objects keep the image as it is, and it is never enlarged
-    assert fitting_size([(200, 256)] * 3, np.full(9, 6.0), (16, 16))[0] == (208, 256)
-    assert fitting_size([(32, 40)], np.full(9, 30.0), (8, 8))[0] == (24, 24)
+    assert fitting_size([(200, 256)] * 3, 6.0, (16, 16))[0] == (208, 256)
+    assert fitting_size([(32, 40)], 30.0, (8, 8))[0] == (24, 24)
+    # a class with hardly an object tells nothing alone
+    assert small_side(np.array([5.0, *[50.0] * 20]), np.array([1] + [2] * 20)) == 5
+    assert small_side(np.array([5.0, *[50.0] * 9]), np.array([1] + [2] * 9)) == pytest.approx(45.5)
+    assert small_side(np.zeros(0), np.zeros(0, int)) is None
     # at least two patches a side, and no more patches than can be afforded
-    assert fitting_size([(32, 40)], np.full(9, 30.0), (16, 16))[0] == (32, 32)
+    assert fitting_size([(32, 40)], 30.0, (16, 16))[0] == (32, 32)
     size, why = fitting_size([(1000, 2000)], None, (16, 16))
     assert size[0] * size[1] / 256 <= 1.1 * 1024
     assert size[1] == pytest.approx(2 * size[0], rel=0.05)

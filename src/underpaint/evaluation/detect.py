@@ -45,7 +45,7 @@ from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.pyramid import Pyramid, patch_of
 from underpaint.evaluation.results import Groups, Measured, bootstrap
 from underpaint.evaluation.settings import DetectConfig
-from underpaint.evaluation.sizes import fitting_batch, fitting_size
+from underpaint.evaluation.sizes import fitting_batch, fitting_size, small_side
 from underpaint.evaluation.trained import Learned, Task, as_tuples, sampled_batches, train, two_rates
 from underpaint.evaluation.written import Places, Written, coco_file, labels_place, write_data_yaml, write_yolo
 from underpaint.report.figures.pictures import alike, colours, legend_of, rgb, sheet, spread
@@ -494,9 +494,11 @@ class Detect(Evaluation[DetectConfig, tuple[Boxed, Boxed], nn.Module, list[CocoO
     def fitting_size(cls, context: Context) -> tuple[tuple[int, int], str] | None:
         by_split: dict[str, CocoAnnotations] = context.found[cls.annotation]
         coco = by_split.get("train", next(iter(by_split.values()))).coco
-        sides = [math.sqrt(one["bbox"][2] * one["bbox"][3]) for one in coco["annotations"] if not one.get("iscrowd")]
+        objects = [one for one in coco["annotations"] if not one.get("iscrowd")]
+        sides = np.array([math.sqrt(one["bbox"][2] * one["bbox"][3]) for one in objects], float)
+        small = small_side(sides, np.array([one["category_id"] for one in objects], int))
         shapes = [(image["height"], image["width"]) for image in coco["images"]]
-        return fitting_size(shapes, np.array(sides), patch_of(context.bundle.encoder)) if shapes else None
+        return fitting_size(shapes, small, patch_of(context.bundle.encoder)) if shapes else None
 
     @classmethod
     def annotated(cls, source: Source) -> dict[str, CocoAnnotations]:

@@ -5,16 +5,28 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 CELL = 16.0  # pixels of a side that nine of ten objects should have at least: four cells of a finest map of stride 4
 MOST = 1_024  # patches of an image: attention over more costs more than it brings where time is short
+MANY = 10  # objects of a class: fewer tell nothing of its sizes
 MAP = 32  # pixels: the coarsest stride of a network without patches
 MAP_CELL = 16  # pixels of what counts as a patch there
 
 
+def small_side(sides: Float[np.ndarray, "n"], labels: Int[np.ndarray, "n"]) -> float | None:
+    """The side that nine of ten objects of every class have at least; of classes with few objects, all together.
+
+    A mean over classes counts a rare small kind as much as a frequent large one.
+    """
+    counts = {label: int((labels == label).sum()) for label in np.unique(labels).tolist()}
+    parts = [sides[labels == label] for label, count in counts.items() if count >= MANY]
+    parts += [part for part in [sides[[counts[label] < MANY for label in labels.tolist()]]] if len(part)]
+    return min((float(np.quantile(part, 0.1)) for part in parts), default=None)
+
+
 def fitting_size(
-    shapes: Sequence[tuple[int, int]], sides: Float[np.ndarray, "n"] | None, patch: tuple[int, int] | None
+    shapes: Sequence[tuple[int, int]], small: float | None, patch: tuple[int, int] | None
 ) -> tuple[tuple[int, int], str]:
     """Height and width in pixels of what a network is given, and why, in a few words.
 
@@ -23,16 +35,15 @@ def fitting_size(
 
     Args:
         shapes: height and width of images to train on.
-        sides: of the objects on them, the square root of the area, in pixels; the whole image counts where None.
+        small: side of the smaller objects on them in pixels (`small_side`); the whole image counts where None.
         patch: of the encoder, height and width in pixels; None where it has none.
     """
     tall, wide = (float(np.median([shape[k] for shape in shapes])) for k in (0, 1))
     why = f"images are {tall:.0f}x{wide:.0f} px"
     scale = 1.0
-    if sides is not None and len(sides):
-        small = float(np.quantile(sides, 0.1))
+    if small is not None:
         scale = min(1.0, CELL / max(small, 1e-6))
-        why += f", and nine of ten objects have a side of {small:.0f} px or more"
+        why += f", and nine of ten objects of every class have a side of {small:.0f} px or more"
     unit = patch or (MAP, MAP)
     cell = patch or (MAP_CELL, MAP_CELL)
     most = math.sqrt(MOST * cell[0] * cell[1] / (tall * wide))
