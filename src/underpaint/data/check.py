@@ -80,11 +80,13 @@ def examine(
     pictures = np.zeros((min(len(entries), HASHED), SIDE * SIDE), np.uint8)
     dtypes: Counter[str] = Counter()
     unreadable: list[dict[str, str]] = []
-    look, index, began = _Examine(source, max_pixels), 0, time.monotonic()
-    first = look(0)
+    look, index = _Examine(source, max_pixels), 0
+    first = [look(0)]
+    began = time.monotonic()  # the first chunk opened what there is to open
+    first += map(look, chunks[1:2])
     if not workers and (time.monotonic() - began) * len(chunks) > WORTH:
         workers = spare_workers(MANY)
-    made = itertools.chain([first], ordered_map(look, chunks[1:], workers))
+    made = itertools.chain(first, ordered_map(look, chunks[2:], workers))
     for results in progress(made, f"reading {len(entries):,} images, {CHUNK} at a time", len(chunks)):
         for result in results:
             if isinstance(result, str):
