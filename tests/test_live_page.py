@@ -234,7 +234,8 @@ def test_what_a_pointer_shows_of_a_line() -> None:
     assert (first["name"], first["value"]) == ("<loss>", ["1.5 ± 0.1", "0.5 ± 0.05"])
     assert first["said"] == ["step 1", "step 4"]
     assert (second["name"], second["value"]) == ("it's trivial", ["1"])
-    points = re.findall(r'<use [^>]*x="([0-9.]+)" y="([0-9.]+)"[^>]*stroke', svg)  # ticks, and the markers of the line
-    for x, y in zip(first["x"], first["y"], strict=True):
-        assert any(abs(float(one) - x) < 0.1 and abs(float(other) - y) < 0.1 for one, other in points)
+    points = re.findall(r"M([0-9.]+) ([0-9.]+)m", svg)  # the markers of the line
+    assert [[float(x), float(y)] for x, y in points[-2:]] == [
+        list(one) for one in zip(first["x"], first["y"], strict=True)
+    ]
     assert first["y"][0] < second["y"][0] < first["y"][1]

@@ -491,7 +491,7 @@ def test_a_plot_is_text_of_its_own_names():
     first = line_plot([line], x_label="step", y_label="<y>", title="A & B", baseline=Curve("none", [0], [2.0], [0.1]))
     second = line_plot([line], x_label="step", y_label="<y>", title="C")
     assert first.startswith('<svg class="plot" role="img" viewBox=')
-    assert "<title>A &amp; B</title>" in first
+    assert 'aria-label="A &amp; B"' in first
     assert "currentColor" in first
     assert "#010203" not in first
     assert "xmlns" not in first
