@@ -115,8 +115,9 @@ class SegmentConfig:
     """Settings. Crops are as large as the images that the encoder takes; a test image is covered by such windows."""
 
     steps: int = setting(2_000, "of the training of each network", low=1, high=MOST)
+    # two at least: UperNet has a batch norm behind a mean over the image
     batch_size: int | None = setting(
-        None, "of a step", unit="images", unset="16, fewer of large images", low=1, high=1_000_000
+        None, "of a step", unit="images", unset="16, fewer of large images", low=2, high=1_000_000
     )
     lr: float = setting(1e-3, "peak, of what is new; ten times that for a linear head", low=0, high=1_000)
     # not so low that an encoder which has all to learn is held back
