@@ -331,7 +331,7 @@ def _judge(session: Session, untrained: Backbone) -> None:
 
 
 def next_commands(recipe: Recipe, run: Run, labelled: bool) -> list[str]:
-    """What comes after a run, as three commands for a shell: look at its page, judge or use its features, use it in Python."""
+    """What comes after a run, as three commands for a shell: look at its page, judge it or choose what to label, use it in Python."""
     python = Path(sys.executable).name
     if shutil.which(python) != sys.executable:
         python = shlex.quote(sys.executable)
@@ -341,14 +341,14 @@ def next_commands(recipe: Recipe, run: Run, labelled: bool) -> list[str]:
         groups = f" --groups {shlex.quote(recipe.data.groups)}" if recipe.data.groups else ""
         use = f"evaluate {name} --data {data} --task knn,linear{groups} --out {shlex.quote(f'{run.path}-worth')}"
     else:
-        use = f"embed {name} {data} --out {shlex.quote(f'{run.path}-vectors.parquet')}"
+        use = f"suggest {name} {data} --out {shlex.quote(f'{run.path}-label.csv')}"
     shape = (1, recipe.data.channels, *recipe.data.image_size)
     code = (
         f"import torch, underpaint; run = {json.dumps(str(run.path))}; encoder, transform = underpaint.load_encoder(run), "
         f"underpaint.standardize_for(run); print(encoder(transform(torch.rand{shape})).pooled.shape)"
     )
     return [
-        f"next: look at the page, {'judge it by all labels' if labelled else 'write feature vectors'}, use it in Python:",
+        f"next: look at the page, {'judge it by all labels' if labelled else 'choose which images to label'}, use it in Python:",
         f"  {python} -m webbrowser {shlex.quote(page)}",
         f"  underpaint {use}",
         f"  {python} -c {shlex.quote(code)}",
