@@ -5,7 +5,7 @@
 DATA has labelled train and test images. Of each seed's pool of training images, 20, 50, 100 and 200 are chosen, their
 labels are taken from DATA, and a linear probe that has seen nothing else is judged on the test images. "features" says
 by which features images are chosen ("encoder", the same one "untrained", "pixels"), "probe" on which it is trained:
-always on the encoder's, so that choices can be compared, and on those that chose. "margin" begins with the 20 typical
+always on the encoder's, so that choices can be compared, and on those that chose. "margin" (by the encoder alone) begins with the 20 typical
 ones and asks the probe from there on. A line of FILE for each; what is there is not computed again. At the end a
 table: mean accuracy over seeds, and the paired gain over chance with its standard error.
 """
@@ -73,7 +73,7 @@ def main() -> None:
     for seed in range(SEEDS):
         pool = np.random.default_rng(seed).permutation(len(y))[: given.pool]
         for by in given.by.split(","):
-            for name in features if by != "random" else ["encoder"]:
+            for name in features if by == "typical" else ["encoder"]:
                 for budget in BUDGETS:
                     probes = features if by == "random" else dict.fromkeys(("encoder", name))
                     left = [probe for probe in probes if (given.data, by, name, probe, budget, seed) not in done]

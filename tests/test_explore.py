@@ -185,6 +185,20 @@ def test_suggest_takes_one_of_each_kind_then_goes_on_from_labels(
             )
 
 
+def test_suggest_says_when_chance_is_as_good(
+    server: CommandLine, encoder: Path, unlabelled: Path, tmp_path: Path
+) -> None:
+    many = [f"{colour}-{k}.png,{colour}" for colour in ("blue", "green") for k in range(10)]
+    for lines, said in ((many, True), (many[:-1], False)):
+        (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines, ""]))
+        ended = server(
+            *("suggest", encoder, unlabelled, "--count", 2, "--labels", tmp_path / "labels.csv"),
+            *("--out", tmp_path / "out.csv"),
+        )
+        assert ended.status == 0, ended.error
+        assert ("--by random is as good" in ended.out) == said
+
+
 def test_suggest_says_what_it_cannot_use(
     server: CommandLine, encoder: Path, unlabelled: Path, labelled: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from underpaint.files import AS_IT_IS, check_writable, replacing
 MOST_IMAGES = 100_000
 MOST_CLUSTERS = 500  # and clusters of fewer than SMALLEST images come last: as in TypiClust (arXiv 2202.02794)
 SMALLEST = 5
+ENOUGH = 10  # labels a class, from which on choosing was not measurably better than chance (docs/explore.md)
 POOL = 10  # times as many images as are wanted: the least certain ones, of which each cluster gives some
 STRENGTH = 0.1  # of the probe: weight of the summed loss against half the squared weights
 WAYS = {
@@ -92,6 +93,12 @@ def suggest(
             "that count with --labels FILE.csv (path,label)"
         )
     found = choose(features.pooled, count, known, by=by, classes=classes)
+    told, kinds = int((known >= 0).sum()), len(np.unique(known[known >= 0]))
+    if by != "random" and kinds and told >= ENOUGH * kinds:
+        say(
+            f"{told:,} images of {kinds} classes have labels: from {ENOUGH} a class on, choosing gained nothing where it was "
+            "measured (docs/explore.md); --by random is as good, and leaves a fair sample"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=AS_IT_IS) as file:
