@@ -154,7 +154,8 @@ def evaluate_task(task: str, folder: Path) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        options = Options(settings=TASKS[task], against=against)
+        sized = task in ("segment", "detect")  # which else follow their images, and no longer what was computed
+        options = Options(settings=TASKS[task], against=against, image_size=(32, 32) if sized else None)
         found = evaluate(str(folder / "mae-pixels"), data, [task], folder / f"task-{task}", options)
     finally:
         torch.set_num_threads(threads)

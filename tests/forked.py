@@ -86,6 +86,7 @@ class CommandLine:
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.close()
+        self.server.kill()  # it waits for requests; a process that a test left behind may hold its pipe open
         self.server.wait(60)
         self.server.stdout.close()
 

@@ -3,6 +3,7 @@ beside the images of a folder or archive."""
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 from collections import Counter
@@ -52,7 +53,7 @@ def open_annotations(data: str | Path) -> AnnotationFiles:
     if path.suffix.lower() in TEXTS and path.is_file():  # a table of images in its folder
         path = path.parent
     if path.is_dir():
-        names = sorted(PurePosixPath(name).as_posix() for name, file in walk(path, []) if file.is_file())
+        names = sorted(PurePosixPath(name).as_posix() for name, file in walk(path, []) if os.path.isfile(file))
         return AnnotationFiles(names, lambda name: (path / name).read_bytes())
     if path.is_file() and zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)

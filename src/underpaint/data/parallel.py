@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
+from multiprocessing import connection
 from typing import Any, Generic, TypeVar
 
 from underpaint.errors import InputError
@@ -77,9 +78,11 @@ def ordered_map(
         signal.signal(signal.SIGCHLD, before)  # torch's would raise wherever this process is, as in writing a file
     try:
         yield from iterator
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, ConnectionResetError, EOFError) as error:
+        # a process that ends while it hands an item over breaks the connection before torch sees that it ended
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
+        connection.wait([worker.sentinel for worker in iterator._workers], 5)  # seconds
         ended = [worker.exitcode or 0 for worker in iterator._workers if not worker.is_alive()]
         iterator._shutdown_workers()  # the error holds on to it, and so to the other processes
         raise WorkerLost(max(0, -min(ended, default=0))) from error
