@@ -19,6 +19,7 @@ from underpaint.backbones.protocols import Backbone
 from underpaint.config import Recipe
 from underpaint.console import lasting
 from underpaint.data.decode import Header, Unreadable, decode, read_header
+from underpaint.errors import InputError
 from underpaint.patches import Standardize
 from underpaint.prepare import Opened, construct, parts_text, passes_text, planned_steps, rate_text
 from underpaint.recipes.plan import WORDS, Looked, Machine, plan, share_of
@@ -26,7 +27,7 @@ from underpaint.recipes.recipe import checked
 from underpaint.recipes.request import laid_over
 from underpaint.train.devices import matrix_rate, memory
 from underpaint.train.run_folder import processor
-from underpaint.train.speed import Cost, counted
+from underpaint.train.speed import Cost, counted, out_of_memory
 
 HEADERS, DECODED, LOOKING = (
     48,
@@ -148,7 +149,15 @@ def cost_of(recipe: Recipe) -> tuple[Cost, Backbone]:
     channels = recipe.data.channels
     if (words := method.prepare(Standardize([0.0] * channels, [1.0] * channels))) is not None:
         words.ready = True  # random words cost as much as fitted ones
-    return counted(method, channels, recipe.data.image_size), method.encoder
+    try:
+        return counted(method, channels, recipe.data.image_size), method.encoder
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        height, width = recipe.data.image_size
+        raise InputError(
+            f"out of memory with two images of {height}x{width} px; a smaller encoder or image size is needed"
+        ) from error
 
 
 def told(found: Planned) -> list[str]:
