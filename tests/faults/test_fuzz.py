@@ -60,7 +60,7 @@ def hangs():
         pass
 
 def fills():
-    held = b"x" * (700 * 2**20)
+    held = b"x" * (1_100 * 2**20)
     hangs()
 
 FATES = {1: lambda: 1 / 0, 2: hangs, 3: fills, 4: lambda: os._exit(7)}
