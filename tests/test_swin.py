@@ -38,11 +38,16 @@ def relative_tables(encoder: Swin) -> None:
 
 
 @pytest.mark.quick
-def test_embed_and_encode_equal_timm() -> None:
+def test_a_token_that_is_the_embedding_of_nothing_equals_timm() -> None:
+    """Black images have one embedding everywhere, so a token that equals it replaces nothing."""
     encoder = swin().eval()
-    images = torch.randn(2, 3, 64, 64)
-    tokens = encoder.encode(encoder.embed(images)).tokens  # pyright: ignore[reportCallIssue]
+    images = torch.zeros(2, 3, 64, 64)
+    mask = Mask(torch.tensor([[0, 1], [5, 7]]), torch.tensor([[2, 9], [0, 1]]))
+    tokens = encoder.covered(images, mask, (8, 8), encoder.embed(images)[0, 0])  # pyright: ignore[reportCallIssue]
     torch.testing.assert_close(tokens, encoder(images).patches)
+    changed = encoder.covered(images, mask, (8, 8), torch.ones(encoder.token_dim))  # pyright: ignore[reportCallIssue]
+    assert (changed - tokens).abs().amax() > 0.1
+    images = torch.randn(2, 3, 64, 64)
     index = torch.tensor([[3, 9, 700], [5, 6, 1000]])
     torch.testing.assert_close(encoder.embed(images, index), take(encoder.embed(images), index))
 

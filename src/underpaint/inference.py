@@ -35,7 +35,7 @@ def load_method(path: str | Path) -> tuple[Method, Standardize, Recipe]:
     found = run.load()
     if found is None:
         raise InputError(f"{path}: has no checkpoint yet")
-    encoder = load_encoder(path)
+    encoder = load_encoder(path, recipe.data.image_size)
     options = method_options(recipe, run.tokenizer)
     method = METHODS[recipe.method["name"]](encoder, **options)  # pyright: ignore[reportCallIssue]
     weights = {k.removeprefix("method."): v for k, v in found[0].items() if k.startswith("method.")}

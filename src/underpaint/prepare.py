@@ -137,7 +137,7 @@ def construct(recipe: Recipe, run: Run | None = None) -> Constructed:
         in_chans=recipe.data.channels,
         **settings,
     )
-    backbone = from_arguments(arguments)
+    backbone = from_arguments(arguments, recipe.data.image_size)
     statistics, matched = None, ""
     if recipe.init:
         report, statistics = init_from(backbone, recipe.init)

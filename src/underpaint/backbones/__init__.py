@@ -11,7 +11,7 @@ from underpaint.backbones.build import (
     scaling_for,
     standardize_for,
 )
-from underpaint.backbones.protocols import Backbone, Encoded, Features, PatchBackbone, StagedBackbone, TokenBackbone
+from underpaint.backbones.protocols import Backbone, Encoded, Features, StagedBackbone, TokenBackbone, Walk
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
 
@@ -19,11 +19,11 @@ __all__ = [
     "Backbone",
     "Encoded",
     "Features",
-    "PatchBackbone",
     "StagedBackbone",
     "Swin",
     "TokenBackbone",
     "ViT",
+    "Walk",
     "create_arguments",
     "describe_encoder",
     "encoder",

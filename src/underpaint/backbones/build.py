@@ -25,13 +25,17 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules, model_entrypoint
 from timm.models.beit import Beit as TimmBeit
+from timm.models.cait import Cait as TimmCait
+from timm.models.eva import Eva as TimmEva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from underpaint.backbones.beit import Beit
+from underpaint.backbones.cait import Cait
+from underpaint.backbones.eva import Eva
 from underpaint.backbones.maps import MapBackbone
-from underpaint.backbones.protocols import Backbone, PatchBackbone
+from underpaint.backbones.protocols import Backbone, TokenBackbone
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
 from underpaint.data.scaling import Scaling, stored_scaling
@@ -41,6 +45,12 @@ from underpaint.patches import Standardize
 from underpaint.reading import one_line, read_object
 
 FORMAT = 1
+PLAIN: tuple[tuple[type[nn.Module], Any], ...] = (
+    (VisionTransformer, ViT),
+    (TimmEva, Eva),
+    (TimmBeit, Beit),
+    (TimmCait, Cait),
+)
 REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # what a model might take beside its architecture, should a version of timm move it into a class
 OPENS = frozenset(
@@ -72,14 +82,13 @@ def create_arguments(
         raise InputError(f"encoder: timm has no model '{name}'; {hint}")
     made: dict[str, Any] = {"model_name": name, "num_classes": 0, "in_chans": in_chans}
     config = get_pretrained_cfg(name)
-    own_size: tuple[int, ...] = config.input_size if config else (3, 224, 224)
-    height, width = image_size or (own_size[1], own_size[2])
+    height, width = image_size or default_size(name)
     if is_model_in_modules(name, ["vision_transformer", "deit"]):
         # the mean of the *normed* patch tokens; timm's default for "avg" would rename norm to fc_norm
         made |= {"img_size": [height, width], "global_pool": "avg", "fc_norm": False}
         if patch_size is not None:
             made["patch_size"] = patch_size
-    elif is_model_in_modules(name, ["beit"]):
+    elif is_model_in_modules(name, ["beit", "eva"]):
         made |= {"img_size": [height, width], "global_pool": "avg", "use_fc_norm": False}
         if patch_size is not None:
             made["patch_size"] = patch_size
@@ -149,9 +158,8 @@ def encoder(
         in_chans = channels
     else:
         arguments["channels"] = list(channels)
-    return from_arguments(
-        create_arguments(name, image_size=size, patch_size=patch_size, in_chans=in_chans, **arguments)
-    )
+    made = create_arguments(name, image_size=size, patch_size=patch_size, in_chans=in_chans, **arguments)
+    return from_arguments(made, size)
 
 
 @functools.cache
@@ -188,23 +196,28 @@ def create_model(arguments: Mapping[str, Any]) -> nn.Module:
         raise InputError(f"encoder: timm cannot build '{name}': {one_line(error)}") from error
 
 
-def from_arguments(arguments: Mapping[str, Any]) -> Backbone:
-    """The encoder that `create_arguments` described.
+def from_arguments(arguments: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> Backbone:
+    """The encoder that `create_arguments` described, for images of this height and width in pixels where it takes any.
 
     Raises:
         InputError: as `create_model`, or a network that cannot be an encoder.
     """
     model = create_model(arguments)
     try:
-        if isinstance(model, VisionTransformer):
-            return ViT(model)
-        if isinstance(model, TimmBeit):
-            return Beit(model)
+        for kind, adapter in PLAIN:
+            if isinstance(model, kind):
+                return adapter(model)
         if isinstance(model, SwinTransformer):
             return Swin(model, arguments["in_chans"])
-        return MapBackbone(model, arguments["in_chans"])
+        return MapBackbone(model, arguments["in_chans"], image_size or default_size(arguments["model_name"]))
     except Exception as error:  # beside our ValueError, of sizes that only timm takes
         raise InputError(f"encoder: '{arguments['model_name']}' cannot be used: {one_line(error)}") from error
+
+
+def default_size(name: str) -> tuple[int, int]:
+    """Height and width of the images that a model of timm was made for."""
+    config = get_pretrained_cfg(name)
+    return (config.input_size[1], config.input_size[2]) if config else (224, 224)
 
 
 def _own_patch_size(name: str) -> int | None:
@@ -232,7 +245,7 @@ def save_encoder(
     description = {
         "format": FORMAT,
         "create_model": arguments,
-        "pooling": "mean of the normed patch tokens" if isinstance(backbone, PatchBackbone) else "mean of the last map",
+        "pooling": "mean of the normed patch tokens" if isinstance(backbone, TokenBackbone) else "mean of the last map",
         "mean": standardize.mean.flatten().tolist(),
         "std": standardize.std.flatten().tolist(),
         "scaling": None if scaling is None else scaling.stored(),
@@ -308,10 +321,11 @@ def read_description(file: Path, format: int) -> dict[str, Any]:
     return description
 
 
-def load_encoder(path: str | Path) -> Backbone:
-    """The pretrained encoder of a run, in eval mode. It takes standardised images (`standardize_for`)."""
+def load_encoder(path: str | Path, image_size: tuple[int, int] | None = None) -> Backbone:
+    """The pretrained encoder of a run, in eval mode. It takes standardised images (`standardize_for`); `image_size` is that
+    of images to train it on, where it takes any."""
     description = describe_encoder(path)
-    backbone = from_arguments(description["create_model"])
+    backbone = from_arguments(description["create_model"], image_size)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     load_weights(backbone.model, folder / "encoder.safetensors")
     backbone.eval()

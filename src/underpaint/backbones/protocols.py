@@ -1,4 +1,4 @@
-"""What a method may ask of an encoder, in two strengths."""
+"""What a method may ask of an encoder, in three strengths."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -51,22 +51,110 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-class PatchBackbone(Backbone):
-    """A plain transformer over patches, numbered 0..n-1 row by row: BEiT, and the generator of CIM.
+class Layer(NamedTuple):
+    """An intermediate layer: rows and columns of its tokens, pixels of a side of each, their width."""
+
+    grid: tuple[int, int]
+    stride: int
+    dim: int
+
+
+class Walk(nn.Module):
+    """A way through an encoder that stops at some of its layers, on what is visible alone.
+
+    Holds what depends on masks and not on weights. The last layer is the encoder's output, after its final norm.
+    """
+
+    layers: list[Layer]
+    by_layer = True  # whether a layer is computed from the one before it, and not all at once
+
+    def sample(
+        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
+    ) -> Any:
+        """Masks for a batch, on the CPU; each image has its own where `alone`."""
+        raise NotImplementedError
+
+    def mask(self, noise: Any, number: int) -> Mask:
+        """What is visible and what hidden among the tokens of layer `number`."""
+        raise NotImplementedError
+
+
+class StagedBackbone(Backbone):
+    """An encoder from which part of an image can be hidden, and that can be left at intermediate layers: MAE, SimMIM,
+    BEiT, LocalMIM. What is hidden are positions of its final grid."""
+
+    image_size: tuple[int, int]  # pixels: of the images that it is trained on
+    token_dim: int  # width of what a learned token takes the place of
+    hierarchical: bool  # whether its layers have grids of several sizes
+    depth: int
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Height and width in pixels of a position of the final grid."""
+        return self.stride, self.stride
+
+    def covered(
+        self, images: Float[Tensor, "b c height width"], mask: Mask, unit: tuple[int, int], token: Float[Tensor, "e"]
+    ) -> Float[Tensor, "b n d"]:
+        """The tokens of the final grid, after the final norm, of images whose hidden places (`unit` pixels high and
+        wide) were replaced by one learned token."""
+        raise NotImplementedError
+
+    def walk(self, masking: Masking, taps: Sequence[int] = (), images_per_mask: int = 1, seed: int = 0) -> Walk:
+        """A walk that stops behind the blocks `taps`, or of a hierarchical encoder behind each of its stages.
+
+        `images_per_mask` consecutive images share a mask where that is faster; `seed` is that of masks drawn before.
+
+        Raises:
+            ValueError: the image is no whole number of positions of the final grid.
+        """
+        raise NotImplementedError
+
+    def advance(
+        self, walk: Any, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Any
+    ) -> tuple[Any, Tensor]:
+        """The state at layer `number` from that at the layer before (None before the first), and the tokens there, of
+        the last layer normed."""
+        raise NotImplementedError
+
+
+class TokenBackbone(StagedBackbone):
+    """A plain transformer over patches, numbered 0..n-1 row by row, that can run on a subset of them: CAE, and with words
+    of one patch BEiT.
 
     Class and register tokens are the adapter's private business.
     """
 
     patch_size: tuple[int, int]
-    image_size: tuple[int, int]
-    depth: int
 
-    def embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:
-        """Tokens of the patches, positions not yet added."""
+    def embed(
+        self, images: Float[Tensor, "b c height width"], index: Int[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b k d"]:
+        """Tokens of the patches `index` (all where None), positions not yet added."""
         raise NotImplementedError
 
-    def encode(self, tokens: Float[Tensor, "b n d"], *, taps: Sequence[int] = ()) -> Encoded:
-        """Add positions and run the blocks."""
+    def encode(
+        self,
+        tokens: Float[Tensor, "b k d"],
+        index: Int[Tensor, "b k"] | None = None,
+        taps: Sequence[int] = (),
+        positions: Float[Tensor, "b n d"] | None = None,
+    ) -> Encoded:
+        """Add the positions of `index` (of all patches; the encoder's own or those given), run the blocks on those tokens alone."""
+        raise NotImplementedError
+
+    def positions(self) -> Float[Tensor, "n d"] | None:
+        """The position embedding of each patch; None where that is not all that says where a patch is (positions are
+        turned, or relative)."""
+        raise NotImplementedError
+
+    def fix_positions(self) -> None:
+        """Position embeddings are trained no more."""
+        raise NotImplementedError
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first of the special tokens is a class token."""
         raise NotImplementedError
 
     def check_size(self, images: Tensor) -> None:
@@ -88,94 +176,3 @@ class PatchBackbone(Backbone):
         maps = self.encode(self.embed(images), taps=taps).taps
         rows, columns = self.grid(*images.shape[-2:])
         return [(m.transpose(1, 2).unflatten(2, (rows, columns)), self.patch_size[0]) for m in maps]
-
-
-class TokenBackbone(PatchBackbone):
-    """An encoder that can run on a subset of its patches: MAE, CAE, LocalMIM."""
-
-    def embed(
-        self, images: Float[Tensor, "b c height width"], index: Int[Tensor, "b k"] | None = None
-    ) -> Float[Tensor, "b k d"]:
-        """Tokens of the patches `index` (all where None), positions not yet added."""
-        raise NotImplementedError
-
-    def encode(
-        self,
-        tokens: Float[Tensor, "b k d"],
-        index: Int[Tensor, "b k"] | None = None,
-        taps: Sequence[int] = (),
-        positions: Float[Tensor, "b n d"] | None = None,
-    ) -> Encoded:
-        """Add the positions of `index` (of all patches; the encoder's own or those given), run the blocks on those tokens alone."""
-        raise NotImplementedError
-
-    def positions(self) -> Float[Tensor, "n d"]:
-        """The position embedding of each patch."""
-        raise NotImplementedError
-
-    def fix_positions(self) -> None:
-        """Position embeddings are trained no more."""
-        raise NotImplementedError
-
-    @property
-    def class_token(self) -> bool:
-        """Whether the first of the special tokens is a class token."""
-        raise NotImplementedError
-
-
-class Layer(NamedTuple):
-    """An intermediate layer: rows and columns of its tokens, pixels of a side of each, their width."""
-
-    grid: tuple[int, int]
-    stride: int
-    dim: int
-
-
-class Walk(nn.Module):
-    """A way through an encoder that stops at some of its layers, on visible patches alone.
-
-    Holds what depends on masks and not on weights. The last layer is the encoder's output, after its final norm.
-    """
-
-    layers: list[Layer]
-
-    def sample(
-        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
-    ) -> Any:
-        """Masks for a batch, on the CPU; each image has its own where `alone`."""
-        raise NotImplementedError
-
-    def mask(self, noise: Any, number: int) -> Mask:
-        """What is visible and what hidden among the tokens of layer `number`."""
-        raise NotImplementedError
-
-
-class StagedBackbone(Backbone):
-    """An encoder that runs on embeddings of which some were replaced, and that can be left at intermediate layers:
-    SimMIM, LocalMIM."""
-
-    patch_size: tuple[int, int]
-    image_size: tuple[int, int]
-    depth: int
-    embed_dim: int  # width of the embedded patches
-    hierarchical: bool  # whether its layers have grids of several sizes
-
-    def embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:
-        raise NotImplementedError
-
-    def encode(self, tokens: Float[Tensor, "b n d"]) -> Encoded:
-        raise NotImplementedError
-
-    def walk(self, masking: Masking, taps: Sequence[int], images_per_mask: int, seed: int) -> Walk:
-        """A walk that stops behind the blocks `taps`, or of a hierarchical encoder behind each of its stages.
-
-        `images_per_mask` consecutive images share a mask where that is faster; `seed` is that of masks drawn before.
-        """
-        raise NotImplementedError
-
-    def advance(
-        self, walk: Any, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The state at layer `number` from that at the layer before (None before the first), and the tokens there, of
-        the last layer normed."""
-        raise NotImplementedError

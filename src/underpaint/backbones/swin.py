@@ -8,7 +8,7 @@ windows, the order of merged neighbours timm's.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from underpaint.backbones.maps import MapBackbone
-from underpaint.backbones.protocols import Encoded, Layer, StagedBackbone, Walk
-from underpaint.masking import Mask, Masking
+from underpaint.backbones.protocols import Layer, Walk
+from underpaint.blocks import replaced
+from underpaint.masking import Mask, Masking, refine
 from underpaint.patches import patchify, take
 
 POOL = 256  # masks
@@ -207,18 +208,17 @@ def _children(tokens: Int[np.ndarray, "n"], columns: int) -> Int[np.ndarray, "m 
     return order.reshape(-1, 4)
 
 
-class Swin(MapBackbone, StagedBackbone):
+class Swin(MapBackbone):
     """An adapter around timm's SwinTransformer, which stays timm's: `model`.
 
-    Besides what every map encoder does it can run on embeddings of which some were replaced (`embed`, `encode`), and
-    stage by stage on visible patches alone (`walk`, `advance`).
+    Besides what every map encoder does, a learned token takes the place of patches behind their embedding (`covered`), and
+    it runs stage by stage on visible patches alone (`walk`, `advance`).
     """
 
     def __init__(self, model: SwinTransformer, channels: int):
-        super().__init__(model, channels)
+        super().__init__(model, channels, tuple(cast(Any, model).patch_embed.img_size))
         self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
-        self.image_size: tuple[int, int] = self.model.patch_embed.img_size
-        self.embed_dim, self.hierarchical = self.info[0]["num_chs"], True
+        self.token_dim: int = self.info[0]["num_chs"]
         self.depth = sum(len(stage.blocks) for stage in self.stages)
 
     @property
@@ -236,11 +236,15 @@ class Swin(MapBackbone, StagedBackbone):
             patches = take(patches, index)  # hidden patches are never embedded
         return embedding.norm(functional.linear(patches, embedding.proj.weight.flatten(1), embedding.proj.bias))
 
-    def encode(self, tokens: Float[Tensor, "b n d"]) -> Encoded:
-        """All patches, embedded, to the tokens of the last stage after the final norm."""
+    def covered(
+        self, images: Float[Tensor, "b c height width"], mask: Mask, unit: tuple[int, int], token: Float[Tensor, "e"]
+    ) -> Float[Tensor, "b n d"]:
+        """The learned token stands for patches."""
         grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
-        maps = self.model.norm(self.model.layers(tokens.unflatten(1, grid)))
-        return Encoded(maps.flatten(1, 2), [], tokens[:, :0])
+        factor = unit[0] // self.patch_size[0]
+        hidden = refine(mask, (grid[0] // factor, grid[1] // factor), factor).hidden
+        tokens = replaced(self.embed(images), hidden, token)
+        return self.model.norm(self.model.layers(tokens.unflatten(1, grid))).flatten(1, 2)
 
     # --- visible patches alone ------------------------------------------------------------------------------------
 
@@ -259,7 +263,7 @@ class Swin(MapBackbone, StagedBackbone):
         return MaskPool(self, masking(masks, height, width, torch.Generator().manual_seed(seed)), images_per_mask)
 
     def advance(
-        self, walk: MaskPool, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: PooledMask
+        self, walk: Any, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: PooledMask
     ) -> tuple[Tensor, Tensor]:
         if state is None:
             state = self.embed(images, walk.at_stage(noise, 0).visible)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import to_pil_image
 
-from underpaint.backbones import PatchBackbone
+from underpaint.backbones import TokenBackbone
 from underpaint.backbones.build import create_model, fill, with_drop_path
 from underpaint.backbones.swin import Swin
 from underpaint.data import Batch, Crops, eval_batches, train_batches
@@ -75,7 +75,7 @@ def recipe_for(bundle: EncoderBundle, name: str | None, settings: Mapping[str, o
         elif isinstance(bundle.encoder, Swin):
             name = "localmim-swin-base"
         else:
-            name = "mae-vit-base" if isinstance(bundle.encoder, PatchBackbone) else "rsb-a3"
+            name = "mae-vit-base" if isinstance(bundle.encoder, TokenBackbone) else "rsb-a3"
     found = changed(fine_tuning(name), settings, FineTune.what)
     if (found.mixup or found.cutmix) and found.batch_size % 2:
         raise InputError(

@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from underpaint.backbones import Backbone, PatchBackbone
+from underpaint.backbones import Backbone, TokenBackbone
 
 
 def patch_of(encoder: Backbone) -> tuple[int, int] | None:
     """Height and width of an encoder's patches in pixels; None where it has maps."""
-    return (encoder.patch_size[0], encoder.patch_size[1]) if isinstance(encoder, PatchBackbone) else None
+    return (encoder.patch_size[0], encoder.patch_size[1]) if isinstance(encoder, TokenBackbone) else None
 
 
 class ChannelNorm(nn.Module):
@@ -60,7 +60,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.encoder, self.depths = encoder, depths
         self.strides = [first * 2**level for level in range(levels)]
-        self.is_vit = isinstance(encoder, PatchBackbone)
+        self.is_vit = isinstance(encoder, TokenBackbone)
         if self.is_vit:
             vit: Any = encoder
             patch = vit.patch_size[0]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from underpaint.backbones import Backbone, Features, PatchBackbone
+from underpaint.backbones import Backbone, Features, TokenBackbone
 from underpaint.console import progress, say
 from underpaint.data import Source, split_indices
 from underpaint.data.annotations import Masks, masks_of
@@ -359,7 +359,7 @@ class Segment(Evaluation[SegmentConfig, Masked, nn.Module | int, Segmented]):
     def _cell(self) -> int:
         """Pixels of a side of what is one place for a head without a network."""
         encoder = self.context.bundle.encoder
-        return max(4, encoder.patch_size[0] if isinstance(encoder, PatchBackbone) else 8)
+        return max(4, encoder.patch_size[0] if isinstance(encoder, TokenBackbone) else 8)
 
     def fit(self, row: Row) -> nn.Module | int:
         if row.who == FREQUENT:

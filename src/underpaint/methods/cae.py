@@ -110,12 +110,13 @@ class CAE(WordMethod):
     positions: Tensor = field(init=False)  # a buffer
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         encoder, gamma = self.encoder, self.gamma
         if not isinstance(encoder, TokenBackbone):
             raise TypeError(
-                f"CAE needs an encoder that runs on part of its patches (a plain ViT), not {type(encoder).__name__}"
+                "CAE needs a plain transformer, whose output for hidden patches alone is the alignment target; "
+                f"{type(encoder).__name__} makes none of places that it sees apart from their surroundings"
             )
+        super().__post_init__()
         grid, dim = encoder.grid(*encoder.image_size), encoder.dim
         heads = heads_for(dim)
         for name, depth in (("regressor_depth", self.regressor_depth), ("decoder_depth", self.decoder_depth)):
@@ -135,7 +136,7 @@ class CAE(WordMethod):
         self.blocks = nn.ModuleList(
             Block(dim, heads, qkv_bias=True, init_values=gamma, norm_layer=LayerNorm) for _ in range(depth)
         )
-        pixels = self.wanted.width(self.patch_size[0], encoder.channels)
+        pixels = self.wanted.width(encoder.patch_size[0], encoder.channels)
         outputs = self.tokenizer.codebook_size if self.target == "words" else pixels
         self.head = nn.Sequential(LayerNorm(dim), nn.Linear(dim, outputs))
         for part in (self.regressor, self.blocks, self.head):
@@ -188,7 +189,7 @@ class CAE(WordMethod):
     def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Tensor:
         if self.target == "words":
             return super().targets(images, mask)
-        return take(self.wanted(images, self.patch_size[:1])[0].flatten(2).transpose(1, 2), mask.hidden)
+        return take(self.wanted(images, self.encoder.patch_size[:1])[0].flatten(2).transpose(1, 2), mask.hidden)
 
     def forward(self, images: Float[Tensor, "b c height width"], noise: Mask | None = None) -> Objective:
         mask = self.sample_for(images) if noise is None else noise
@@ -228,13 +229,13 @@ class CAE(WordMethod):
             frames = super().restore(images, mask)
             return {**frames, "from its own\nrepresentation": self.spoken(images, own.argmax(-1))}
         grid = self.encoder.grid(*images.shape[-2:])
-        patches = patchify(images, self.patch_size)
+        patches = patchify(images, self.encoder.patch_size)
         found = unstandardize(self.predict(images, mask), take(patches, mask.hidden))
         return {
             "original": images,
             "hidden": self.hidden(images, mask),
-            "restored": unpatchify(put(patches, mask.hidden, found), self.patch_size, grid),
-            "from its own\nrepresentation": unpatchify(unstandardize(own, patches), self.patch_size, grid),
+            "restored": unpatchify(put(patches, mask.hidden, found), self.encoder.patch_size, grid),
+            "from its own\nrepresentation": unpatchify(unstandardize(own, patches), self.encoder.patch_size, grid),
         }
 
     def errors(self, images: Float[Tensor, "b c height width"], noise: Mask) -> dict[str, tuple[Tensor, Tensor]]:

@@ -22,19 +22,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from underpaint.backbones import Backbone, PatchBackbone
+from underpaint.backbones import Backbone, TokenBackbone
 from underpaint.backbones import encoder as make_encoder
 from underpaint.blocks import heads_for
 from underpaint.masking import Mask, repeated, some_rows, to_device
 from underpaint.methods.beit import BEiT
 from underpaint.methods.masked import MaskedMethod
 from underpaint.methods.method import Objective
-from underpaint.methods.words import cross_entropies, frequency_losses
+from underpaint.methods.words import SMALL, cross_entropies, frequency_losses, word_side
 from underpaint.patches import Standardize, patchify, put, take, unpatchify
 from underpaint.targets import sliding_window, window_moments
 from underpaint.tokenizers import ConvTokenizer, Tokenizer, load_tokenizer, width_for
-
-SMALL = 64  # pixels: up to here images are small
 
 
 class Corruption(NamedTuple):
@@ -104,11 +102,12 @@ class CIM(MaskedMethod[Corruption]):
 
     def __post_init__(self) -> None:
         encoder = self.encoder
-        height, width = size = getattr(encoder, "image_size", None) or self.image_size or (224, 224)
+        plain = encoder if isinstance(encoder, TokenBackbone) else None
+        own: Any = getattr(encoder, "image_size", (224, 224))
+        height, width = size = own if plain is not None else self.image_size or own
         small = max(size) <= SMALL
-        plain = encoder if isinstance(encoder, PatchBackbone) else None
         self.place = place = plain.patch_size[0] if plain is not None else getattr(encoder, "stride", 32)
-        self.word = self.stride or (place if plain is not None else min(place, 8 if small else 16))
+        self.word = self.stride or word_side(encoder, place, size)
         if place % self.word or height % place or width % place:
             raise ValueError(
                 f"words of {self.word} px: a place of this encoder is {place} px, which must be a whole number of words "

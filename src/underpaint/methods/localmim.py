@@ -26,7 +26,7 @@ from underpaint.backbones import StagedBackbone
 from underpaint.blocks import MaskedDecoder
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask
-from underpaint.methods.masked import MaskedMethod
+from underpaint.methods.masked import WalkedMethod
 from underpaint.methods.method import Objective, Sampled
 from underpaint.patches import put, take
 from underpaint.targets import Pixels, Target, enlarge, enlargement, target_for
@@ -108,7 +108,7 @@ class Deconvolve(nn.Module):
         return self.linear(tokens).unflatten(-1, (4, -1))
 
 
-class LocalMIM(MaskedMethod[Sampled]):
+class LocalMIM(WalkedMethod):
     """Restore hidden patches at several scales from several depths.
 
     >>> import torch, underpaint
@@ -118,7 +118,7 @@ class LocalMIM(MaskedMethod[Sampled]):
     ['baseline', 'hog_16px', 'hog_32px', 'hog_4px', 'hog_8px']
 
     Args:
-        encoder: a plain ViT or a Swin.
+        encoder: any `StagedBackbone`.
         mask_ratio: share of the patches that is hidden (of a Swin: of units, a position of its last stage each).
         mask: a name of `masking.MASKS`, or such a function.
         mask_patch_size: pixels of a side of what is hidden as one; a patch, of a Swin a unit, where None.
@@ -143,7 +143,6 @@ class LocalMIM(MaskedMethod[Sampled]):
         ValueError: no scale fits; taps that do not end at the last block; as many scales as taps are needed.
     """
 
-    encoder: StagedBackbone
     taps: Sequence[int] | None = None
     scales: Sequence[int] | None = None
     target: str | Target = "hog"
@@ -152,17 +151,16 @@ class LocalMIM(MaskedMethod[Sampled]):
     decoder_depth: int = 1
     stop_gradient: bool = False
     pixel_head: bool = False
-    images_per_mask: int = 64
-    seed: int | None = None
 
     def __post_init__(self) -> None:
         encoder = self.encoder
-        if not isinstance(encoder, StagedBackbone):
-            raise TypeError(f"LocalMIM needs a plain ViT or a Swin, not {type(encoder).__name__}")
         self.wanted = target_for(self.target, bins=self.bins)
-        self.hide((encoder.stride, encoder.stride), encoder.image_size)
         taps, scales = self._fitting(encoder)
-        self.walk = encoder.walk(self.masking, taps, self.images_per_mask, self.seed or 0)
+        self.hide_from(encoder, taps)
+        if self.stop_gradient and not self.walk.by_layer:
+            raise ValueError(
+                "stop_gradient needs an encoder that can be run layer by layer: a plain transformer, a Swin"
+            )
         layers = self.walk.layers
         self.cells = scales or [layer.stride for layer in layers]
         factors = [layer.stride // cell for layer, cell in zip(layers, self.cells, strict=True)]
@@ -189,12 +187,12 @@ class LocalMIM(MaskedMethod[Sampled]):
         taps, scales = self.taps, self.scales
         if encoder.hierarchical:
             if taps is not None or scales is not None:
-                raise ValueError("taps and scales of a Swin follow its stages; leave them away")
+                raise ValueError("taps and scales of an encoder with feature maps follow its stages; leave them away")
             return [], []
         patch, depth = encoder.stride, encoder.depth
         height, width = encoder.image_size
-        if encoder.patch_size != (patch, patch):
-            raise ValueError(f"LocalMIM needs square patches, not {encoder.patch_size}")
+        if encoder.unit != (patch, patch):
+            raise ValueError(f"LocalMIM needs square patches, not {encoder.unit}")
         possible = [patch / 4, patch / 2, patch, 2 * patch]
         if scales is not None:
             wanted = list(scales)
@@ -242,9 +240,6 @@ class LocalMIM(MaskedMethod[Sampled]):
 
     # --- masks and targets -----------------------------------------------------------------------------------------
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Sampled:
-        return self.walk.sample(batch, height, width, generator)
-
     def levels(self, images: Float[Tensor, "b c height width"]) -> list[Float[Tensor, "b d rows columns"]]:
         """The target of each tap."""
         cells = sorted(set(self.cells))
@@ -255,7 +250,7 @@ class LocalMIM(MaskedMethod[Sampled]):
 
     def advance(
         self, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: Sampled
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Tensor]:
         """The encoder's state at tap `number` from that at the tap before, and the normed tokens there."""
         state, tokens = self.encoder.advance(self.walk, number, state, images, noise)
         return state, self.norms[number](tokens) if number < len(self.norms) else tokens
@@ -343,14 +338,6 @@ class LocalMIM(MaskedMethod[Sampled]):
             self._name(number): self.errors_at(number, tokens, level, noise)
             for number, (tokens, level) in enumerate(taps)
         }
-
-    @torch.no_grad()
-    def held_out(
-        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each image under a mask of its own: they share some for speed alone."""
-        noise = self.walk.sample(len(images), images.shape[2], images.shape[3], generator, alone=True)
-        return self.errors(images, noise.to(images.device))
 
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:

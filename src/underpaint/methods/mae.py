@@ -1,23 +1,23 @@
 """Masked autoencoders: He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377.
 
 The control that every other method stands beside. Most patches are hidden; the encoder sees the visible ones alone;
-a small decoder, thrown away afterwards, predicts the pixels of the hidden ones.
+a small decoder, thrown away afterwards, predicts the pixels of the hidden ones. A patch is a position of the encoder's
+final grid: of a hierarchical transformer a unit (GreenMIM, 2205.13515; Hiera, 2306.00989), of a convolutional net a place
+of its last map, empty through the whole net where it is hidden (`backbones/visible.py`; FCMAE, 2301.00808).
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from underpaint.backbones import TokenBackbone
 from underpaint.blocks import MaskedDecoder
-from underpaint.masking import Mask
-from underpaint.methods.masked import MaskedMethod
-from underpaint.methods.method import Objective
+from underpaint.methods.masked import WalkedMethod
+from underpaint.methods.method import Objective, Sampled
 from underpaint.patches import patchify, put, take, unpatchify
 from underpaint.targets import Target, enlarge, enlargement, target_for
 
 
-class MAE(MaskedMethod[Mask]):
+class MAE(WalkedMethod):
     """Restore hidden patches from visible ones.
 
     >>> import torch, underpaint
@@ -27,23 +27,24 @@ class MAE(MaskedMethod[Mask]):
     ['baseline']
 
     Args:
-        encoder: any `TokenBackbone` (a plain ViT).
+        encoder: any `StagedBackbone`.
         mask_ratio: share of the patches that is hidden (0.75 in the paper).
         mask: a name of `masking.MASKS`, or such a function.
         mask_patch_size: pixels of a side of what is hidden as one; a patch where None.
         decoder_dim: width of the decoder; half the encoder's where None (512 in the paper at every encoder, which
-            at ViT-Ti makes the decoder 90 % of a step).
+            at ViT-Ti makes the decoder 90 % of a step), at most 512 for an encoder with feature maps.
         decoder_depth: blocks of the decoder; a third of the encoder's where None (8 in the paper).
         target: a name of `targets.TARGETS`, or a `Target`: the pixels of a patch, or its HOG (cells of half a patch, 9
             bins a channel), the control that shows what LocalMIM's several depths add to its target.
         norm_pix_loss: each target patch to mean 0 and variance 1 (the paper's better variant).
+        images_per_mask: how many consecutive images share a mask (Swin).
+        seed: of the masks that these are drawn from (Swin); a run's own seed, else 0, where None.
 
     Raises:
-        TypeError: the encoder cannot run on a subset of its patches.
+        TypeError: an encoder of another kind.
         ValueError: cells that are too small, or no whole number of pixels (HOG).
     """
 
-    encoder: TokenBackbone
     decoder_dim: int | None = None
     decoder_depth: int | None = None
     target: str | Target = "pixels"
@@ -51,32 +52,28 @@ class MAE(MaskedMethod[Mask]):
 
     def __post_init__(self) -> None:
         encoder = self.encoder
-        if not isinstance(encoder, TokenBackbone):
-            raise TypeError(
-                f"MAE needs an encoder that runs on part of its patches (a plain ViT), not {type(encoder).__name__}"
-            )
-        self.hide(encoder.patch_size, encoder.image_size)
+        self.hide_from(encoder)
         self.wanted = target_for(self.target, norm_pix_loss=self.norm_pix_loss)
-        side, along = encoder.patch_size[0], self.wanted.along
-        if encoder.patch_size != (side, side) or side % along or side < along * self.wanted.smallest:
+        side, along = encoder.unit[0], self.wanted.along
+        if encoder.unit != (side, side) or side % along or side < along * self.wanted.smallest:
             raise ValueError(
                 f"{self.wanted.name} needs square patches of {along} x {along} cells of at least "
-                f"{self.wanted.smallest} px, not {encoder.patch_size}"
+                f"{self.wanted.smallest} px, not {encoder.unit}"
             )
         self.cell = side // along
         dim = self.decoder_dim or max(64, round(encoder.dim / 2 / 32) * 32)
+        if encoder.hierarchical and self.decoder_dim is None:
+            dim = min(dim, 512)  # ResNet-50 has 2048
         depth = self.decoder_depth or max(2, encoder.depth // 3)
         outputs = along * along * self.wanted.width(self.cell, encoder.channels)
         self.decoder = MaskedDecoder(encoder.dim, encoder.grid(*encoder.image_size), dim, depth, outputs)
 
-    def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
+    def predict(self, images: Float[Tensor, "b c height width"], mask: Sampled) -> Float[Tensor, "b h d"]:
         """The hidden patches, from the visible ones."""
-        visible = self.encoder.embed(images, mask.visible)
-        latent = self.encoder.encode(visible, mask.visible).tokens
-        return self.decoder(latent, mask).float()
+        return self.decoder(self.seen(images, mask), self.mask_at(mask)).float()
 
-    def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
-        return take(self.patches(self.wanted(images, [self.cell])[0]), mask.hidden)
+    def targets(self, images: Float[Tensor, "b c height width"], mask: Sampled) -> Float[Tensor, "b h d"]:
+        return take(self.patches(self.wanted(images, [self.cell])[0]), self.mask_at(mask).hidden)
 
     def patches(self, level: Float[Tensor, "b d rows columns"]) -> Float[Tensor, "b n d2"]:
         """The cells of each patch together."""
@@ -85,7 +82,7 @@ class MAE(MaskedMethod[Mask]):
     def trivial(self, target: Float[Tensor, "b h d"]) -> Float[Tensor, "b h d"]:
         return self.wanted.trivial(target)
 
-    def forward(self, images: Float[Tensor, "b c height width"], noise: Mask | None = None) -> Objective:
+    def forward(self, images: Float[Tensor, "b c height width"], noise: Sampled | None = None) -> Objective:
         mask = self.sample_for(images) if noise is None else noise
         target = self.targets(images, mask)
         loss = (self.predict(images, mask) - target).square().mean()
@@ -93,14 +90,14 @@ class MAE(MaskedMethod[Mask]):
 
     @torch.no_grad()
     def restore(
-        self, images: Float[Tensor, "b c height width"], noise: Mask | None = None, task: str | None = None
+        self, images: Float[Tensor, "b c height width"], noise: Sampled | None = None, task: str | None = None
     ) -> dict[str, Tensor]:
         """Original, visible patches, and the target with the prediction where it is hidden."""
         mask = self.fixed_noise(images, 1)[0] if noise is None else noise
         [level], along = self.wanted(images, [self.cell]), self.wanted.along
         times = 1 if self.wanted.name == "pixels" else enlargement(images)
         frames = {"original": enlarge(images, times), "hidden": enlarge(self.hidden(images, mask), times)}
-        filled = put(self.patches(level), mask.hidden, self.predict(images, mask))
+        filled = put(self.patches(level), self.mask_at(mask).hidden, self.predict(images, mask))
         filled = unpatchify(filled, (along, along), self.encoder.grid(*images.shape[-2:]))
         if self.wanted.name == "pixels":
             return {**frames, "restored": self.wanted.picture(filled, images, times)}

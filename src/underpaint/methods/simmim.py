@@ -1,8 +1,7 @@
 """SimMIM: Xie et al., "SimMIM: a Simple Framework for Masked Image Modeling", CVPR 2022, arXiv 2111.09886.
 
 A control. Hidden patches stay in the encoder's input as one learned token; a linear map of the encoder's output gives
-the pixels of the hidden patches; the loss is their absolute error. Every encoder whose patch embeddings can be replaced
-will do: a plain ViT or a Swin.
+the pixels of the hidden patches; the loss is their absolute error. In a net that embeds no patches the token is a colour.
 """
 
 import torch
@@ -10,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from underpaint.backbones import StagedBackbone
-from underpaint.blocks import replaced
-from underpaint.masking import Mask, refine
+from underpaint.masking import Mask
 from underpaint.methods.masked import MaskedMethod
 from underpaint.methods.method import Objective
 from underpaint.patches import patchify, put, take, unpatchify
@@ -27,11 +25,11 @@ class SimMIM(MaskedMethod[Mask]):
     ['baseline']
 
     Args:
-        encoder: a plain ViT or a Swin.
+        encoder: any `StagedBackbone`.
         mask_ratio: share of what can be hidden that is (0.6 in the paper).
         mask: a name of `masking.MASKS`, or such a function.
-        mask_patch_size: pixels of a side of what is hidden as one (32 in the paper): a position of a Swin's last stage, or
-            two patches of a ViT where that divides the image, else one, where None.
+        mask_patch_size: pixels of a side of what is hidden as one (32 in the paper): a position of the last feature map, or
+            two patches of a plain transformer where that divides the image, else one, where None.
 
     Raises:
         TypeError: an encoder of another kind.
@@ -44,20 +42,20 @@ class SimMIM(MaskedMethod[Mask]):
     def __post_init__(self) -> None:
         encoder = self.encoder
         if not isinstance(encoder, StagedBackbone):
-            raise TypeError(f"SimMIM needs a plain ViT or a Swin, not {type(encoder).__name__}")
+            raise TypeError(
+                f"SimMIM needs an encoder that part of an image can be hidden from, not {type(encoder).__name__}"
+            )
         unit, (height, width) = encoder.stride, encoder.image_size
         twice = not encoder.hierarchical and not (height % (2 * unit) or width % (2 * unit))
         self.hide((unit, unit), encoder.image_size, 2 * unit if twice else unit)
-        self.mask_token = nn.Parameter(torch.zeros(encoder.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(encoder.token_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(encoder.dim, encoder.channels * unit * unit)
 
     def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
         """The pixels of the hidden positions of the encoder's last grid."""
-        grid, (unit, _) = self.masking.grid(*images.shape[-2:]), self.masking.unit
-        patches = refine(mask, grid, unit // self.encoder.patch_size[0]).hidden
-        tokens = replaced(self.encoder.embed(images), patches, self.mask_token)
-        return self.head(take(self.encoder.encode(tokens).tokens, mask.hidden)).float()
+        tokens = self.encoder.covered(images, mask, self.masking.unit, self.mask_token)
+        return self.head(take(tokens, mask.hidden)).float()
 
     def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h d"]:
         return take(patchify(images, self.masking.unit), mask.hidden)

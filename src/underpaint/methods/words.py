@@ -7,15 +7,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from underpaint.backbones import PatchBackbone
-from underpaint.masking import Mask, Strategy
+from underpaint.backbones import StagedBackbone, TokenBackbone
+from underpaint.masking import Mask, Strategy, refine
 from underpaint.methods.masked import MaskedMethod
 from underpaint.patches import Standardize
 from underpaint.tokenizers import KMeansPatches, Tokenizer, codebook_size_for, load_tokenizer
 
+SMALL = 64  # pixels: up to here images are small
+
 
 class WordMethod(MaskedMethod[Mask]):
-    """A method whose targets are words, one a patch of the encoder.
+    """A method whose targets are words: one a patch of a plain transformer, several a place of another encoder, which is
+    hidden as a whole.
 
     Without a tokenizer's file it has k-means over patches, which is still to be fitted to the training images;
     `standardize` leads back from the images of the method to those of the tokenizer, in [0, 1].
@@ -25,20 +28,23 @@ class WordMethod(MaskedMethod[Mask]):
         codebook_size: words of that k-means: 1024 for images up to 64 px, 2048 above, where None.
     """
 
-    encoder: PatchBackbone
+    encoder: StagedBackbone
     mask: str | Strategy = "block"
     tokenizer: Any = None  # a file before the weights are made, a `Tokenizer` after
     codebook_size: int | None = None
 
     def __post_init__(self) -> None:
         encoder, codebook_size, file = self.encoder, self.codebook_size, self.tokenizer
-        if not isinstance(encoder, PatchBackbone):
-            raise TypeError(f"{type(self).__name__} needs a plain vision transformer, not {type(encoder).__name__}")
-        self.patch_size = encoder.patch_size
-        side = self.patch_size[0]
-        if self.patch_size != (side, side):
-            raise ValueError(f"words need square patches, not {self.patch_size}")
-        self.hide(self.patch_size, encoder.image_size)
+        if not isinstance(encoder, StagedBackbone):
+            raise TypeError(
+                f"{type(self).__name__} needs an encoder that part of an image can be hidden from, not "
+                f"{type(encoder).__name__}"
+            )
+        side = word_side(encoder, encoder.unit[0], encoder.image_size)
+        if encoder.unit[0] != encoder.unit[1] or encoder.unit[0] % side:
+            raise ValueError(f"words of {side} px need square places of a whole number of words, not {encoder.unit}")
+        self.along = encoder.unit[0] // side  # words along a side of a place
+        self.hide(encoder.unit, encoder.image_size)
         if file is None:
             words = codebook_size or codebook_size_for(encoder.image_size)
             self.tokenizer = KMeansPatches(words, side, encoder.channels)
@@ -47,7 +53,7 @@ class WordMethod(MaskedMethod[Mask]):
             if (self.tokenizer.stride, self.tokenizer.channels) != (side, encoder.channels):
                 raise ValueError(
                     f"the tokenizer makes a word of {self.tokenizer.stride} px of {self.tokenizer.channels} channels; the "
-                    f"encoder has patches of {side} px of {encoder.channels} channels"
+                    f"encoder has words of {side} px of {encoder.channels} channels"
                 )
             if codebook_size not in (None, self.tokenizer.codebook_size):
                 raise ValueError(
@@ -72,8 +78,14 @@ class WordMethod(MaskedMethod[Mask]):
         """Standardised pictures of words, on the grid of `images`."""
         return self.standardize(self.tokenizer.decode(words, self.tokenizer.grid(*images.shape[-2:])))
 
+    def said(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Int[Tensor, "b h"]:
+        """The numbers of the words of hidden places, place by place."""
+        if self.along == 1:
+            return mask.hidden
+        return refine(mask, self.masking.grid(*images.shape[-2:]), self.along).hidden
+
     def targets(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Tensor:
-        return self.words(images).gather(1, mask.hidden)
+        return self.words(images).gather(1, self.said(images, mask))
 
     @torch.no_grad()
     def restore(
@@ -82,7 +94,7 @@ class WordMethod(MaskedMethod[Mask]):
         """What the tokenizer makes of all patches, and the same with the hidden ones as predicted."""
         mask = self.fixed_noise(images, 1)[0] if noise is None else noise
         words = self.words(images)
-        predicted = words.scatter(1, mask.hidden, self.predict(images, mask).argmax(-1))
+        predicted = words.scatter(1, self.said(images, mask), self.predict(images, mask).argmax(-1))
         return {
             "original": images,
             "hidden": self.hidden(images, mask),
@@ -95,6 +107,12 @@ class WordMethod(MaskedMethod[Mask]):
         words = self.targets(images, noise)
         left = cross_entropies(self.predict(images, noise), words).mean(1)
         return {"words": (left, frequency_losses(words, self.tokenizer.shares).mean(1))}
+
+
+def word_side(encoder: Any, place: int, size: tuple[int, int]) -> int:
+    """Pixels of a side of a word where none are said: the patch of a plain transformer; else 8 for images up to SMALL px
+    and 16 above, or a place of the encoder where that is smaller."""
+    return place if isinstance(encoder, TokenBackbone) else min(place, 8 if max(size) <= SMALL else 16)
 
 
 def _ready(method: Any, _: Any) -> None:

@@ -97,8 +97,8 @@ class Energy(Descent[Corrupting]):
         self.tasks = tuple(self.corruptions)
         self.slope = self.gradient
         places = None  # the true position of each patch, where those are what is restored
-        if "shuffle" in self.tasks and tokens is not None:
-            places = tokens.positions().detach().clone()
+        if "shuffle" in self.tasks and tokens is not None and (learned := tokens.positions()) is not None:
+            places = learned.detach().clone()
             tokens.fix_positions()  # the target and the input of the other tasks are the same fixed positions
         self.begin(encoder.dim, encoder.final_norm, 1 if places is None else 2)
         self.register_buffer("places", places, persistent=False)
