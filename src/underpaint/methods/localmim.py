@@ -26,7 +26,7 @@ from underpaint.backbones import StagedBackbone
 from underpaint.blocks import MaskedDecoder
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask
-from underpaint.methods.masked import WalkedMethod
+from underpaint.methods.masked import WalkedMethod, check_staged
 from underpaint.methods.method import Objective, Sampled
 from underpaint.patches import put, take
 from underpaint.targets import Pixels, Target, enlarge, enlargement, target_for
@@ -154,6 +154,7 @@ class LocalMIM(WalkedMethod):
 
     def __post_init__(self) -> None:
         encoder = self.encoder
+        check_staged(self, encoder)
         self.wanted = target_for(self.target, bins=self.bins)
         taps, scales = self._fitting(encoder)
         self.hide_from(encoder, taps)

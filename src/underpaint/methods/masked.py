@@ -63,6 +63,18 @@ class MaskedMethod(Method[N]):
         return {"mask": (left, (target - self.trivial(target)).square().mean((1, 2)))}
 
 
+def check_staged(method: Any, encoder: Any) -> None:
+    """
+    Raises:
+        TypeError: no part of an image can be hidden from this encoder.
+    """
+    if not isinstance(encoder, StagedBackbone):
+        raise TypeError(
+            f"{type(method).__name__} needs an encoder that part of an image can be hidden from, not "
+            f"{type(encoder).__name__}"
+        )
+
+
 class WalkedMethod(MaskedMethod[Sampled]):
     """A masked method whose encoder runs on what is visible alone, layer by layer (`StagedBackbone.walk`).
 
@@ -85,11 +97,7 @@ class WalkedMethod(MaskedMethod[Sampled]):
             TypeError: an encoder of another kind.
             ValueError: images that are no whole number of such positions.
         """
-        if not isinstance(encoder, StagedBackbone):
-            raise TypeError(
-                f"{type(self).__name__} needs an encoder that part of an image can be hidden from, not "
-                f"{type(encoder).__name__}"
-            )
+        check_staged(self, encoder)
         self.hide(encoder.unit, encoder.image_size)
         self.walk = encoder.walk(
             self.masking, [encoder.depth - 1] if taps is None else taps, self.images_per_mask, self.seed or 0

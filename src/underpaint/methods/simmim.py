@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones import StagedBackbone
 from underpaint.masking import Mask
-from underpaint.methods.masked import MaskedMethod
+from underpaint.methods.masked import MaskedMethod, check_staged
 from underpaint.methods.method import Objective
 from underpaint.patches import patchify, put, take, unpatchify
 
@@ -41,10 +41,7 @@ class SimMIM(MaskedMethod[Mask]):
 
     def __post_init__(self) -> None:
         encoder = self.encoder
-        if not isinstance(encoder, StagedBackbone):
-            raise TypeError(
-                f"SimMIM needs an encoder that part of an image can be hidden from, not {type(encoder).__name__}"
-            )
+        check_staged(self, encoder)
         unit, (height, width) = encoder.stride, encoder.image_size
         twice = not encoder.hierarchical and not (height % (2 * unit) or width % (2 * unit))
         self.hide((unit, unit), encoder.image_size, 2 * unit if twice else unit)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from underpaint.backbones import StagedBackbone, TokenBackbone
 from underpaint.masking import Mask, Strategy, refine
-from underpaint.methods.masked import MaskedMethod
+from underpaint.methods.masked import MaskedMethod, check_staged
 from underpaint.patches import Standardize
 from underpaint.tokenizers import KMeansPatches, Tokenizer, codebook_size_for, load_tokenizer
 
@@ -35,11 +35,7 @@ class WordMethod(MaskedMethod[Mask]):
 
     def __post_init__(self) -> None:
         encoder, codebook_size, file = self.encoder, self.codebook_size, self.tokenizer
-        if not isinstance(encoder, StagedBackbone):
-            raise TypeError(
-                f"{type(self).__name__} needs an encoder that part of an image can be hidden from, not "
-                f"{type(encoder).__name__}"
-            )
+        check_staged(self, encoder)
         side = word_side(encoder, encoder.unit[0], encoder.image_size)
         if encoder.unit[0] != encoder.unit[1] or encoder.unit[0] % side:
             raise ValueError(f"words of {side} px need square places of a whole number of words, not {encoder.unit}")
