@@ -67,12 +67,10 @@ class VisibleOnly(TorchFunctionMode):
                 made.emptied = True  # its size is that of no grid, and its hidden places are empty
             return made
         if func in (torch.mean, Tensor.mean) and (over := self._spatial(first, args, kwargs)) is not None:
-            shares = self._like(first, over)
-            keep = kwargs.get("keepdim", len(args) > 2 and args[2])
-            return (first * shares).sum(over, keepdim=keep) / shares.sum(over, keepdim=keep)
+            keep = bool(kwargs.get("keepdim", len(args) > 2 and args[2]))
+            return self._mean(first, over, keep)
         if func is F.adaptive_avg_pool2d and args[1] in (1, (1, 1), [1, 1]) and self._fits(first):
-            shares = self._like(first, (2, 3))
-            return (first * shares).sum((2, 3), keepdim=True) / shares.sum((2, 3), keepdim=True)
+            return self._mean(first, (2, 3), True)
         if func is F.batch_norm and self._fits(first):
             return self._batch_norm(*args, **kwargs)
         if func is F.group_norm and self._fits(first):
@@ -101,8 +99,9 @@ class VisibleOnly(TorchFunctionMode):
         return self.shares[rows, columns]
 
     def _like(self, maps: Tensor, over: tuple[int, ...]) -> Tensor:
-        """The share of each place of these maps, whose places lie along the dimensions `over`."""
-        shares = self.share([maps.shape[dim] for dim in over]).to(maps.dtype)
+        """1 at the visible places of these maps, which lie along the dimensions `over`; in their precision, or better where
+        sums are taken (the numbers are whole)."""
+        shares = self.share([maps.shape[dim] for dim in over])
         return shares if over == (2, 3) else shares.permute(0, 2, 3, 1)
 
     def _spatial(self, maps: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
@@ -120,7 +119,7 @@ class VisibleOnly(TorchFunctionMode):
             return maps
         for over in ((2, 3), (1, 2)):
             if self._fits(maps, over):
-                return maps * self._like(maps, over)
+                return maps * self._like(maps, over).to(maps.dtype)
         return maps
 
     # --- what looks further than one place --------------------------------------------------------------------------
@@ -128,12 +127,17 @@ class VisibleOnly(TorchFunctionMode):
     def _convolve(self, maps: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         if tuple(weight.shape[-2:]) != (1, 1) and not getattr(maps, "emptied", False) and self._fits(maps):
-            maps = maps * self._like(maps, (2, 3))
+            maps = maps * self._like(maps, (2, 3)).to(maps.dtype)
         made = torch.conv2d(maps, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
         if self.noise is not None and self._fits(made):
             drawn = torch.randn(made.shape, generator=self.noise)
             made = made + (1 - self._like(made, (2, 3))) * 10 * drawn
         return made
+
+    def _mean(self, maps: Tensor, over: tuple[int, int], keepdim: bool) -> Tensor:
+        """Of the visible places; like the norms computed in float32 or more."""
+        shares, exact = self._like(maps, over), _exact(maps)
+        return ((exact * shares).sum(over, keepdim=keepdim) / shares.sum(over, keepdim=keepdim)).to(maps.dtype)
 
     def _batch_norm(
         self,
@@ -149,10 +153,10 @@ class VisibleOnly(TorchFunctionMode):
         """torch's, with the statistics of the visible places of a batch."""
         if not training:
             return F.batch_norm(maps, running_mean, running_var, weight, bias, False, momentum, eps)
-        shares = self._like(maps, (2, 3))
+        shares, exact = self._like(maps, (2, 3)), _exact(maps)
         count = shares.sum()
-        mean = (maps * shares).sum((0, 2, 3)) / count
-        centred = maps - mean.view(1, -1, 1, 1)
+        mean = (exact * shares).sum((0, 2, 3)) / count
+        centred = exact - mean.view(1, -1, 1, 1)
         variance = (centred.square() * shares).sum((0, 2, 3)) / count
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
@@ -161,7 +165,7 @@ class VisibleOnly(TorchFunctionMode):
                 running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
         made = centred * scale.view(1, -1, 1, 1)
-        return made if bias is None else made + bias.view(1, -1, 1, 1)
+        return (made if bias is None else made + bias.view(1, -1, 1, 1)).to(maps.dtype)
 
     def _group_norm(
         self,
@@ -172,13 +176,17 @@ class VisibleOnly(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         """torch's, with the statistics of the visible places of an image."""
-        grouped, shares = maps.unflatten(1, (num_groups, -1)), self._like(maps, (2, 3)).unsqueeze(1)
+        grouped, shares = _exact(maps).unflatten(1, (num_groups, -1)), self._like(maps, (2, 3)).unsqueeze(1)
         count = shares.sum((2, 3, 4), keepdim=True) * grouped.shape[2]
         centred = grouped - (grouped * shares).sum((2, 3, 4), keepdim=True) / count
         variance = (centred.square() * shares).sum((2, 3, 4), keepdim=True) / count
         made = (centred * (variance + eps).rsqrt()).flatten(1, 2)
         made = made if weight is None else made * weight.view(1, -1, 1, 1)
-        return made if bias is None else made + bias.view(1, -1, 1, 1)
+        return (made if bias is None else made + bias.view(1, -1, 1, 1)).to(maps.dtype)
+
+
+def _exact(maps: Tensor) -> Tensor:
+    return maps if maps.dtype == torch.float64 else maps.float()
 
 
 @torch.no_grad()
