@@ -15,8 +15,8 @@ class Beit(Plain):
     """An adapter around timm's Beit. Two tokens have the bias of the places that they are from, whichever others are
     there; each block has a table of its own, or all have one."""
 
-    def __init__(self, model: TimmBeit):
-        super().__init__(model)
+    def __init__(self, model: TimmBeit, image_size: tuple[int, int] | None = None):
+        super().__init__(model, image_size)
 
     def places(self, index: Int[Tensor, "b k"] | None) -> Any:
         """The tokens that are there, of the class token (0) and all patches, and the bias that all blocks share."""
