@@ -14,11 +14,15 @@ class Turns(nn.Module):
     """By how much queries and keys of each patch of a grid are turned; made once where nothing of it is learned or
     drawn, since timm makes some of them on the CPU."""
 
+    fixed: Tensor | None
+
     def __init__(self, rope: Any, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
-        changes = rope is None or getattr(rope, "aug_active", False) or any(True for _ in rope.parameters())
-        self.register_buffer("fixed", None if changes else rope.get_embed(shape=list(grid)), persistent=False)
+        fixed = None
+        if rope is not None and not rope.aug_active and not list(rope.parameters()):
+            fixed = rope.get_embed(shape=list(grid))
+        self.register_buffer("fixed", fixed, persistent=False)
 
     def forward(self, rope: Any, index: Int[Tensor, "b k"] | None) -> Tensor | None:
         """Sines and cosines for the patches `index`, as timm's blocks take them: [n, e] for all patches, else

@@ -59,7 +59,8 @@ class Plain(TokenBackbone):
         self.depth = len(self.model.blocks)
         self.channels = int(self.kernel.shape[1])
         self.patch_size: tuple[int, int] = tuple(self.embedding.patch_size)
-        self.image_size: tuple[int, int] = tuple(getattr(self.embedding, "img_size", None) or image_size or ())
+        own: Any = getattr(self.embedding, "img_size", image_size)
+        self.image_size: tuple[int, int] = (own[0], own[1])
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             size, patch = ("x".join(map(str, pair)) for pair in (self.image_size, self.patch_size))
             raise ValueError(f"an image of {size} px is no whole number of patches of {patch} px")
