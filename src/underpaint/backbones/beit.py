@@ -22,7 +22,7 @@ class Beit(Plain):
         """The tokens that are there, of the class token (0) and all patches, and the bias that all blocks share."""
         model = self.model
         there = None if index is None else functional.pad(index + 1, (1, 0))
-        shared = None if model.rel_pos_bias is None else _between(model.rel_pos_bias(), there)
+        shared = None if model.rel_pos_bias is None else _between(model.rel_pos_bias().unsqueeze(0), there)
         return there, shared
 
     def run(self, number: int, tokens: Float[Tensor, "b t d"], places: Any) -> Float[Tensor, "b t d"]:
