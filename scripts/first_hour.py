@@ -133,12 +133,17 @@ def answer(command: str, folder: Path) -> dict[str, Any]:
     lines, first = [], None
     for line in process.stdout:
         first = first or time.monotonic() - began
-        lines.append(line.rstrip())
+        lines.append(elsewhere(line.rstrip(), folder))
     status = process.wait()
     reader.join()
     if status:
         raise SystemExit(f"{command}: status {status}\n{''.join(progress)}")
     return {"lines": lines, "first": first, "all": time.monotonic() - began}
+
+
+def elsewhere(line: str, folder: Path) -> str:
+    """Without the places of this machine."""
+    return line.replace(str(folder), "/home/you").replace(sys.executable, "python")
 
 
 def shown(lines: list[str]) -> str:

@@ -23,6 +23,15 @@ def walk() -> list[str]:
     return [step.command for _, steps in module.WALK for step in steps]
 
 
+@pytest.mark.quick
+def test_the_page_has_the_commands_of_the_walk() -> None:
+    page = (ROOT / "docs" / "first-hour.md").read_text()
+    commands = walk()
+    assert [line.strip() for line in page.splitlines() if line.startswith("    underpaint ")] == commands
+    for command in commands:
+        assert page.count(f"| `{command}` |") == 1, command
+
+
 @pytest.mark.timeout(180)
 def test_the_walk_of_the_first_hour(server: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
