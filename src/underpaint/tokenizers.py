@@ -37,6 +37,7 @@ LEAST_PATCHES = 10  # a word
 MOST_NUMBERS = 2**28  # in the patches that k-means is fitted to: 42 a word for 8192 words of 16 px
 MOST_WORDS = 8192  # of k-means: the choice of its starts takes a pass a word
 ITERATIONS = 25  # of Lloyd
+STRIDES = (2, 4, 8, 16, 32)  # pixels of a word of a convolutional tokenizer
 FSQ_LEVELS = {1000: (8, 5, 5, 5), 1024: (4, 4, 4, 4, 4), 4375: (7, 5, 5, 5, 5), 64: (4, 4, 4), 256: (4, 4, 4, 4)}
 
 
@@ -289,8 +290,10 @@ class ConvTokenizer(Tokenizer):
         if codebook_size < 2:
             raise InputError(f"a tokenizer has 2 words or more, not {codebook_size}")
         super().__init__(codebook_size)
-        if stride not in (2, 4, 8, 16, 32):
-            raise InputError(f"a convolutional tokenizer has a stride of 2, 4, 8, 16 or 32 pixels, not {stride}")
+        if stride not in STRIDES:
+            raise InputError(
+                f"a convolutional tokenizer has a stride of {', '.join(map(str, STRIDES))} pixels, not {stride}"
+            )
         self.kind, self.codebook_size, self.stride, self.channels = kind, codebook_size, stride, channels
         self.dim, self.blocks = dim, blocks
         first = 4 if stride >= 16 else 2  # where words are large, finer scales would cost most and matter least

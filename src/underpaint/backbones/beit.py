@@ -15,14 +15,14 @@ class Beit(Plain):
     """An adapter around timm's Beit. Two tokens have the bias of the places that they are from, whichever others are
     there; each block has a table of its own, or all have one."""
 
-    def __init__(self, model: TimmBeit):
-        super().__init__(model)
+    def __init__(self, model: TimmBeit, image_size: tuple[int, int] | None = None):
+        super().__init__(model, image_size)
 
     def places(self, index: Int[Tensor, "b k"] | None) -> Any:
         """The tokens that are there, of the class token (0) and all patches, and the bias that all blocks share."""
         model = self.model
         there = None if index is None else functional.pad(index + 1, (1, 0))
-        shared = None if model.rel_pos_bias is None else _between(model.rel_pos_bias(), there)
+        shared = None if model.rel_pos_bias is None else _between(model.rel_pos_bias().unsqueeze(0), there)
         return there, shared
 
     def run(self, number: int, tokens: Float[Tensor, "b t d"], places: Any) -> Float[Tensor, "b t d"]:

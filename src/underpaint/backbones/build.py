@@ -22,11 +22,12 @@ from huggingface_hub import constants as hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import HybridEmbed, resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules, model_entrypoint
 from timm.models.beit import Beit as TimmBeit
 from timm.models.cait import Cait as TimmCait
 from timm.models.eva import Eva as TimmEva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from underpaint.backbones.beit import Beit
 from underpaint.backbones.cait import Cait
 from underpaint.backbones.eva import Eva
 from underpaint.backbones.maps import MapBackbone
+from underpaint.backbones.naflex import NaFlex
 from underpaint.backbones.protocols import Backbone, TokenBackbone
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
@@ -50,6 +52,7 @@ PLAIN: tuple[tuple[type[nn.Module], Any], ...] = (
     (TimmEva, Eva),
     (TimmBeit, Beit),
     (TimmCait, Cait),
+    (NaFlexVit, NaFlex),
 )
 REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # what a model might take beside its architecture, should a version of timm move it into a class
@@ -83,10 +86,15 @@ def create_arguments(
     made: dict[str, Any] = {"model_name": name, "num_classes": 0, "in_chans": in_chans}
     config = get_pretrained_cfg(name)
     height, width = image_size or default_size(name)
-    if is_model_in_modules(name, ["vision_transformer", "deit"]):
+    hybrid = is_model_in_modules(name, ["vision_transformer_hybrid", "vitamin"])
+    if is_model_in_modules(name, ["vision_transformer", "deit", "naflexvit"]) or hybrid:
         # the mean of the *normed* patch tokens; timm's default for "avg" would rename norm to fc_norm
         made |= {"img_size": [height, width], "global_pool": "avg", "fc_norm": False}
+        if "distilled" in name:
+            del made["global_pool"]  # timm's distilled network has class and distillation token only
         if patch_size is not None:
+            if hybrid:
+                raise InputError(f"patch_size: '{name}' makes its tokens by convolutions; leave --patch-size away")
             made["patch_size"] = patch_size
     elif is_model_in_modules(name, ["beit", "eva"]):
         made |= {"img_size": [height, width], "global_pool": "avg", "use_fc_norm": False}
@@ -174,6 +182,8 @@ def architecture_arguments(name: str) -> frozenset[str]:
         kind for kind in vars(module).values() if inspect.isclass(kind) and kind.__module__.startswith("timm.models.")
     ]
     networks = [signature for kind in kinds if "num_classes" in (signature := inspect.signature(kind).parameters)]
+    if NaFlexVit in kinds:
+        networks.append(inspect.signature(NaFlexVitCfg).parameters)  # its factories take these apart
     named = {each.name for signature in networks for each in signature.values() if each.kind not in REST}
     return frozenset(named - OPENS)
 
@@ -202,14 +212,17 @@ def from_arguments(arguments: Mapping[str, Any], image_size: tuple[int, int] | N
     Raises:
         InputError: as `create_model`, or a network that cannot be an encoder.
     """
-    model = create_model(arguments)
+    model: Any = create_model(arguments)
     try:
-        for kind, adapter in PLAIN:
-            if isinstance(model, kind):
-                return adapter(model)
+        size = arguments.get("img_size") or image_size or default_size(arguments["model_name"])
+        height, width = (size, size) if isinstance(size, int) else size
+        if not isinstance(getattr(model, "patch_embed", None), HybridEmbed):  # tokens of convolutions are no patches
+            for kind, adapter in PLAIN:
+                if isinstance(model, kind):
+                    return adapter(model, (height, width))
         if isinstance(model, SwinTransformer):
             return Swin(model, arguments["in_chans"])
-        return MapBackbone(model, arguments["in_chans"], image_size or default_size(arguments["model_name"]))
+        return MapBackbone(model, arguments["in_chans"], (height, width))
     except Exception as error:  # beside our ValueError, of sizes that only timm takes
         raise InputError(f"encoder: '{arguments['model_name']}' cannot be used: {one_line(error)}") from error
 

@@ -4,16 +4,15 @@ from jaxtyping import Float, Int
 from timm.models.cait import Cait as TimmCait
 from torch import Tensor
 
-from underpaint.backbones.plain import Plain
+from underpaint.backbones.plain import Plain, placed
 from underpaint.backbones.protocols import Encoded
-from underpaint.patches import take
 
 
 class Cait(Plain):
     """An adapter around timm's Cait. Its class token looks at the patches, and they never at it."""
 
-    def __init__(self, model: TimmCait):
-        super().__init__(model)
+    def __init__(self, model: TimmCait, image_size: tuple[int, int] | None = None):
+        super().__init__(model, image_size)
         for part in (self.model.blocks_token_only, self.model.cls_token):
             part.requires_grad_(False)  # nothing that is asked of patches reaches them
 
@@ -27,9 +26,7 @@ class Cait(Plain):
         index: Int[Tensor, "b k"] | None = None,
         positions: Float[Tensor, "b n d"] | None = None,
     ) -> Float[Tensor, "b k d"]:
-        places = self.model.pos_embed if positions is None else positions
-        tokens = tokens + (places if index is None else take(places.expand(len(tokens), -1, -1), index))
-        return self.model.pos_drop(tokens)
+        return self.model.pos_drop(placed(tokens, self.model.pos_embed if positions is None else positions, index))
 
     def finish(self, tokens: Float[Tensor, "b k d"]) -> Encoded:
         return Encoded(self.model.norm(tokens), [], tokens[:, :0])

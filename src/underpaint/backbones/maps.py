@@ -53,7 +53,9 @@ class MapBackbone(StagedBackbone):
         self.model: Any = model
         self.channels, self.image_size = channels, image_size
         info: Any = model.feature_info
-        self.info: list[dict[str, Any]] = info if isinstance(info, list) else info.info
+        every: list[dict[str, Any]] = info if isinstance(info, list) else info.info
+        # a neck behind the blocks (SAM's) counts as a norm, and makes another width of theirs
+        self.info = [{**one, "num_chs": one.get("num_chs_norm", one["num_chs"])} for one in every]
         self.dim: int = self.info[-1]["num_chs"]
         self.stride: int = self.info[-1]["reduction"]
         self.token_dim, self.hierarchical, self.depth = channels, True, len(self.info)

@@ -30,23 +30,40 @@ class Blocks(Walk):
         return noise
 
 
+def placed(
+    tokens: Float[Tensor, "b k d"], positions: Float[Tensor, "#b n d"], index: Int[Tensor, "b k"] | None
+) -> Float[Tensor, "b k d"]:
+    """The tokens of the patches `index` (of all where None), with the positions of those added."""
+    return tokens + (positions if index is None else take(positions.expand(len(tokens), -1, -1), index))
+
+
 class Plain(TokenBackbone):
     """An adapter around a plain transformer of timm, which stays timm's: `model`.
 
     An adapter of its own says what its blocks need beside the tokens (`places`, `run`), and what is put in front of the
     patches (`begin`). Learned positions start from the fixed sin-cos ones of `blocks.sincos_positions` and are trained on.
+
+    Args:
+        image_size: height and width in pixels, for a model that does not say for which images it was made.
+
+    Raises:
+        ValueError: no final norm, or an image that is no whole number of patches.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, image_size: tuple[int, int] | None = None):
         super().__init__()
         self.model: Any = model
         if isinstance(getattr(model, "norm", None) or nn.Identity(), nn.Identity):
             raise ValueError("this transformer lacks a final norm behind its blocks")
         self.dim: int = self.model.embed_dim
         self.depth = len(self.model.blocks)
-        self.channels: int = self.embedding.proj.in_channels
+        self.channels = int(self.kernel.shape[1])
         self.patch_size: tuple[int, int] = tuple(self.embedding.patch_size)
-        self.image_size: tuple[int, int] = tuple(self.embedding.img_size)
+        own: Any = getattr(self.embedding, "img_size", image_size)
+        self.image_size: tuple[int, int] = (own[0], own[1])
+        if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
+            size, patch = ("x".join(map(str, pair)) for pair in (self.image_size, self.patch_size))
+            raise ValueError(f"an image of {size} px is no whole number of patches of {patch} px")
         self.stride, self.token_dim, self.hierarchical = self.patch_size[0], self.dim, False
         self.initialise_positions()
 
@@ -54,6 +71,11 @@ class Plain(TokenBackbone):
     def embedding(self) -> Any:
         """timm's module that makes tokens of patches; not an attribute, which would put it into the state twice."""
         return self.model.patch_embed
+
+    @property
+    def kernel(self) -> Float[Tensor, "d c height width"]:
+        """What a patch is multiplied by."""
+        return self.embedding.proj.weight
 
     @property
     def unit(self) -> tuple[int, int]:
@@ -82,8 +104,7 @@ class Plain(TokenBackbone):
         patches = patchify(images, self.patch_size)
         if index is not None:
             patches = take(patches, index)  # hidden patches are never embedded
-        projection = self.embedding.proj
-        return self.embedding.norm(functional.linear(patches, projection.weight.flatten(1), projection.bias))
+        return self.embedding.norm(functional.linear(patches, self.kernel.flatten(1), self.embedding.proj.bias))
 
     def encode(
         self,
@@ -135,9 +156,9 @@ class Plain(TokenBackbone):
         if added is None and model.pos_embed is not None:
             added = model.pos_embed[:, embedded_prefix:]
         if added is not None:
-            tokens = tokens + (added if index is None else take(added.expand(len(tokens), -1, -1), index))
+            tokens = placed(tokens, added, index)
         if prefix:
-            names = ("cls_token", "reg_token")
+            names = ("cls_token", "dist_token", "reg_token")
             first = torch.cat([t for name in names if (t := getattr(model, name, None)) is not None], dim=1)
             if embedded_prefix and model.pos_embed is not None:
                 first = first + model.pos_embed[:, :prefix]

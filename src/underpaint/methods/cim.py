@@ -32,7 +32,7 @@ from underpaint.methods.method import Objective
 from underpaint.methods.words import SMALL, cross_entropies, frequency_losses, word_side
 from underpaint.patches import Standardize, patchify, put, take, unpatchify
 from underpaint.targets import sliding_window, window_moments
-from underpaint.tokenizers import ConvTokenizer, Tokenizer, load_tokenizer, width_for
+from underpaint.tokenizers import STRIDES, ConvTokenizer, Tokenizer, load_tokenizer, width_for
 
 
 class Corruption(NamedTuple):
@@ -143,6 +143,13 @@ class CIM(MaskedMethod[Corruption]):
     def _tokenizer(self, size: tuple[int, int]) -> Tokenizer:
         channels = self.encoder.channels
         if self.tokenizer is None:
+            if self.word not in STRIDES:
+                known = ", ".join(map(str, STRIDES))
+                inside = " or ".join(str(stride) for stride in STRIDES if self.place % stride == 0)
+                raise ValueError(
+                    f"words of {self.word} px: the tokenizer that a run trains has words of {known} px; such a --patch-size "
+                    + (f"serves, or --set method.stride={inside}" if inside else "serves")
+                )
             return ConvTokenizer("fsq", self.codebook_size or 1024, self.word, channels, width_for(size))
         words = load_tokenizer(self.tokenizer)
         if (words.stride, words.channels) != (self.word, channels):
