@@ -16,6 +16,7 @@ from timm.models import is_model_in_modules
 
 from underpaint.backbones import create_arguments, describe_encoder
 from underpaint.backbones.protocols import Backbone
+from underpaint.backbones.weights import is_run, network_at
 from underpaint.config import Recipe
 from underpaint.console import lasting
 from underpaint.data.decode import Header, Unreadable, decode, read_header
@@ -130,9 +131,10 @@ def _of_start(init: str) -> dict[str, Any]:
         name = init.removeprefix("timm:").partition(".")[0]
         patch = re.search(r"_patch(\d+)", name)
         return {"encoder.name": name, "data.channels": 3} | ({"encoder.patch_size": int(patch[1])} if patch else {})
-    file = Path(init)
-    if not (file if file.is_dir() else file.parent).joinpath("encoder.json").is_file():
-        return {}
+    if not is_run(Path(init)):
+        network = dict(network_at(init) or {})
+        size = {"data.image_size": network.pop("image_size")} if "image_size" in network else {}
+        return {f"encoder.{name}": value for name, value in network.items()} | size
     made = describe_encoder(init)["create_model"]
     said = {f"encoder.{name}": value for name, value in made.items() if name not in ELSEWHERE}
     size = {"data.image_size": tuple(made["img_size"])} if made.get("img_size") else {}
