@@ -237,7 +237,7 @@ DINOV3 = {
     1280: "vit_huge_plus_patch16_dinov3",
     4096: "vit_7b_patch16_dinov3",
 }
-RESNETS = {
+RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
     (True, (2, 2, 2, 2)): "resnet26",
@@ -246,7 +246,7 @@ RESNETS = {
     (True, (3, 8, 36, 3)): "resnet152",
     (True, (3, 24, 36, 3)): "resnet200",
 }
-CONVNEXTS = {
+CONVNEXTS: dict[tuple[int, tuple[int, ...]], str] = {
     (40, (2, 2, 6, 2)): "atto",
     (48, (2, 2, 6, 2)): "femto",
     (64, (2, 2, 6, 2)): "pico",
@@ -258,7 +258,7 @@ CONVNEXTS = {
     (256, (3, 3, 27, 3)): "xlarge",
     (352, (3, 3, 27, 3)): "huge",
 }
-SWINS = {
+SWINS: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (2, 2, 6, 2)): "tiny",
     (96, (2, 2, 18, 2)): "small",
     (128, (2, 2, 18, 2)): "base",

@@ -12,6 +12,7 @@ import math
 import re
 import socket
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -390,17 +391,19 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], grid: tuple[int, int] 
     """
     own = model.state_dict()
     matched = Matched()
-    prefix, named = _best(model, weights, own)
-    for name in weights:
+    prefix = _best(model, weights, own)
+    named = {}
+    for name, value in weights.items():
         if not name.startswith(prefix):
             matched.reasons[name] = beside(name) or (_block(name), "not in the encoder")
             matched.left_out.append(name)
+        else:
+            named[name.removeprefix(prefix)] = value
+    named = as_timm(named)
     for name in list(named):
         if name not in own and (why := beside(name)):
-            del named[name]
-            if why[0] != "num_batches_tracked":
-                matched.reasons[name] = why
-                matched.left_out.append(name)
+            _drop(named, name, matched, *why)
+    named = _renamed(model, _biases(named, own, matched), own)
     formed = _formed(named, own, matched)
     _class_position(model, formed, own, grid)
     done = set()
@@ -424,47 +427,35 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], grid: tuple[int, int] 
     return matched
 
 
-def _best(model: nn.Module, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, Weights]:
-    """The prefix ("module.", "backbone.", ...) whose removal makes the most numbers match, and the weights behind it under
-    timm's names."""
+def _best(model: nn.Module, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The prefix ("module.", "backbone.", ...) whose removal makes the most names match."""
     known = list(own)[:8]
     found = prefixes(weights)
     found += sorted({name[: -len(end)] for name in weights for end in known if name.endswith("." + end)} - set(found))
-    best, most = ("", dict(weights)), -1
-    for prefix in found:
-        named = as_timm(without(weights, prefix))
-        hits = _hits(named, own)
-        if hits < sum(1 for name in named if beside(name) is None):
-            renamed = _by_timm(model, named)
-            if _hits(renamed, own) > hits:
-                named, hits = renamed, _hits(renamed, own)
-        if hits > most:
-            best, most = (prefix, named), hits
-    return best
+    if len(found) == 1:
+        return found[0]
+    # the first of those with as many
+    return max(found, key=lambda prefix: _hits(_renamed(model, as_timm(without(weights, prefix)), own), own))
+
+
+def _renamed(model: nn.Module, weights: Weights, own: Mapping[str, Tensor]) -> Weights:
+    """Under the names that timm's own filter of this family makes of them, where more of the encoder's are among those."""
+    rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    hits = _hits(weights, own)
+    if rename is None or hits == len(weights):
+        return weights
+    # tables are resized below, to whichever blocks they go; a mask token would make a fine-tuned file of it
+    held = {n: v for n, v in weights.items() if n == "mask_token" or n.endswith("relative_position_bias_table")}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            found = rename({name: value for name, value in weights.items() if name not in held}, model) | held
+    except Exception:  # of names and sizes that it does not expect; they are told as they are
+        return weights
+    return found if _hits(found, own) > hits else weights
 
 
 def _hits(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
     return sum(name in own for name in weights)
-
-
-def _by_timm(model: nn.Module, weights: Weights) -> Weights:
-    """Under the names that timm's own filter of this family makes of them; as they are where it makes nothing of them."""
-    rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if rename is None:
-        return weights
-    needed = {name: value for name, value in weights.items() if not _index(name)}
-    held = {name: needed.pop(name) for name in list(needed) if name.endswith("relative_position_bias_table")}
-    if "storage_tokens" not in weights:
-        held |= {name: needed.pop(name) for name in ("mask_token",) if name in needed}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-            return rename(needed, model) | held
-    except Exception:  # of names and sizes that it does not expect; they are told as they are
-        return weights
-
-
-def _index(name: str) -> bool:
-    return name.endswith(("relative_position_index", "relative_coords_table", "attn_mask"))
 
 
 def _formed(weights: Weights, own: Mapping[str, Tensor], matched: Matched) -> Weights:
@@ -550,9 +541,9 @@ def _scales(made: Weights, own: Mapping[str, Tensor], matched: Matched) -> Weigh
                 weight = made[f"{scaled}{end}"]
                 made[f"{scaled}{end}"] = weight * (value.unsqueeze(1) if end == "weight" else value)
     for name in own:
-        if re.match(r"blocks\.\d+\.(gamma_[12]|ls[12]\.gamma)$", name) and name not in made:
-            if f"{name.partition('.')[0]}.{name.split('.')[1]}.norm1.weight" in made:
-                made[name] = torch.ones_like(own[name])
+        match = re.match(r"(blocks\.\d+\.)(gamma_[12]|ls[12]\.gamma)$", name)
+        if match and name not in made and f"{match.group(1)}norm1.weight" in made:
+            made[name] = torch.ones_like(own[name])
     return made
 
 
@@ -599,7 +590,9 @@ def _fitted(
         if window is None or value.ndim != own.ndim or (value.ndim == 2 and value.shape[1] != own.shape[1]):
             return None
         try:
-            resized = resize_rel_pos_bias_table(value, window, own.shape)
+            with warnings.catch_warnings():  # its search warns of the layout of its own tensors
+                warnings.simplefilter("ignore")
+                resized = resize_rel_pos_bias_table(value, window, own.shape)
         except (ValueError, RuntimeError, AssertionError):
             return None
         return resized if resized.shape == own.shape else None
@@ -612,7 +605,7 @@ def _fitted(
                 return None  # no patches
             value = resample_patch_embed(value, list(own.shape[-2:]))
         return value
-    flat = {each for each in (value.ndim, own.ndim)} == {2, 4} or value.ndim == own.ndim
+    flat = {value.ndim, own.ndim} == {2, 4} or value.ndim == own.ndim  # a linear layer for a convolution of 1 pixel
     return value.reshape(own.shape) if flat and value.squeeze().shape == own.squeeze().shape else None
 
 
@@ -623,7 +616,7 @@ def _first_layer(model: nn.Module) -> str | None:
 
 def _channels(value: Tensor, channels: int) -> Tensor:
     """A first layer for images of so many channels: those of a colour image as timm does it; else their sum for one
-    channel, and repeated for more, weighted so that equal channels give what they gave."""
+    channel, and repeated for more, weighted as many as there are more."""
     if value.shape[1] == 3:
         return adapt_input_conv(channels, value)
     if channels == 1:
