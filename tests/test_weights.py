@@ -681,3 +681,103 @@ def test_folders_and_files_that_cannot_be_read_say_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no such file; give timm:NAME, a run folder, a Hugging Face folder"):
         init_from(vit(), str(tmp_path / "empty"))
+
+
+# -- by commands -------------------------------------------------------------------------------------------------------
+
+
+def photographs(folder: Path, count: int = 24) -> Path:
+    """Small pictures of two classes, dark and bright."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 128, (32, 32, 3)) + 127 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number:02d}.png")
+    return folder
+
+
+def pretrained(data: Path, out: Path, start: Path | None, *more: str) -> dict[str, Any]:
+    """What `encoder.json` says after a step from `start`."""
+    size = ["--image-size", "32", "--batch-size", "4", "--steps", "1", "--method", "mae", "--set", "run.compile=off"]
+    from_start = [] if start is None else ["--init", str(start)]
+    assert main(["pretrain", str(data), "--out", str(out), *size, *from_start, *more]) == 0
+    return json.loads((out / "encoder.json").read_text())
+
+
+def test_where_weights_are_from_is_written_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file, a run from it, and a run from that run: the chain is kept, and no path of any."""
+    data = photographs(tmp_path / "private" / "photos")
+    (tmp_path / "secret").mkdir()
+    original = vit()
+    file = saved(tmp_path / "secret", of(original) | {"decoder_pred.weight": torch.randn(4, 4)}, "mae.pth", "model")
+    first = pretrained(data, tmp_path / "first", file)  # what network it is of is seen from the file
+    said = capsys.readouterr().out
+    assert re.search(r"started from .*mae\.pth: \d+ weights taken as they are, 0 adapted; decoder: not part", said)
+    assert first["create_model"]["embed_dim"] == 64
+    assert first["create_model"]["patch_size"] == 8
+    assert first["start"] | {"sha256": ""} == {
+        "from": "file",
+        "layout": "MAE",
+        "file": "mae.pth",
+        "sha256": "",
+        "licence": None,
+    }
+    assert first["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    trained = first["trained_on"]
+    assert 12 <= trained["images"] <= 24
+    assert trained == {"images": trained["images"], "channels": 3, "source": "folder", "labels": None, "method": "mae"}
+    assert set(first["versions"]) == {"underpaint", "timm", "torch"}
+
+    second = pretrained(data, tmp_path / "second", tmp_path / "first")
+    assert second["start"]["from"] == "run"
+    assert second["start"]["trained_on"] == trained
+    assert second["start"]["versions"] == first["versions"]
+    assert second["start"]["start"] == first["start"]
+    for each in (first, second):
+        assert not any(word in json.dumps(each) for word in ("private", "photos", "secret", str(tmp_path)))
+    page = (tmp_path / "second" / "report.html").read_text()
+    assert "started from" in page
+    assert "MAE mae.pth (licence: not known)" in page
+    underpaint.load_encoder(tmp_path / "second")
+
+
+def test_a_run_from_random_weights_and_one_that_is_older_say_so(tmp_path: Path) -> None:
+    data = photographs(tmp_path / "photos")
+    small = ["--encoder", "vit_tiny_patch16_224", "--patch-size", "8", "--set", "encoder.embed_dim=64"]
+    small += ["--set", "encoder.depth=2", "--set", "encoder.num_heads=1"]
+    described = pretrained(data, tmp_path / "first", None, *small)
+    assert described["start"] is None
+    for name in ("start", "trained_on", "versions"):
+        del described[name]
+    (tmp_path / "first" / "encoder.json").write_text(json.dumps(described))
+    matched, _ = init_from(vit(), str(tmp_path / "first"))
+    assert matched.start["start"] is None
+    assert matched.start["licence"] is None
+    assert not matched.untouched
+
+
+def test_an_official_file_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    data = photographs(tmp_path / "photos")
+    original = vit()
+    file = saved(tmp_path, of(original) | {"decoder_pred.weight": torch.randn(4, 4)}, "mae.pth", "model")
+    bundle = open_bundle(str(file))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        got = bundle.encoder(images.to(bundle.standardize.mean.device)).pooled.cpu()
+        torch.testing.assert_close(got, original(images).pooled, atol=1e-3, rtol=1e-3)
+    assert main(["evaluate", str(file), "--data", str(data), "--task", "knn", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
+@pytest.mark.quick
+def test_a_file_that_does_not_fit_ends_a_command_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = photographs(tmp_path / "photos", 4)
+    file = saved(tmp_path, of(vit()))
+    asked = ["pretrain", str(data), "--out", str(tmp_path / "run"), "--init", str(file), "--encoder", "resnet18"]
+    assert main([*asked, "--method", "simmim", "--image-size", "32", "--steps", "1"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert "--encoder vit_base_patch16_224 --patch-size 8 --set encoder.embed_dim=64" in error

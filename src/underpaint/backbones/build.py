@@ -25,6 +25,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from underpaint import __version__
 from underpaint.backbones.beit import Beit
 from underpaint.backbones.cait import Cait
 from underpaint.backbones.eva import Eva
@@ -232,9 +233,10 @@ def save_encoder(
     arguments: dict[str, Any],
     standardize: Standardize,
     scaling: Scaling | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `encoder.safetensors` and `encoder.json` into a folder, each atomically; `scaling` is how its images came to
-    lie in [0, 1]."""
+    lie in [0, 1], `provenance` where its weights are from (`start`, `trained_on`), as plain data without paths."""
     write_weights(folder / "encoder.safetensors", backbone.model)
     description = {
         "format": FORMAT,
@@ -243,6 +245,10 @@ def save_encoder(
         "mean": standardize.mean.flatten().tolist(),
         "std": standardize.std.flatten().tolist(),
         "scaling": None if scaling is None else scaling.stored(),
+        "start": None,
+        "trained_on": None,
+        **(provenance or {}),
+        "versions": {"underpaint": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
     write_json(folder / "encoder.json", description)
 
@@ -279,7 +285,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def describe_encoder(path: str | Path) -> dict[str, Any]:
-    """The content of `encoder.json` for a run folder or an encoder file.
+    """The content of `encoder.json` for a run folder or an encoder file. Where its weights are from (`start`, `trained_on`,
+    `versions`) is not in a file that was written before underpaint said so.
 
     Raises:
         InputError: there is none, or its format is newer than this version knows.
