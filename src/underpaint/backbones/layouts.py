@@ -264,6 +264,7 @@ SWINS: dict[tuple[int, tuple[int, ...]], str] = {
     (128, (2, 2, 18, 2)): "base",
     (192, (2, 2, 18, 2)): "large",
 }
+HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "giant": 16}
 Network = dict[str, Any]
 
 
@@ -319,13 +320,12 @@ def _vit(weights: Mapping[str, Tensor]) -> Network | None:
     elif width == 1280 and patch == 14:
         heads = 16
     kind = VITS.get(width, "base")
-    default = {"embed_dim": width if width in VITS else None, "depth": DEPTHS[kind], "num_heads": max(1, width // 64)}
+    default = {"embed_dim": width if width in VITS else None, "depth": DEPTHS[kind], "num_heads": HEADS[kind]}
     said: Network = {"embed_dim": width, "depth": depth, "num_heads": heads}
-    if width == 1280:
-        default["num_heads"] = 16
     if rotary:
-        default["embed_dim"] = width if width in DINOV3 else None
-        default["num_heads"] = width // 64 if width in DINOV3 and width < 4096 else 32
+        default = {"embed_dim": width if width in DINOV3 else None, "depth": DEPTHS[kind] if width < 4096 else 40}
+        default["num_heads"] = 32 if width == 4096 else width // 64 if width in DINOV3 else 6
+        said["num_heads"] = 32 if width == 4096 else heads
         name = DINOV3.get(width, "vit_small_patch16_dinov3")
         if registers != 4:
             said["num_reg_tokens"] = registers

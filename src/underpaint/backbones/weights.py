@@ -124,7 +124,15 @@ def init_from(backbone: Backbone, start: str) -> tuple[Matched, dict[str, Any] |
     Raises:
         InputError: the weights cannot be read, or less than half of the encoder's numbers are among them.
     """
-    found = read_start(start)
+    return start_from(backbone, start, read_start(start))
+
+
+def start_from(backbone: Backbone, start: str, found: Found) -> tuple[Matched, dict[str, Any] | None]:
+    """As `init_from`, with weights that were read before.
+
+    Raises:
+        InputError: less than half of the encoder's numbers are among them.
+    """
     matched = fill(backbone.model, found.weights, found.grid)
     matched.start = found.start
     if matched.share < ENOUGH:
@@ -139,9 +147,9 @@ def _unfit(backbone: Backbone, start: str, found: Found, matched: Matched) -> st
     layout, network = found.start.get("layout"), found.network or network_of(weights)
     looks = f"; it looks like {layout}'s" if layout else ""
     if network is not None:
-        return f"--init {start}: {said}{looks}, and is for {told(network)}"
+        return f"{start}: {said}{looks}, and is for {told(network)}"
     own = ", ".join(list(backbone.model.state_dict())[:3])
-    return f"--init {start}: {said}{looks}; the file has {', '.join(list(weights)[:3])}, ... and the encoder {own}, ..."
+    return f"{start}: {said}{looks}; the file has {', '.join(list(weights)[:3])}, ... and the encoder {own}, ..."
 
 
 def network_at(start: str) -> Network | None:
@@ -196,7 +204,7 @@ def read_start(start: str) -> Found:
 def _of_timm(start: str) -> Found:
     name = start.removeprefix("timm:")
     if not is_model(name):
-        raise InputError(f"--init {start}: timm has no model '{name}'")
+        raise InputError(f"{start}: timm has no model '{name}'")
     public = _public_model(name)
     config: dict[str, Any] = dict(getattr(public, "pretrained_cfg", None) or {})
     statistics = {"mean": list(config["mean"]), "std": list(config["std"])} if "mean" in config else None
@@ -241,7 +249,7 @@ def _of_hub(folder: Path) -> Found:
         (folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()), None
     )
     if file is None:
-        raise InputError(f"--init {folder}: neither model.safetensors nor pytorch_model.bin is there, in one piece")
+        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, in one piece")
     weights = read_weights(file)
     said = {"from": "Hugging Face", "file": file.name, "sha256": _digest(file), "licence": _card_licence(folder)}
     statistics: Any = None
@@ -351,7 +359,7 @@ def read_weights(path: Path) -> Weights:
         path = path / "encoder.safetensors"
     if not path.is_file():
         raise InputError(
-            f"--init {path}: no such file; give timm:NAME, a run folder, a Hugging Face folder or a file of weights"
+            f"{path}: no such file; give timm:NAME, a run folder, a Hugging Face folder or a file of weights"
         )
     try:
         if path.suffix == ".safetensors":
@@ -361,14 +369,14 @@ def read_weights(path: Path) -> Weights:
         ):  # settings: a class that does nothing with what it holds
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"--init {path}: not readable as weights: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: not readable as weights: {str(error).splitlines()[0]}") from error
     except Exception as error:
         if "weights" not in str(error).lower() and "pickle" not in type(error).__module__:
             raise
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({named[1]})" if named else ""
         raise InputError(
-            f"--init {path}: holds more than tensors{what}, so it is not read; where you trust it, save its state dict alone: "
+            f"{path}: holds more than tensors{what}, so it is not read; where you trust it, save its state dict alone: "
             "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
         ) from error
     for key in INSIDE:
@@ -376,7 +384,7 @@ def read_weights(path: Path) -> Weights:
             found = found[key]
     weights = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
     if not weights:
-        raise InputError(f"--init {path}: no tensors in it; save a state dict")
+        raise InputError(f"{path}: no tensors in it; save a state dict")
     return weights
 
 

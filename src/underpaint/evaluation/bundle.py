@@ -17,7 +17,7 @@ from torch import Tensor
 from underpaint.backbones import Backbone, create_arguments, describe_encoder, from_arguments, load_encoder
 from underpaint.backbones.build import default_size, with_drop_path
 from underpaint.backbones.norms import settled
-from underpaint.backbones.weights import fill, init_from, is_run, network_for
+from underpaint.backbones.weights import Found, fill, is_run, network_for, read_start, start_from
 from underpaint.console import say
 from underpaint.data import ImageSet, Indices, Scaling, Source, load_images, settle_scaling, stored_scaling
 from underpaint.errors import InputError
@@ -162,7 +162,7 @@ def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, chan
     statistics: dict[str, Any] = dict(IMAGENET)
     if config is not None and config.mean is not None:
         statistics = {"mean": list(config.mean), "std": list(config.std)}
-    return _started(text, arguments, size, statistics, untrained, channels, seed)
+    return _started(text, None, arguments, size, statistics, untrained, channels, seed)
 
 
 def _foreign(text: str, image_size: tuple[int, int] | None, untrained: bool, channels: int, seed: int) -> EncoderBundle:
@@ -174,12 +174,20 @@ def _foreign(text: str, image_size: tuple[int, int] | None, untrained: bool, cha
     name = settings.pop("name")
     arguments = create_arguments(name, image_size=size, in_chans=channels, **settings)
     return _started(
-        text, arguments, size or default_size(name), found.statistics or dict(IMAGENET), untrained, channels, seed
+        text,
+        found,
+        arguments,
+        size or default_size(name),
+        found.statistics or dict(IMAGENET),
+        untrained,
+        channels,
+        seed,
     )
 
 
 def _started(
     text: str,
+    read: Found | None,
     arguments: dict[str, Any],
     size: tuple[int, int],
     statistics: dict[str, Any],
@@ -187,7 +195,7 @@ def _started(
     channels: int,
     seed: int,
 ) -> EncoderBundle:
-    """A network with the weights that `text` names, where it is not to be untrained; `statistics` are those of its images
+    """A network with the weights that `text` names (`read` where they were), where it is not to be untrained; `statistics` are those of its images
     where the weights say none."""
     if len(statistics["mean"]) != channels:
         statistics = {"mean": [0.5] * channels, "std": [0.25] * channels}
@@ -196,7 +204,7 @@ def _started(
         encoder = from_arguments(copy.deepcopy(arguments), size)
     notes: tuple[str, ...] = ()
     if not untrained:
-        matched, found = init_from(encoder, text)
+        matched, found = start_from(encoder, text, read or read_start(text))
         statistics = found or statistics
         if matched.untouched or matched.left_out:
             notes = (f"{text} does not fit in full: {matched}; what is not in the file is as before training",)
