@@ -8,7 +8,7 @@ from timm.layers import DropPath
 
 import underpaint
 from underpaint.backbones import TokenBackbone, create_arguments, from_arguments, save_encoder
-from underpaint.backbones.build import fill, init_from, read_weights
+from underpaint.backbones.weights import fill, init_from, read_weights
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import open_bundle
 from underpaint.evaluation.finetune import classifier

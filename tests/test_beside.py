@@ -101,7 +101,7 @@ def test_weights_that_are_not_there_are_one_line_before_anything_is_trained(
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("underpaint.backbones.build.socket.getaddrinfo", unknown)
+    monkeypatch.setattr("underpaint.backbones.weights.socket.getaddrinfo", unknown)
     command = ["evaluate", str(run), "--data", str(pictures), "--task", "knn", "--out", str(tmp_path / "worth")]
     assert main([*command, "--beside", PUBLIC]) == 2
     error = capsys.readouterr().err

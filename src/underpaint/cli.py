@@ -116,7 +116,9 @@ def _run_at(folder: Path) -> None:
 def _encoder_at(text: str) -> None:
     """Complain of an encoder that is neither `timm:NAME` nor anything on disk."""
     if not text.startswith("timm:") and not Path(text).exists():
-        raise InputError(f"{text}: no such encoder; expected a run folder, an exported file or timm:NAME")
+        raise InputError(
+            f"{text}: no such encoder; expected a run folder, a file of weights, a Hugging Face folder or timm:NAME"
+        )
 
 
 def _demo_takes(made: argparse.ArgumentParser) -> None:
@@ -214,7 +216,9 @@ def _compare(given: argparse.Namespace) -> None:
 
 
 def _evaluate_takes(made: argparse.ArgumentParser) -> None:
-    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument(
+        "encoder", metavar="ENCODER", help="a run, a file of weights, a Hugging Face folder, or timm:NAME"
+    )
     made.add_argument("--data", required=True, help="images with class labels, masks or boxes")
     made.add_argument("--task", required=True, type=_names, help=f"{', '.join(EVALUATIONS)}: a,b,c")
     made.add_argument("--out", type=Path, required=True, help="a folder; where it holds this evaluation, go on")
@@ -265,7 +269,9 @@ def _predict(given: argparse.Namespace) -> None:
 
 
 def _embed_takes(made: argparse.ArgumentParser) -> None:
-    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument(
+        "encoder", metavar="ENCODER", help="a run, a file of weights, a Hugging Face folder, or timm:NAME"
+    )
     made.add_argument("data", help="images, as for pretrain")
     made.add_argument("--image-size", type=_size, help="pixels, N or HxW (default: the encoder's own)")
     made.add_argument("--out", type=Path, required=True, help="a parquet file: path, vector")
@@ -284,7 +290,9 @@ def _embed(given: argparse.Namespace) -> None:
 
 
 def _explore_takes(made: argparse.ArgumentParser) -> None:
-    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument(
+        "encoder", metavar="ENCODER", help="a run, a file of weights, a Hugging Face folder, or timm:NAME"
+    )
     made.add_argument("data", help="images, as for pretrain; of more than 100,000 so many are drawn at random")
     made.add_argument("--out", type=Path, required=True, help="a folder: explore.html and images.parquet")
     made.add_argument("--predictions", type=Path, metavar="FILE.csv", help="of predict: path, class")
@@ -304,7 +312,9 @@ def _explore(given: argparse.Namespace) -> None:
 
 
 def _suggest_takes(made: argparse.ArgumentParser) -> None:
-    made.add_argument("encoder", metavar="ENCODER", help="a run, an exported file, or timm:NAME")
+    made.add_argument(
+        "encoder", metavar="ENCODER", help="a run, a file of weights, a Hugging Face folder, or timm:NAME"
+    )
     made.add_argument("data", help="images, as for pretrain; those of the train split that have no label")
     made.add_argument("--out", type=Path, required=True, help="a CSV file: path, cluster, typicality, reason")
     made.add_argument("--count", type=int, default=100, help="images to label")

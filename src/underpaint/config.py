@@ -131,7 +131,9 @@ class Recipe:
 
     method: dict[str, Any] = field(default_factory=lambda: {"name": AnyMethod.name})
     encoder: dict[str, Any] = field(default_factory=lambda: {"name": AnyEncoder.name})
-    init: str | None = setting(None, "weights to start from: timm:NAME, a run or a file", unset="random")
+    init: str | None = setting(
+        None, "weights to start from: timm:NAME, a run, a Hugging Face folder or a file", unset="random"
+    )
     data: Data = field(default_factory=Data)
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Length = field(default_factory=Length)

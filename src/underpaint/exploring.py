@@ -67,7 +67,7 @@ def explore(
     """Write images.parquet and explore.html into a folder; the path of the page.
 
     Args:
-        encoder: a run, an exported file, or `timm:NAME`.
+        encoder: a run, a file of weights, a Hugging Face folder, or `timm:NAME`.
         data: as for pretraining; of more than 100,000 images so many are drawn at random.
         out: a folder.
         predictions: a predictions.csv of `underpaint predict` (path, class); where there is none, and images have

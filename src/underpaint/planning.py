@@ -16,6 +16,7 @@ from timm.models import is_model_in_modules
 
 from underpaint.backbones import create_arguments, describe_encoder
 from underpaint.backbones.protocols import Backbone
+from underpaint.backbones.weights import is_run, network_at
 from underpaint.config import Recipe
 from underpaint.console import lasting
 from underpaint.data.decode import Header, Unreadable, decode, read_header
@@ -65,6 +66,8 @@ def planned(fabric: Fabric, opened: Opened, recipe: Recipe, said: Mapping[str, A
         start = _of_start(said["init"])
         if looked.channels in (1, 3):  # which are turned into one another
             looked = replace(looked, channels=start.pop("data.channels", looked.channels))
+        if said.get("encoder.name", start.get("encoder.name")) != start.get("encoder.name"):
+            start = {path: value for path, value in start.items() if not path.startswith("encoder.")}
         said = start | dict(said)
     name = said.get("encoder.name")
     found = plan(said, looked, machine, "vit" if name is None else family_of(name))
@@ -130,9 +133,10 @@ def _of_start(init: str) -> dict[str, Any]:
         name = init.removeprefix("timm:").partition(".")[0]
         patch = re.search(r"_patch(\d+)", name)
         return {"encoder.name": name, "data.channels": 3} | ({"encoder.patch_size": int(patch[1])} if patch else {})
-    file = Path(init)
-    if not (file if file.is_dir() else file.parent).joinpath("encoder.json").is_file():
-        return {}
+    if not is_run(Path(init)):
+        network = network_at(init) or {}
+        said = {f"encoder.{name}": value for name, value in network.items() if name != "image_size"}
+        return said | ({"data.channels": 3} if said else {})
     made = describe_encoder(init)["create_model"]
     said = {f"encoder.{name}": value for name, value in made.items() if name not in ELSEWHERE}
     size = {"data.image_size": tuple(made["img_size"])} if made.get("img_size") else {}

@@ -67,6 +67,7 @@ class Session:
         suite: what it is judged by.
         standardize: from images in [0, 1] to what the method takes.
         arguments: of `timm.create_model`, kept with the encoder.
+        provenance: where the encoder's weights are from (`save_encoder`), kept with it.
         matched: what `--init` matched, as text.
         clock: seconds, by which everything in the run is timed.
         shout: says what a person should know.
@@ -80,6 +81,7 @@ class Session:
     method: Method
     standardize: Standardize
     arguments: dict[str, Any]
+    provenance: dict[str, Any]
     clock: Callable[[], float] = time.perf_counter
     shout: Shout = say
 
@@ -113,12 +115,14 @@ class Constructed:
         arguments: every one of `timm.create_model`.
         matched: what became of the weights of `--init`, as text.
         statistics: of the images that those weights are from, where they say it.
+        start: where those weights are from, as plain data without paths.
     """
 
     method: Method
     arguments: dict[str, Any]
     matched: str
     statistics: dict[str, Any] | None
+    start: dict[str, Any] | None
 
 
 def construct(recipe: Recipe, run: Run | None = None) -> Constructed:
@@ -138,17 +142,17 @@ def construct(recipe: Recipe, run: Run | None = None) -> Constructed:
         **settings,
     )
     backbone = from_arguments(arguments, recipe.data.image_size)
-    statistics, matched = None, ""
+    statistics, start, matched = None, None, ""
     if recipe.init:
         report, statistics = init_from(backbone, recipe.init)
-        matched = f"started from {recipe.init}: {report}"
+        start, matched = report.start, f"started from {recipe.init}: {report}"
     options = method_options(recipe, None if run is None else run.tokenizer)
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
         method.sample(1, *recipe.data.image_size)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # the last of sizes below 0
         raise InputError(f"method {recipe.method['name']}: {error}") from error
-    return Constructed(method, arguments, matched, statistics)
+    return Constructed(method, arguments, matched, statistics, start)
 
 
 def standardized(constructed: Constructed, images: ImageSet, shout: Shout) -> Standardize:

@@ -197,7 +197,15 @@ def _session(
         run.append("skipped.jsonl", [line for path, line in skipped.items() if path not in known])
         run.write_json("environment.json", environment())
     fabric.barrier()
-    return Session(fabric, run, recipe, images, suite, method, standardize, arguments, clock, shout)
+    trained_on = {
+        "images": len(images),
+        "channels": images.channels,
+        "source": opened.source.kind,
+        "labels": None,  # no loss of pretraining sees any
+        "method": recipe.method["name"],
+    }
+    provenance = {"start": constructed.start, "trained_on": trained_on}
+    return Session(fabric, run, recipe, images, suite, method, standardize, arguments, provenance, clock, shout)
 
 
 @contextmanager
@@ -274,7 +282,14 @@ def _watch(session: Session, stepper: Stepper) -> Watch:
 
     def export() -> None:
         encoder = recalibrated(session, session.method.encoder)
-        save_encoder(session.run.path, encoder, session.arguments, session.standardize, session.images.scaling)
+        save_encoder(
+            session.run.path,
+            encoder,
+            session.arguments,
+            session.standardize,
+            session.images.scaling,
+            session.provenance,
+        )
         _write_page(session)
 
     def divided(parts: int) -> None:

@@ -56,7 +56,7 @@ def suggest(
     Images are those of the train split, or all where there is none, without those that have a label.
 
     Args:
-        encoder: a run, an exported file, or `timm:NAME`.
+        encoder: a run, a file of weights, a Hugging Face folder, or `timm:NAME`.
         labels: a CSV with the columns path and label, which stand in place of those of the data; rows without a label
             count as not labelled, so it may be an earlier `out` with a column more.
         by: one of `WAYS`; where None, "margin" if two classes have labels, else "typical".

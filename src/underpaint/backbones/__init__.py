@@ -5,7 +5,6 @@ from underpaint.backbones.build import (
     describe_encoder,
     encoder,
     from_arguments,
-    init_from,
     load_encoder,
     save_encoder,
     scaling_for,
@@ -14,6 +13,7 @@ from underpaint.backbones.build import (
 from underpaint.backbones.protocols import Backbone, Encoded, Features, StagedBackbone, TokenBackbone, Walk
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.vit import ViT
+from underpaint.backbones.weights import init_from
 
 __all__ = [
     "Backbone",

@@ -1,4 +1,4 @@
-"""Making encoders from timm names, starting them from other weights, and writing and reading them.
+"""Making encoders from timm names, and writing and reading them.
 
 An encoder on disk is `encoder.safetensors` (timm's own parameter names) and `encoder.json` (every argument that
 `timm.create_model` needs, the pooling, scaling, mean and deviation of its images, a format version).
@@ -8,22 +8,21 @@ import difflib
 import functools
 import inspect
 import re
-import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import timm
 import torch
-from huggingface_hub import constants as hub
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+<<<<<<< HEAD
 from timm.layers import HybridEmbed, resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules, model_entrypoint
+=======
+from timm.models import get_pretrained_cfg, is_model, is_model_in_modules, model_entrypoint
+>>>>>>> h-weights
 from timm.models.beit import Beit as TimmBeit
 from timm.models.cait import Cait as TimmCait
 from timm.models.eva import Eva as TimmEva
@@ -32,6 +31,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from underpaint import __version__
 from underpaint.backbones.beit import Beit
 from underpaint.backbones.cait import Cait
 from underpaint.backbones.eva import Eva
@@ -251,9 +251,10 @@ def save_encoder(
     arguments: dict[str, Any],
     standardize: Standardize,
     scaling: Scaling | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `encoder.safetensors` and `encoder.json` into a folder, each atomically; `scaling` is how its images came to
-    lie in [0, 1]."""
+    lie in [0, 1], `provenance` where its weights are from (`start`, `trained_on`), as plain data without paths."""
     write_weights(folder / "encoder.safetensors", backbone.model)
     description = {
         "format": FORMAT,
@@ -262,6 +263,10 @@ def save_encoder(
         "mean": standardize.mean.flatten().tolist(),
         "std": standardize.std.flatten().tolist(),
         "scaling": None if scaling is None else scaling.stored(),
+        "start": None,
+        "trained_on": None,
+        **(provenance or {}),
+        "versions": {"underpaint": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
     write_json(folder / "encoder.json", description)
 
@@ -298,7 +303,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def describe_encoder(path: str | Path) -> dict[str, Any]:
-    """The content of `encoder.json` for a run folder or an encoder file.
+    """The content of `encoder.json` for a run folder or an encoder file. Where its weights are from (`start`, `trained_on`,
+    `versions`) is not in a file that was written before underpaint said so.
 
     Raises:
         InputError: there is none, or its format is newer than this version knows.
@@ -354,181 +360,3 @@ def standardize_for(path: str | Path) -> Standardize:
 def scaling_for(path: str | Path) -> Scaling | None:
     """How images come to lie in [0, 1] for the encoder of this run; None where it was written without that."""
     return stored_scaling(describe_encoder(path).get("scaling"))
-
-
-# -- starting from other weights ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Matched:
-    """What became of the weights that `--init` named, by parameter name."""
-
-    equal: list[str] = field(default_factory=list)
-    adapted: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # in the file, not taken
-    untouched: list[str] = field(default_factory=list)  # in the encoder, not in the file
-
-    def __str__(self) -> str:
-        text = f"{len(self.equal)} weights taken as they are, {len(self.adapted)} adapted"
-        for name, group in (("not taken", self.left_out), ("not in the file", self.untouched)):
-            if group:
-                text += f", {len(group)} {name} ({', '.join(group[:4])}{', ...' if len(group) > 4 else ''})"
-        return text
-
-
-def init_from(backbone: Backbone, start: str) -> tuple[Matched, dict[str, Any] | None]:
-    """Start an encoder from public or own weights: `timm:NAME`, a run folder, or a file of weights.
-
-    Files are safetensors, or state dicts read with `weights_only=True`. Positions are resampled to the grid, patch
-    embeddings to the patch size, first layers to the number of channels.
-
-    Returns:
-        What matched, and `{"mean": ..., "std": ...}` where the weights come with the statistics of their images, with
-        `scaling` where they are of a run that says it.
-
-    Raises:
-        InputError: the weights cannot be read, or nothing matched.
-    """
-    statistics = None
-    if start.startswith("timm:"):
-        name = start.removeprefix("timm:")
-        if not is_model(name):
-            raise InputError(f"--init {start}: timm has no model '{name}'")
-        public = _public_model(name)
-        weights = public.state_dict()
-        config: dict[str, Any] = dict(getattr(public, "pretrained_cfg", None) or {})
-        if "mean" in config and backbone.channels == len(config["mean"]):
-            statistics = {"mean": list(config["mean"]), "std": list(config["std"])}
-    else:
-        weights = read_weights(Path(start))
-        if (description := Path(start).with_name("encoder.json")).is_file() or Path(start).is_dir():
-            described = describe_encoder(start if Path(start).is_dir() else description)
-            if len(described["mean"]) == backbone.channels:
-                statistics = {"mean": described["mean"], "std": described["std"]}
-                if (scaling := stored_scaling(described.get("scaling"))) is not None:
-                    statistics["scaling"] = scaling
-    matched = fill(backbone.model, weights)
-    if not matched.equal and not matched.adapted:
-        raise InputError(
-            f"--init {start}: nothing matched; the file has {', '.join(list(weights)[:3])}, ... "
-            f"and the encoder {', '.join(list(backbone.model.state_dict())[:3])}, ..."
-        )
-    return matched, statistics
-
-
-def _public_model(name: str) -> nn.Module:
-    """timm's model with its public weights, from the cache of this machine where they are there.
-
-    Raises:
-        InputError: they are not, and cannot be fetched.
-    """
-    try:
-        offline = hub.HF_HUB_OFFLINE
-        try:
-            hub.HF_HUB_OFFLINE = (
-                True  # what is there is taken at once, and a network that is not there is not waited for
-            )
-            return timm.create_model(name, pretrained=True, num_classes=0)
-        except LocalEntryNotFoundError:
-            hub.HF_HUB_OFFLINE = offline
-            if offline or not _reachable(host := urlsplit(hub.ENDPOINT).hostname or ""):
-                why = "HF_HUB_OFFLINE is set" if offline else f"{host} cannot be reached"
-                raise InputError(
-                    f"timm:{name}: the weights cannot be fetched, since {why}, and they are not in {hub.HF_HUB_CACHE}; "
-                    "fetch them once where there is a network, and copy that folder"
-                ) from None
-            return timm.create_model(name, pretrained=True, num_classes=0)
-        finally:
-            hub.HF_HUB_OFFLINE = offline
-    except InputError:
-        raise
-    except Exception as error:  # hub libraries raise many kinds: no network, no such file, no weights
-        raise InputError(f"timm:{name}: the weights cannot be fetched: {one_line(error)}") from error
-
-
-def _reachable(host: str) -> bool:
-    """Whether this machine finds the address of another one."""
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from a pickled file with nothing but tensors in it."""
-    if path.is_dir():
-        path = path / "encoder.safetensors"
-    if not path.is_file():
-        raise InputError(f"--init {path}: no such file; give timm:NAME, a run folder or a file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"--init {path}: not readable as weights: {str(error).splitlines()[0]}") from error
-    except Exception as error:
-        if "weights" not in str(error).lower() and "pickle" not in type(error).__module__:
-            raise
-        raise InputError(f"--init {path}: holds more than tensors, so it is not read; save a state dict") from error
-    for key in ("state_dict", "model", "teacher", "encoder"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    weights = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
-    if not weights:
-        raise InputError(f"--init {path}: no tensors in it; save a state dict")
-    return weights
-
-
-@torch.no_grad()
-def fill(model: nn.Module, weights: dict[str, Tensor]) -> Matched:
-    """Copy into a timm model every weight that fits by name, adapting what only differs in size."""
-    own = model.state_dict()
-    weights = _strip(weights, own)
-    matched = Matched()
-    for name, value in weights.items():
-        if name not in own:
-            matched.left_out.append(name)
-        elif value.shape == own[name].shape:
-            own[name].copy_(value)
-            matched.equal.append(name)
-        elif (fitted := _adapt(model, name, value, own[name])) is not None:
-            own[name].copy_(fitted)
-            matched.adapted.append(name)
-        else:
-            matched.left_out.append(name)
-    matched.untouched = [name for name in own if name not in weights or name in matched.left_out]
-    return matched
-
-
-def _strip(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix ("module.", "backbone.", ...) whose removal makes the most names match."""
-    candidates = {""} | {
-        name[: -len(known)] for name in weights for known in list(own)[:8] if name.endswith("." + known)
-    }
-
-    def hits(prefix: str) -> int:
-        return sum(name.removeprefix(prefix) in own for name in weights if name.startswith(prefix))
-
-    best = max(sorted(candidates), key=hits)
-    return {name.removeprefix(best): value for name, value in weights.items() if name.startswith(best)}
-
-
-def _adapt(model: nn.Module, name: str, value: Tensor, own: Tensor) -> Tensor | None:
-    """The value resampled to the shape that the model wants, or None where it differs in kind."""
-    if name == "pos_embed" and isinstance(model, VisionTransformer):
-        if value.ndim != 3 or value.shape[-1] != own.shape[-1]:
-            return None
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        side = round((value.shape[1] - prefix) ** 0.5)
-        if side * side != value.shape[1] - prefix:
-            return None
-        grid = list(model.patch_embed.grid_size)
-        return resample_abs_pos_embed(value, new_size=grid, old_size=[side, side], num_prefix_tokens=prefix)
-    if value.ndim == 4 and own.ndim == 4 and value.shape[0] == own.shape[0]:
-        if value.shape[1] != own.shape[1] and own.shape[1] != 3 and value.shape[1] == 3:
-            value = adapt_input_conv(own.shape[1], value)
-        if value.shape[1] == own.shape[1] and name.startswith("patch_embed"):
-            return resample_patch_embed(value, list(own.shape[-2:]))
-        return value if value.shape == own.shape else None
-    return None

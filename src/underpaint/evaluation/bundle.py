@@ -15,8 +15,9 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor
 
 from underpaint.backbones import Backbone, create_arguments, describe_encoder, from_arguments, load_encoder
-from underpaint.backbones.build import fill, init_from, with_drop_path
+from underpaint.backbones.build import default_size, with_drop_path
 from underpaint.backbones.norms import settled
+from underpaint.backbones.weights import Found, fill, is_run, network_for, read_start, start_from
 from underpaint.console import say
 from underpaint.data import ImageSet, Indices, Scaling, Source, load_images, settle_scaling, stored_scaling
 from underpaint.errors import InputError
@@ -88,7 +89,8 @@ class EncoderBundle:
 def open_bundle(
     text: str, *, image_size: tuple[int, int] | None = None, untrained: bool = False, channels: int = 3, seed: int = 0
 ) -> EncoderBundle:
-    """The encoder that ENCODER names: a run, an exported file, or `timm:NAME`; on the GPU where there is one.
+    """The encoder that ENCODER names: a run, an exported file, `timm:NAME`, a Hugging Face folder, or a file of a known
+    layout (docs/weights.md); on the GPU where there is one.
 
     Where `image_size` differs from the encoder's own, its positions are resampled. An untrained `timm:NAME` takes
     images standardised as its weights would. Drop path that an encoder was pretrained with ends here: what is trained
@@ -100,8 +102,10 @@ def open_bundle(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if text.startswith("timm:"):
         found = _public(text, image_size, untrained, channels, seed)
-    else:
+    elif is_run(Path(text)) or (Path(text).is_dir() and not (Path(text) / "config.json").is_file()):
         found = _own(text, image_size, untrained, seed)
+    else:
+        found = _foreign(text, image_size, untrained, channels, seed)
     _divides(found.size, getattr(found.encoder, "patch_size", (1, 1)))
     for module in found.encoder.modules():
         if isinstance(module, DropPath):
@@ -136,7 +140,9 @@ def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: i
             torch.manual_seed(seed)
             encoder = from_arguments(copy.deepcopy(arguments))
         if not untrained:
-            matched = fill(encoder.model, load_encoder(text).model.state_dict())
+            before: Any = load_encoder(text).model
+            grid = getattr(getattr(before, "patch_embed", None), "grid_size", None)
+            matched = fill(encoder.model, before.state_dict(), grid)
             if matched.untouched:
                 raise InputError(f"{text}: weights do not fit images of {size[0]}x{size[1]}: {matched}")
     else:
@@ -156,14 +162,49 @@ def _public(text: str, image_size: tuple[int, int] | None, untrained: bool, chan
     statistics: dict[str, Any] = dict(IMAGENET)
     if config is not None and config.mean is not None:
         statistics = {"mean": list(config.mean), "std": list(config.std)}
+    return _started(text, None, arguments, size, statistics, untrained, channels, seed)
+
+
+def _foreign(text: str, image_size: tuple[int, int] | None, untrained: bool, channels: int, seed: int) -> EncoderBundle:
+    """The network of somebody else's file, by its description or its names and shapes."""
+    network, found = network_for(text)
+    settings = dict(network)
+    size = image_size or settings.pop("image_size", None)
+    settings.pop("image_size", None)
+    name = settings.pop("name")
+    arguments = create_arguments(name, image_size=size, in_chans=channels, **settings)
+    return _started(
+        text,
+        found,
+        arguments,
+        size or default_size(name),
+        found.statistics or dict(IMAGENET),
+        untrained,
+        channels,
+        seed,
+    )
+
+
+def _started(
+    text: str,
+    read: Found | None,
+    arguments: dict[str, Any],
+    size: tuple[int, int],
+    statistics: dict[str, Any],
+    untrained: bool,
+    channels: int,
+    seed: int,
+) -> EncoderBundle:
+    """A network with the weights that `text` names (`read` where they were), where it is not to be untrained; `statistics` are those of its images
+    where the weights say none."""
     if len(statistics["mean"]) != channels:
         statistics = {"mean": [0.5] * channels, "std": [0.25] * channels}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = from_arguments(copy.deepcopy(arguments))
+        encoder = from_arguments(copy.deepcopy(arguments), size)
     notes: tuple[str, ...] = ()
     if not untrained:
-        matched, found = init_from(encoder, text)
+        matched, found = start_from(encoder, text, read or read_start(text))
         statistics = found or statistics
         if matched.untouched or matched.left_out:
             notes = (f"{text} does not fit in full: {matched}; what is not in the file is as before training",)

@@ -25,8 +25,9 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import to_pil_image
 
 from underpaint.backbones import TokenBackbone
-from underpaint.backbones.build import create_model, fill, with_drop_path
+from underpaint.backbones.build import create_model, with_drop_path
 from underpaint.backbones.swin import Swin
+from underpaint.backbones.weights import fill
 from underpaint.data import Batch, Crops, eval_batches, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluation.base import Context, Kept, Row

@@ -90,7 +90,7 @@ def evaluate(
     predict`).
 
     Args:
-        encoder: a run, an exported file, or `timm:NAME`.
+        encoder: a run, a file of weights, a Hugging Face folder, or `timm:NAME`.
         data: images with class labels, numbers, masks or boxes, as for pretraining.
         tasks: of `EVALUATIONS`.
         options: what else can be asked for.

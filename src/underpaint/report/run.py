@@ -35,6 +35,7 @@ from underpaint.report.words import capital, count_text, cut, points_text, short
 
 PICTURES = 12  # positions of the slider: more are not looked at
 RESTORATION_BYTES = PICTURE_BYTES * 5 // 8  # the rest is for what the features see
+CHAIN = 4  # starts that are named
 TERMS = 6  # of the loss that are drawn
 
 
@@ -82,6 +83,7 @@ def run_page(run: Path, going: bool | None = None) -> RunPage:
     last = lines[-1] if lines else {}
     steps = [line for line in lines if math.isfinite(number(line, "step"))]
     known = {name: text(recipe, section, key) for name, (section, key) in FACTS.items()}
+    known["started from"] = started_text(read_json(run / "encoder.json").get("start"))
     known |= {"steps": count_text(number(last, "step")), "images seen": count_text(number(last, "images"))}
     return RunPage(
         name=run.resolve().name,
@@ -125,6 +127,20 @@ def run_text(run: Path) -> list[str]:
 
 
 FACTS = {"method": ("method", "name"), "encoder": ("encoder", "name"), "data": ("data", "path")}  # of the recipe
+
+
+def started_text(start: object) -> str:
+    """Where an encoder's weights started from, and under what licence, the first of a chain of runs last; empty for a start
+    from random weights."""
+    said = []
+    while isinstance(start, dict) and len(said) < CHAIN:
+        what = " ".join(
+            dict.fromkeys(filter(None, (text(start, "layout"), text(start, "name") or text(start, "file"))))
+        )
+        licence = text(start, "licence") or "not known"
+        said.append(cut(f"{text(start, 'from')} {what}".strip() + f" (licence: {licence})"))
+        start = start.get("start")
+    return ", which started from ".join(said)
 
 
 def moments(lines: Lines) -> Callable[[float | int], str]:
