@@ -65,7 +65,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "cae": ("vit", "beit", "rotary"),
     "cim": EVERY,
     "conditional-energy": ("vit", "beit"),
-    "energy": ("vit", "beit", "rotary", "swin", "resnet-groupnorm", "convnext"),
+    "energy": ("vit", "beit", "rotary", "swin", "resnet", "resnet-groupnorm", "convnext"),
     "localmim": ("vit", "rotary", "swin", "convnext", "regnet"),
     "mae": ("vit", "beit", "swin", "resnet", "convnext"),
     "simmim": ("vit", "swin", "resnet-groupnorm"),
@@ -310,12 +310,10 @@ def test_from_images_to_a_judged_encoder_by_commands(
 REFUSED = {
     "cae": "CAE needs a plain transformer, whose output for hidden patches alone",
     "conditional-energy": "conditional-energy needs an encoder that runs on part of its patches (a plain ViT), not ",
-    "energy": "the energy method needs an encoder without batch norm",
 }
 REFUSES = {
     "cae": ("swin", "resnet", "convnext"),
     "conditional-energy": ("swin", "resnet", "convnext"),
-    "energy": ("resnet", "regnet"),
 }
 
 
