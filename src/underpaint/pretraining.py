@@ -38,7 +38,8 @@ from underpaint.prepare import (
     standardized,
     warm_again,
 )
-from underpaint.recipes.request import asked, settled
+from underpaint.recipes import CONTINUE
+from underpaint.recipes.request import asked, planned_around, settled
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
 from underpaint.report.run import run_text
@@ -71,7 +72,8 @@ def pretrain(
         out: the run folder.
         recipe: every setting, as `underpaint.recipe` gives them to be changed; the name of a shipped recipe, or a YAML
             file (that of a run repeats it). That of the run where None, else one that is planned for these images,
-            this machine and the time; the plan is said, and the recipe holds it (decision 18).
+            this machine and the time; the plan is said, and the recipe holds it (decision 18). So it is where `settings`
+            say an `init`, with or without the recipe "continue" (docs/continue.md).
         settings: by path, laid over the recipe; or what is planned around: {"run.minutes": 30.0}.
         stop_at: seconds of training in all after which this call ends, with a probe and a checkpoint; the next call
             goes on. A comparison trains its methods in turn so, and judges them itself. `minutes` are then minutes on
@@ -84,7 +86,9 @@ def pretrain(
         Interrupted: told to end while it trained; a checkpoint was written.
     """
     run = Run(out)
-    open_to = settings or {} if recipe is None and not run.exists else None
+    open_to = planned_around(recipe, settings or {}, run.exists)
+    if recipe == CONTINUE:  # as it was planned
+        recipe = None
     chosen, resumed = settled(data, run.path, asked(run.path, recipe, {}, settings or {}))
     refuse_inside(out, data, chosen.data.labels)
     run.refuse_other()
@@ -125,7 +129,9 @@ def preview(
         InputError: settings or data that cannot be used, in one line.
     """
     run = Run(out)
-    open_to = settings or {} if recipe is None and not run.exists else None
+    open_to = planned_around(recipe, settings or {}, run.exists)
+    if recipe == CONTINUE:  # as it was planned
+        recipe = None
     chosen, _ = settled(data, run.path, asked(run.path, recipe, {}, settings or {}))
     refuse_inside(out, data, chosen.data.labels)
     run.refuse_other()
