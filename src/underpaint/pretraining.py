@@ -42,6 +42,7 @@ from underpaint.recipes import CONTINUE
 from underpaint.recipes.request import asked, planned_around, settled
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
+from underpaint.report.results import before_training
 from underpaint.report.run import run_text
 from underpaint.train.cadence import Due, Plan
 from underpaint.train.devices import make_fabric
@@ -321,14 +322,16 @@ def _look(session: Session, step: int) -> dict[str, float]:
 def _judge(session: Session, untrained: Backbone) -> None:
     """Probes in full, pictures and the page."""
     run, suite, standardize = session.run, session.suite, session.standardize
-    encoder = session.method.encoder
+    encoder, before = session.method.encoder, before_training(session.recipe.init or "")
     if suite.splits is not None:
-        session.shout("judging the encoder, the untrained one, raw pixels and HOG ...")
+        session.shout(
+            f"judging the encoder, {'what it started from' if session.recipe.init else 'the untrained one'}, raw pixels and HOG ..."
+        )
     report = {"restoration": suite.restoration(session.method, standardize)}
     report |= suite.final(encoder, untrained, standardize)
     run.write_json("probes.json", report)
     mine, other = (recalibrated(session, each) for each in (encoder, untrained))
-    write_visualizations(mine, other, suite, standardize, run.path / "pictures")
+    write_visualizations(mine, other, suite, standardize, run.path / "pictures", before)
     for line in run_text(run.path):
         session.shout(line)
     session.shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")
