@@ -90,7 +90,6 @@ def test_help_shows_defaults_and_units(capsys: Any) -> None:
         (["pretrain", "DATA", "--out", "OUT", "--lr", "-1"], "optimiser.lr: -1; it must be at least 0"),
         (["pretrain", "DATA", "--out", "OUT", "--warmup", "many"], "argument --warmup: invalid float value: 'many'"),
         (["pretrain", "DATA", "--out", "OUT", "--batch-size", "0"], "must be at least 1"),
-        (["pretrain", "DATA", "--out", "OUT", "--method", "energy", "--encoder", "resnet18"], "without batch norm"),
         (
             ["pretrain", "DATA", "--out", "OUT", "--set", "encoder.fc_norm=true"],
             "cannot be used: this vision transformer",

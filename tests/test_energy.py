@@ -400,3 +400,121 @@ def test_other_paths_compile(task: str, gradient: str) -> None:
     loss = compiled(images, noise).loss
     loss.backward()
     torch.testing.assert_close(loss, eager, rtol=1e-4, atol=1e-5)
+
+
+# -- batch norm --------------------------------------------------------------------------------------------------------
+
+
+def with_batch_norms(**settings: Any) -> Energy:
+    torch.manual_seed(0)
+    # smooth, and the last norm of a block is not 0, so that every weight has a gradient
+    encoder = underpaint.encoder(
+        "resnet18",
+        layers=[1, 1, 1, 1],
+        channels=[8, 8, 16, 16],
+        act_layer="silu",
+        output_stride=8,
+        zero_init_last=False,
+        replace_stem_pool=True,
+    )
+    return Energy(encoder, mask_patch_size=8, step_size=0.5, **settings).train()
+
+
+@pytest.mark.parametrize("gradient", ["exact", "difference"])
+def test_images_of_a_batch_do_not_influence_each_other_through_batch_norms(gradient: str) -> None:
+    """The restoration of one has no slope towards another's pixels, and is the same alone as in the batch."""
+    method, images = with_batch_norms(gradient=gradient).double(), photographs(4).double()
+    noise = fixed(method, images)
+    method.take_up(images)
+    assert method.training
+    state = method.corrupt(images, noise)
+    leaf = state[0].clone().requires_grad_()
+    moved = method.step((leaf,), noise)[0]
+    moved[1].square().sum().backward()
+    assert leaf.grad is not None
+    touched = leaf.grad.flatten(1).abs().amax(1)
+    assert touched[1] > 0
+    assert not touched[[0, 2, 3]].any()
+    others = leaf.detach().clone()
+    others[[0, 2, 3]] = torch.randn_like(others[[0, 2, 3]])
+    torch.testing.assert_close(method.step((others,), noise)[0][1], moved[1], rtol=0, atol=0)
+    torch.testing.assert_close(method.step((leaf[1:2].detach(),), noise)[0], moved[1:2], rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norms_take_up_the_statistics_of_the_clean_images_of_each_step() -> None:
+    method, images = with_batch_norms(), photographs(8)
+    norm: Any = method.norms[0]
+    seen = []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    method.take_up(images)
+    clean = seen[0].mean((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, clean)  # the first ones as a whole
+    torch.testing.assert_close(norm.running_var, seen[0].transpose(0, 1).flatten(1).var(1))
+    brighter = images + 1
+    method(brighter)  # its own clean images, a tenth of the way, though it restores corrupted ones
+    torch.testing.assert_close(norm.running_mean, 0.9 * clean + 0.1 * seen[1].mean((0, 2, 3)))
+    held = {key: value.clone() for key, value in method.state_dict().items()}
+    method.eval()(brighter)
+    method.score(images)
+    method.train()
+    assert all(torch.equal(value, held[key]) for key, value in method.state_dict().items())
+    assert all(each.momentum == 0.1 and not each.training for each in method.norms)
+    method.take_up(images * float("nan"))
+    assert all(value.isfinite().all() for value in method.state_dict().values())
+
+
+def test_a_step_takes_up_statistics_once_whatever_its_parts() -> None:
+    whole, parted = with_batch_norms(steps=2), with_batch_norms(steps=2)
+    images = photographs(4)
+    noise = fixed(whole, images)
+    loss = whole(images, noise).loss
+    losses = [objective.loss for objective in parted.parts(images, noise)]
+    torch.testing.assert_close(sum(losses), loss)
+    one, other = whole.state_dict(), parted.state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert int(whole.norms[0].num_batches_tracked) == 1  # pyright: ignore[reportArgumentType]
+
+
+def test_gradient_equals_finite_differences_behind_batch_norms() -> None:
+    method, images = with_batch_norms().double(), photographs(3).double()
+    noise = fixed(method, images)
+    method.take_up(images)
+    method.eval()  # the same statistics for every loss
+    names = [name for name, p in method.named_parameters() if p.requires_grad and name.endswith("weight")]
+    method(images, noise).loss.backward()
+    parameters = dict(method.named_parameters())
+    generator = torch.Generator().manual_seed(5)
+    for name in names[::3]:
+        weight = parameters[name]
+        assert weight.grad is not None, name
+        assert weight.grad.any(), name
+        direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        expected = numerical(method, weight, direction, lambda: method(images, noise).loss)
+        torch.testing.assert_close((weight.grad * direction).sum(), expected, rtol=1e-5, atol=1e-10, msg=name)
+
+
+@each_task
+def test_an_encoder_with_batch_norms_takes_every_task(task: str) -> None:
+    method, images = with_batch_norms(corruption=task), photographs(4)
+    noise = fixed(method, images)
+    method.calibrate(images, noise)
+    optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = method(images, noise).loss
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.unhooked
+def test_batch_norms_and_compiled_regions_go_together() -> None:
+    method, images = with_batch_norms(), photographs(4)
+    twin = with_batch_norms()
+    noise = fixed(method, images)
+    compiled = torch.compile(method, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(images, noise).loss, twin(images, noise).loss, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(method.norms[0].running_mean, twin.norms[0].running_mean)

@@ -20,6 +20,7 @@ from underpaint.report.figures.plots import Line as Curve
 from underpaint.report.figures.plots import line_plot, number_text, thin
 from underpaint.report.page import TEMPLATES
 from underpaint.report.results import Gain, Result, Row, Value, of_comparison, of_evaluation, of_run
+from underpaint.report.run import run_text
 from underpaint.report.tables import Line, Table, markdown, summary, table, terminal
 from underpaint.report.words import figure_text
 
@@ -420,6 +421,35 @@ def test_a_gain_is_claimed_only_above_two_standard_errors(tmp_path, difference, 
     assert said in whole(write_report(run))[0]
     if difference < 2 * error:
         assert "--init timm:" in verdict(run).advice
+
+
+@pytest.mark.parametrize(
+    ("difference", "losses", "headline", "said"),
+    [
+        (0.061, None, "Use it", "Under the linear probe it is better than the start."),
+        (0.015, None, "Keep the weights you started from", "Nothing measurable was gained over the start."),
+        (-0.05, None, "Keep the weights you started from", "Under the linear probe it is worse than the start."),
+        (0.015, 0.01, "Keep the weights you started from", "Its loss was still falling, so more may come of it."),
+    ],
+)
+def test_of_weights_that_a_run_went_on_from_is_said_whether_to_keep_them(tmp_path, difference, losses, headline, said):
+    """The same numbers from random weights are one to leave, or to train longer."""
+    settled = [1.0 - 0.05 * min(n, 10) for n in range(20)] if losses is None else [1 - losses * n for n in range(20)]
+    metrics = made_metrics(settled, probes={0: made_probe(0.46), 20: made_probe(0.46 + difference)})
+    final = made_final(0.46 + difference, 0.46)
+    recipe = RECIPE.replace("init: null", "init: timm:vit_tiny_patch16_224")
+    on = make_run(tmp_path / "on", metrics, probes=final, recipe=recipe)
+    lines = run_text(on)
+    told = next(line for line in lines if line.startswith(f"{headline}. "))
+    assert said in told
+    assert ("timm:vit_tiny_patch16_224" in told) == (headline != "Use it")
+    assert "The start is timm:vit_tiny_patch16_224." in lines
+    page = whole(write_report(on))[0]
+    assert f'<strong class="word">{headline}</strong>' in page
+    assert "gain over start" in page
+    assert "untrained" not in page.split("<h2>Recipe</h2>")[0].split("</style>")[-1]
+    other = make_run(tmp_path / "other", metrics, probes=final)
+    assert not any("Keep the weights" in line or "start" in line for line in run_text(other))
 
 
 def test_without_final_probes_those_of_the_run_are_used(tmp_path):

@@ -95,6 +95,13 @@ class Optimiser:
     betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW", low=0, below=1)
     warmup: float = setting(0.05, "linear warm-up", unit="share of the run", low=0, high=1)
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
+    layer_decay: float = setting(
+        1.0, "rate of a layer of the encoder, times that of the layer above it; 1: the same for all", above=0, high=1
+    )
+    freeze: int = setting(0, "first blocks of the encoder that stay as they are, with what is below them", low=0)
+    pull: float = setting(
+        0.0, "of the encoder's weights towards their start (L2-SP), in place of their weight decay", low=0
+    )
     batch_size: int = setting(256, "of a step, over all devices", unit="images", low=1, high=1_000_000)
     accumulation: int = setting(1, "parts that a batch is computed in, to save memory", low=1)
 

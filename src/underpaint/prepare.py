@@ -40,13 +40,14 @@ from underpaint.data import (
 from underpaint.errors import InputError, NotFinite
 from underpaint.evaluation.probes import ProbeSuite
 from underpaint.methods import METHODS, Method
+from underpaint.methods.method import freeze
 from underpaint.patches import Standardize
 from underpaint.recipes.recipe import method_options
 from underpaint.recipes.request import DEFAULT_EPOCHS
 from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import Making, make_ready
 from underpaint.tokenizers import Tokenizer, making_seconds, save_tokenizer, tokenizer_scaling
-from underpaint.train.optim import adamw
+from underpaint.train.optim import adamw, pulled
 from underpaint.train.run_folder import Run
 from underpaint.train.schedules import Duration, Schedule, WarmedAgain
 from underpaint.train.speed import measure, restart_peak
@@ -150,6 +151,7 @@ def construct(recipe: Recipe, run: Run | None = None) -> Constructed:
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
         method.sample(1, *recipe.data.image_size)
+        freeze(backbone, recipe.optimiser.freeze)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # the last of sizes below 0
         raise InputError(f"method {recipe.method['name']}: {error}") from error
     return Constructed(method, arguments, matched, statistics, start)
@@ -400,7 +402,12 @@ def stepper_for(
     """What makes the steps of a recipe, on Fabric's device."""
     settings = recipe.optimiser
     standardize, method = standardize.to(fabric.device), method.to(fabric.device)
-    groups = method.param_groups(peak_lr(recipe), settings.weight_decay)
+    try:
+        groups = method.param_groups(peak_lr(recipe), settings.weight_decay, settings.layer_decay)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if settings.pull:
+        groups = pulled(groups, method.encoder.parameters(), settings.pull)
     return Stepper(
         fabric,
         method,

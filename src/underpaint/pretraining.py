@@ -38,9 +38,11 @@ from underpaint.prepare import (
     standardized,
     warm_again,
 )
-from underpaint.recipes.request import asked, settled
+from underpaint.recipes import CONTINUE
+from underpaint.recipes.request import asked, planned_around, settled
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
+from underpaint.report.results import before_training
 from underpaint.report.run import run_text
 from underpaint.train.cadence import Due, Plan
 from underpaint.train.devices import make_fabric
@@ -71,7 +73,8 @@ def pretrain(
         out: the run folder.
         recipe: every setting, as `underpaint.recipe` gives them to be changed; the name of a shipped recipe, or a YAML
             file (that of a run repeats it). That of the run where None, else one that is planned for these images,
-            this machine and the time; the plan is said, and the recipe holds it (decision 18).
+            this machine and the time; the plan is said, and the recipe holds it (decision 18). So it is where `settings`
+            say an `init`, with or without the recipe "continue" (docs/continue.md).
         settings: by path, laid over the recipe; or what is planned around: {"run.minutes": 30.0}.
         stop_at: seconds of training in all after which this call ends, with a probe and a checkpoint; the next call
             goes on. A comparison trains its methods in turn so, and judges them itself. `minutes` are then minutes on
@@ -84,7 +87,9 @@ def pretrain(
         Interrupted: told to end while it trained; a checkpoint was written.
     """
     run = Run(out)
-    open_to = settings or {} if recipe is None and not run.exists else None
+    open_to = planned_around(recipe, settings or {}, run.exists)
+    if recipe == CONTINUE:  # as it was planned
+        recipe = None
     chosen, resumed = settled(data, run.path, asked(run.path, recipe, {}, settings or {}))
     refuse_inside(out, data, chosen.data.labels)
     run.refuse_other()
@@ -125,7 +130,9 @@ def preview(
         InputError: settings or data that cannot be used, in one line.
     """
     run = Run(out)
-    open_to = settings or {} if recipe is None and not run.exists else None
+    open_to = planned_around(recipe, settings or {}, run.exists)
+    if recipe == CONTINUE:  # as it was planned
+        recipe = None
     chosen, _ = settled(data, run.path, asked(run.path, recipe, {}, settings or {}))
     refuse_inside(out, data, chosen.data.labels)
     run.refuse_other()
@@ -330,14 +337,16 @@ def _look(session: Session, step: int) -> dict[str, float]:
 def _judge(session: Session, untrained: Backbone) -> None:
     """Probes in full, pictures and the page."""
     run, suite, standardize = session.run, session.suite, session.standardize
-    encoder = session.method.encoder
+    encoder, before = session.method.encoder, before_training(session.recipe.init or "")
     if suite.splits is not None:
-        session.shout("judging the encoder, the untrained one, raw pixels and HOG ...")
+        session.shout(
+            f"judging the encoder, {'what it started from' if session.recipe.init else 'the untrained one'}, raw pixels and HOG ..."
+        )
     report = {"restoration": suite.restoration(session.method, standardize)}
     report |= suite.final(encoder, untrained, standardize)
     run.write_json("probes.json", report)
     mine, other = (recalibrated(session, each) for each in (encoder, untrained))
-    write_visualizations(mine, other, suite, standardize, run.path / "pictures")
+    write_visualizations(mine, other, suite, standardize, run.path / "pictures", before)
     for line in run_text(run.path):
         session.shout(line)
     session.shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")

@@ -17,12 +17,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-<<<<<<< HEAD
-from timm.layers import HybridEmbed, resample_abs_pos_embed, resample_patch_embed
-from timm.models import adapt_input_conv, get_pretrained_cfg, is_model, is_model_in_modules, model_entrypoint
-=======
+from timm.layers import HybridEmbed
 from timm.models import get_pretrained_cfg, is_model, is_model_in_modules, model_entrypoint
->>>>>>> h-weights
 from timm.models.beit import Beit as TimmBeit
 from timm.models.cait import Cait as TimmCait
 from timm.models.eva import Eva as TimmEva

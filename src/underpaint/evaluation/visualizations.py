@@ -4,6 +4,7 @@ Nothing random is left: the same encoder and images give the same files. Where f
 pictures, and of constant ones there is no map.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,15 @@ SAME_LABEL = (0, 130, 90)  # RGB of the bar under a neighbour with the query's l
 
 
 def write_visualizations(
-    encoder: Backbone, untrained: Backbone, suite: ProbeSuite, standardize: Standardize, folder: Path
+    encoder: Backbone,
+    untrained: Backbone,
+    suite: ProbeSuite,
+    standardize: Standardize,
+    folder: Path,
+    before: str = "untrained",
 ) -> None:
-    """Write features.png, neighbours.png, map.png and looks.json; older ones are replaced or removed.
+    """Write features.png, neighbours.png, map.png and looks.json; older ones are replaced or removed. `before` is what the
+    encoder before training is called on them.
 
     looks.json: `images` (how many were compared), `queries`, `neighbours` (of each query), and with labels
     `same_label`: the share of nearest neighbours with the query's label, "pretrained", "untrained" and their
@@ -46,15 +53,15 @@ def write_visualizations(
     for name in ("features.png", "neighbours.png", "map.png", "looks.json"):
         (folder / name).unlink(missing_ok=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _write_features(encoder, untrained, suite, standardize, folder / "features.png")
+        _write_features({before: untrained, "pretrained": encoder}, suite, standardize, folder / "features.png")
         compared = _Compared.of(encoder, untrained, suite, standardize)
         known: dict[str, object] = {"images": len(compared.tiles)}
         if compared.finite and compared.count:
-            after, before = compared.neighbours(compared.pretrained), compared.neighbours(compared.untrained)
+            after, earlier = compared.neighbours(compared.pretrained), compared.neighbours(compared.untrained)
             known |= {"queries": len(compared.queries), "neighbours": compared.count}
             if compared.labels is not None:
-                known["same_label"] = same_label(compared.labels, compared.queries, compared.candidates, after, before)
-            _write_neighbours(compared, after, before, folder / "neighbours.png")
+                known["same_label"] = same_label(compared.labels, compared.queries, compared.candidates, after, earlier)
+            _write_neighbours(compared, {"pretrained": after, before: earlier}, folder / "neighbours.png")
         if compared.finite:
             _write_map(compared, folder / "map.png")
     write_json(folder / "looks.json", known)
@@ -108,16 +115,14 @@ def principal(x: Float[np.ndarray, "n d"], most: int = 3) -> Float[np.ndarray, "
     return vectors * np.where(largest < 0, -1.0, 1.0)
 
 
-def _write_features(
-    encoder: Backbone, untrained: Backbone, suite: ProbeSuite, standardize: Standardize, path: Path
-) -> None:
+def _write_features(networks: Mapping[str, Backbone], suite: ProbeSuite, standardize: Standardize, path: Path) -> None:
     """The shown images, and the colours of their patches before and after training."""
-    grid = encoder.grid(*suite.size)
+    grid = networks["pretrained"].grid(*suite.size)
     count = max(1, min(PATCH_IMAGES, PATCH_TOKENS // (grid[0] * grid[1])))
     sample = _some(suite.pool, count, suite.seed)
     images = suite.shown(standardize.mean.device)
     columns = {"original": images.cpu()}
-    for caption, network in (("untrained", untrained), ("pretrained", encoder)):
+    for caption, network in networks.items():
         batches = eval_batches(suite.pool, size=suite.size, indices=sample, device=standardize.mean.device)
         fitted = extract(network, batches, transform=standardize).patches.float()
         shown = extract(network, [_Shown(images)], transform=standardize).patches.float()
@@ -213,9 +218,7 @@ def same_label(
     return known | {"chance": float((labels[candidates][None] == wanted).mean())}
 
 
-def _write_neighbours(
-    compared: _Compared, pretrained: Int[np.ndarray, "q k"], untrained: Int[np.ndarray, "q k"], path: Path
-) -> None:
+def _write_neighbours(compared: _Compared, nearest: Mapping[str, Int[np.ndarray, "q k"]], path: Path) -> None:
     """A row a query: itself, its neighbours after training, and those before."""
     if compared.labels is None:
         rows = np.arange(min(SHOWN, len(compared.queries)))  # they are in random order
@@ -227,13 +230,13 @@ def _write_neighbours(
     lefts = (gap, gap + max(width, 40) + between, gap + max(width, 40) + 2 * between + max(block, 180))
     canvas = Image.new("RGB", (lefts[2] + max(block, 180), top + len(rows) * (height + bar + gap)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    for left, caption in zip(lefts, ("query", "nearest: pretrained", "nearest: untrained"), strict=True):
+    for left, caption in zip(lefts, ("query", *(f"nearest: {name}" for name in nearest)), strict=True):
         pen.text((left, 2), caption, fill="black", font=font)
     for place, row in enumerate(rows):
         query, y = compared.queries[row], top + place * (height + bar + gap)
         canvas.paste(Image.fromarray(compared.tiles[query]), (lefts[0], y))
-        for left, found in zip(lefts[1:], (pretrained[row], untrained[row]), strict=True):
-            for n, neighbour in enumerate(found):
+        for left, found in zip(lefts[1:], nearest.values(), strict=True):
+            for n, neighbour in enumerate(found[row]):
                 x = left + n * (width + gap)
                 canvas.paste(Image.fromarray(compared.tiles[neighbour]), (x, y))
                 if compared.labels is not None and compared.labels[neighbour] == compared.labels[query]:

@@ -6,6 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar, dataclass_transform, runtime
 
 import torch
 from jaxtyping import Float
+from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -70,15 +71,32 @@ class Method(Trainable, Generic[N]):
     def noise_for(self, inputs: Float[Tensor, "b c height width"], count: int, generator: torch.Generator) -> N:
         return self.sample(count, inputs.shape[2], inputs.shape[3], generator)
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, object]]:
-        """timm's: no decay on biases, norms, positions, class and mask tokens."""
+    def param_groups(self, lr: float, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, object]]:
+        """timm's: no decay on biases, norms, positions, class and mask tokens.
+
+        Args:
+            layer_decay: the rate of a layer of the encoder, times that of the layer above it. What is above its last block
+                has the whole rate, as all that is not the encoder's.
+
+        Raises:
+            ValueError: the encoder's layers are not known, where `layer_decay` is not 1.
+        """
         listed = {
             f"{place}.{name}"
             for place, module in self.named_modules()
             for name in getattr(module, "no_weight_decay", set)()
         }
         groups = param_groups_weight_decay(self, weight_decay, no_weight_decay_list=listed)
-        return [{**group, "lr": lr} for group in groups]
+        if layer_decay == 1:
+            return [{**group, "lr": lr} for group in groups]
+        layers = layers_of(self.encoder)
+        highest, apart = max(layers.values()), dict[tuple[int, int], dict[str, Any]]()
+        for number, group in enumerate(groups):
+            for parameter in group["params"]:
+                down = highest - layers.get(parameter, highest)
+                made = apart.setdefault((down, number), {**group, "params": [], "lr": lr * layer_decay**down})
+                made["params"].append(parameter)
+        return [apart[key] for key in sorted(apart)]  # the whole rate first
 
     def parts(self, images: Float[Tensor, "b c height width"], noise: N | None = None) -> Iterator[Objective]:
         """The parts of the loss one by one; backpropagate each before asking for the next, and memory is that of one."""
@@ -130,6 +148,38 @@ class Method(Trainable, Generic[N]):
         generator = torch.Generator().manual_seed(0)
         batch, _, height, width = images.shape
         return [self.sample(1, height, width, generator).repeat(batch).to(images.device) for _ in range(count)]
+
+
+def layers_of(encoder: Backbone) -> dict[nn.Parameter, int]:
+    """The layer of each weight of an encoder's network, as timm numbers them: 0 is what is below the first block, then come
+    the blocks, then, where there is something, what is above them.
+
+    Raises:
+        ValueError: timm does not say it of this network.
+    """
+    model: Any = getattr(encoder, "model", None)
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(
+            "layers of this encoder are not known, so optimiser.layer_decay must be 1 and optimiser.freeze 0"
+        )
+    found: Any = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    return {parameter: int(found[name]) for name, parameter in model.named_parameters()}
+
+
+def freeze(encoder: Backbone, blocks: int) -> None:
+    """Keep the first blocks of an encoder, and what is below them, as they are. Batch norms there still take statistics.
+
+    Raises:
+        ValueError: it has no more blocks than that; its layers are not known.
+    """
+    if not blocks:
+        return
+    layers = layers_of(encoder)
+    if blocks >= max(layers.values()):
+        raise ValueError(f"optimiser.freeze: {blocks}; it must be at most {max(layers.values()) - 1} for this encoder")
+    for parameter, layer in layers.items():
+        if layer <= blocks:
+            parameter.requires_grad_(False)
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from underpaint.config import Data, Length, Optimiser, Recipe
+from underpaint.config import AnyEncoder, Data, Length, Optimiser, Recipe
 
 TINY = {"name": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
 SMALL = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 6}
@@ -281,6 +281,20 @@ def conditional_energy_small_64() -> Recipe:
     return _small_64({"name": "conditional-energy"}, 2e-3)
 
 
+def going_on() -> Recipe:
+    """From weights that are good already (`--init`), without spoiling them (docs/continue.md): encoder, sizes, batch and
+    length are planned for the start and the images, and a quarter of the rate that would be from random weights.
+
+    The new parts above the encoder learn at that rate, its blocks each at three quarters of the one above; a long warm-up
+    lets the new parts settle first. Chosen, not tuned.
+    """
+    return Recipe(
+        encoder={"name": AnyEncoder.name, "drop_path_rate": 0.1},
+        optimiser=Optimiser(lr=1.25e-4, warmup=0.15, layer_decay=0.75),
+    )
+
+
+CONTINUE = "continue"
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "mae-vit-base-in1k": mae_vit_base_in1k,
     "mae-tiny-32": mae_tiny_32,
@@ -307,6 +321,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "cae-vit-base-in1k": cae_vit_base_in1k,
     "cae-vit-large-in1k": cae_vit_large_in1k,
     "beit-vit-base-in1k": beit_vit_base_in1k,
+    CONTINUE: going_on,
 }
 
-__all__ = ["RECIPES", "Data", "Length", "Optimiser", "Recipe"]
+__all__ = ["CONTINUE", "RECIPES", "Data", "Length", "Optimiser", "Recipe"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from underpaint.config import AnyEncoder, AnyMethod, Recipe
 from underpaint.errors import InputError
-from underpaint.recipes import RECIPES, SMALL, TINY
+from underpaint.recipes import CONTINUE, RECIPES, SMALL, TINY
 from underpaint.recipes.recipe import plain
 
 CPU_MINUTES, GPU_HOURS = 20.0, 24.0  # without a length: what a CPU is given, and the most that a GPU is
@@ -24,6 +24,7 @@ HOG_MINUTES = 6.0  # of a CPU, from which on LocalMIM with HOG was ahead of MAE;
 FEW_IMAGES = 5_000  # below which half the rate was better with small patches
 STEPS = 1_000  # that a run should have at least: batches are halved for it
 BATCHES = (32, 1024)  # the smallest that is chosen for it; and what large networks on a GPU start from
+GENTLY = 0.25  # of the rate from random weights, where weights are good already: not tuned
 GPU_SHARE = 0.3  # of the matrix rate that a step reaches on a GPU: not measured
 OTHER_FLOPS = 1e10  # of an image of 224 px in a network that is none of ours: between a ResNet-18's and a ResNet-50's
 # times the cost of LocalMIM with the same encoder; ViT-S/16 at 224 px, counted, and CIM by time
@@ -144,7 +145,14 @@ def plan(said: Mapping[str, Any], looked: Looked, machine: Machine, family: str 
         settings["encoder"]["init_values"] = tuned
     settings["data"] |= {"image_size": list(choice.size), "channels": looked.channels}
     settings["data"]["workers"] = _workers(looked, machine, choice.size, base.data.cache_limit)
-    settings["optimiser"] |= {"batch_size": batch, "lr": _rate(said, looked, choice.network, batch, base)}
+    rate = _rate(looked, choice.network, batch, base)
+    settings["optimiser"] |= {"batch_size": batch, "lr": rate}
+    if "init" in said:
+        gently = RECIPES[CONTINUE]()
+        settings["optimiser"] |= {"lr": GENTLY * rate, "warmup": gently.optimiser.warmup}
+        settings["optimiser"]["layer_decay"] = gently.optimiser.layer_decay
+        if family != "maps":  # which do not all have such a setting
+            settings["encoder"].setdefault("drop_path_rate", gently.encoder["drop_path_rate"])
     settings["run"] = plain(Recipe())["run"] | length
     reasons = {"method": why_method, "encoder": choice.why, "batch": why_batch, "length": why_length}
     reasons["images"] = _why_size(said, looked, choice)
@@ -364,10 +372,8 @@ def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return {**one, "patch_size": 0} == {**other, "patch_size": 0}
 
 
-def _rate(said: Mapping[str, Any], looked: Looked, network: Network, batch: int, base: Recipe) -> float:
+def _rate(looked: Looked, network: Network, batch: int, base: Recipe) -> float:
     """Of 256 images: tuned for small networks; published for large ones with large batches."""
-    if "init" in said:
-        return Recipe().optimiser.lr  # gently, from weights that are good already
     if network.width >= LARGE[-1].width:
         return base.optimiser.lr if batch >= BATCHES[1] else network.lr
     if network.scale and looked.images < FEW_IMAGES and batch >= base.optimiser.batch_size:

@@ -10,7 +10,7 @@ from underpaint.errors import InputError
 from underpaint.files import place_of
 from underpaint.methods import METHODS
 from underpaint.reading import read_yaml
-from underpaint.recipes import RECIPES
+from underpaint.recipes import CONTINUE, RECIPES
 from underpaint.recipes.recipe import (
     checked,
     differences,
@@ -111,6 +111,18 @@ def named(name: str) -> Recipe:
     recipe = checked({"method": {"name": name}} if name in METHODS else read_recipe(name))
     recipe.measured = {}
     return recipe
+
+
+def planned_around(recipe: str | Recipe | None, settings: Mapping[str, Any], exists: bool) -> Mapping[str, Any] | None:
+    """The settings that a new run is planned around: where no recipe is given, or the one for going on from weights;
+    None where nothing is planned.
+
+    Raises:
+        InputError: no weights to go on from.
+    """
+    if recipe == CONTINUE and not exists and settings.get("init") is None:
+        raise InputError(f"--recipe {CONTINUE}: goes on from weights; give them, --init timm:NAME, a run or a file")
+    return settings if recipe in (None, CONTINUE) and not exists else None
 
 
 def settled(data: str | Path, out: Path, recipe: str | Recipe | None) -> tuple[Recipe, bool]:

@@ -75,6 +75,7 @@ class Result:
         name: of the task, or of what the rows are; the head of the first column.
         counts: `train`, `test` (images) and `classes`, where they are known.
         notes: what must be known to read the numbers, in sentences.
+        start: the weights that training went on from, as `--init` named them; nothing where they were random.
     """
 
     name: str
@@ -82,6 +83,17 @@ class Result:
     gains: Sequence[Gain] = ()
     notes: Sequence[str] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
+    start: str = ""
+
+    @property
+    def before(self) -> str:
+        """The row of what was before training."""
+        return before_training(self.start)
+
+    @property
+    def origin(self) -> str:
+        """The same in a sentence."""
+        return "the start" if self.start else "the untrained encoder"
 
     def row(self, name: str) -> Row:
         """The row of that name; one without numbers where there is none."""
@@ -90,6 +102,11 @@ class Result:
     def gain(self, of: str, metric: str) -> Value:
         """What a row has gained; unknown where nothing was compared."""
         return next((gain.values.get(metric, Value()) for gain in self.gains if gain.of == of), Value())
+
+
+def before_training(start: str) -> str:
+    """What a row of the encoder before training is called, by the weights that it started from."""
+    return "start" if start else "untrained"
 
 
 def values(found: object) -> dict[str, Value]:
@@ -109,7 +126,7 @@ def values(found: object) -> dict[str, Value]:
     return known
 
 
-def _result(name: str, found: object, rows: Sequence[Row], gains: Sequence[Gain]) -> Result:
+def _result(name: str, found: object, rows: Sequence[Row], gains: Sequence[Gain], start: str = "") -> Result:
     """With what a file says beside its rows; majority and chance, which are alike for every probe, are rows too."""
     beside = values(found)
     probes = [probe for probe in (*PROBES, *FEW) if any(row[probe].known for row in rows)]
@@ -117,13 +134,14 @@ def _result(name: str, found: object, rows: Sequence[Row], gains: Sequence[Gain]
         Row(name, "baseline", dict.fromkeys(probes, beside[name])) for name in ("majority", "chance") if name in beside
     ]
     counts = {name: beside[name].value for name in ("train", "test", "classes") if name in beside}
-    return Result(name, [*rows, *for_all], gains, texts(found, "notes"), counts)
+    return Result(name, [*rows, *for_all], gains, texts(found, "notes"), counts, start)
 
 
-def of_run(probes: object, lines: Lines = ()) -> Result:
+def of_run(probes: object, lines: Lines = (), start: str = "") -> Result:
     """A run as probes.json holds it, with `rank` and `dim` beside the accuracies of the encoder.
 
-    Where gains or ranks are not there, they are those of the probes on the way (`lines` of metrics.jsonl).
+    Where gains or ranks are not there, they are those of the probes on the way (`lines` of metrics.jsonl). `start` is what
+    its recipe has as `init`.
     """
     during = probe_lines(lines)
     early = values(at(during[0], "probe")) if during and number(during[0], "step") == 0 else {}
@@ -137,11 +155,12 @@ def of_run(probes: object, lines: Lines = ()) -> Result:
     ranks = rank.get("encoder", late.get("rank", Value())), rank.get("untrained", early.get("rank", Value()))
     rows = [
         Row("pretrained", "own", {**after, "rank": ranks[0], "dim": rank.get("dim", Value())}),
-        Row("untrained", "start", {**before, "rank": ranks[1]}),
+        Row(before_training(start), "start", {**before, "rank": ranks[1]}),
         Row("raw pixels", "baseline", values(at(probes, "raw_pixels"))),
         Row("HOG", "baseline", values(at(probes, "hog"))),
     ]
-    return _result("Features", probes, rows, [Gain("gain over untrained", "pretrained", gains)])
+    gained = Gain(f"gain over {before_training(start)}", "pretrained", gains)
+    return _result("Features", probes, rows, [gained], start)
 
 
 def of_evaluation(results: object) -> list[Result]:

@@ -14,7 +14,6 @@ from underpaint.report.figures.plots import Line, line_plot
 from underpaint.report.page import PICTURE_BYTES, Picture, Seen, picture, seen
 from underpaint.report.reading import (
     Lines,
-    at,
     column,
     mapping,
     number,
@@ -76,7 +75,7 @@ def run_page(run: Path, going: bool | None = None) -> RunPage:
     recipe = read_yaml(written)
     stands = standing(run, lines, recipe, going)
     probes = probes_of(run, stands)
-    result = of_run(probes, lines)
+    result = of_run(probes, lines, text(mapping(recipe), "init"))
     found = judge(lines, result, recipe)
     moment = moments(lines)
     frames, broken = restorations(run / "pictures", lines, moment)
@@ -97,7 +96,7 @@ def run_page(run: Path, going: bool | None = None) -> RunPage:
         curves=training_plots(steps, moment),
         sentences=worth_sentences(result),
         result=result,
-        probes=probe_plots(probe_lines(steps), moment),
+        probes=probe_plots(probe_lines(steps), moment, result.before),
         restored=restoration_of({text(recipe, "method", "name"): probes.get("restoration")}),
         frames=frames,
         broken=broken,
@@ -116,11 +115,11 @@ def run_text(run: Path) -> list[str]:
         read_lines(run / "metrics.jsonl"),
         read_yaml(text_of(run / "recipe.yaml")),
     )
-    result = of_run(probes, lines)
+    result = of_run(probes, lines, text(mapping(recipe), "init"))
     decision = decide(judge(lines, result, recipe), lines, result, standing(run, lines, recipe))
     said = [*worth_sentences(result), f"{decision.headline}. {decision.sentence}"]
-    if init := at(recipe, "init"):
-        said.insert(0, f"Untrained is the encoder that it started from, {init}.")
+    if result.start:
+        said.insert(0, f"The start is {result.start}.")
     if not result.row("pretrained")["linear"].known:
         return [*said, "No labels: give --labels to know what the encoder is worth.", *texts(probes, "notes")]
     return [*terminal(table(result, tuple(PROBES))), *said, *texts(probes, "notes")]
@@ -188,8 +187,8 @@ def training_plots(lines: Lines, moment: Callable[[float | int], str]) -> tuple[
 
 def worth_sentences(result: Result) -> list[str]:
     """One sentence a probe, then one against features nobody trained, then one on rank."""
-    said = [change_sentence(name, change) for name, change in changes(result).items()]
-    own, before = result.row("pretrained"), result.row("untrained")
+    said = [change_sentence(name, change, origin=result.origin) for name, change in changes(result).items()]
+    own, before = result.row("pretrained"), result.row(result.before)
     for name in ("HOG", "raw pixels"):
         gap = own["linear"].minus(result.row(name)["linear"])
         points = f"{points_text(*gap)} points"
@@ -205,8 +204,8 @@ def worth_sentences(result: Result) -> list[str]:
     return said
 
 
-def probe_plots(lines: Lines, moment: Callable[[float | int], str]) -> list[Markup]:
-    """Each probe over training, against the untrained encoder; of the lines at which a probe ran."""
+def probe_plots(lines: Lines, moment: Callable[[float | int], str], before: str) -> list[Markup]:
+    """Each probe over training, against the encoder `before`; of the lines at which a probe ran."""
     steps = column(lines, "step").tolist()
     made = []
     for key, name in (*PROBES.items(), ("rank", "effective rank")):
@@ -215,16 +214,16 @@ def probe_plots(lines: Lines, moment: Callable[[float | int], str]) -> list[Mark
         if not np.isfinite(values).any():
             continue
         told = errors.tolist() if np.isfinite(errors).any() else None
-        untrained = None
+        first = None
         if steps[0] == 0 and math.isfinite(values[0]):
-            untrained = Line("untrained", [0], [float(values[0])], told and told[:1])
+            first = Line(before, [0], [float(values[0])], told and told[:1])
         made.append(
             line_plot(
                 [Line("pretrained", steps, values.tolist(), told)],
                 x_label="step",
                 y_label="dimensions" if key == "rank" else "accuracy (%)",
                 title=f"{name if key == 'knn' else capital(name)} over training",
-                baseline=untrained,
+                baseline=first,
                 moment=moment,
             )
         )

@@ -16,11 +16,13 @@ from underpaint.report.reading import (
     at,
     column,
     finite,
+    mapping,
     mean,
     number,
     read_lines,
     read_yaml,
     require_run,
+    text,
     text_of,
 )
 from underpaint.report.results import PROBES, Result, Value, of_run
@@ -56,14 +58,16 @@ def verdict(run: Path) -> Verdict:
     """Whether a run is learning, stalled, collapsed or starved of data, by which signal, and what to change."""
     require_run(run)
     lines, recipe = read_lines(run / "metrics.jsonl"), read_yaml(text_of(run / "recipe.yaml"))
-    return judge(lines, of_run(probes_of(run, standing(run, lines, recipe)), lines), recipe)
+    return judge(
+        lines, of_run(probes_of(run, standing(run, lines, recipe)), lines, text(mapping(recipe), "init")), recipe
+    )
 
 
 class Decision(NamedTuple):
     """What to do with a run, and why, in a sentence; the verdict beside it holds the signals. `advice` is what to do next,
     where there is something."""
 
-    word: Literal["use", "longer", "leave", "label", "wait", "stop"]
+    word: Literal["use", "longer", "leave", "keep", "label", "wait", "stop"]
     sentence: str
     advice: str = ""
 
@@ -76,6 +80,7 @@ HEADLINES = {
     "use": "Use it",
     "longer": "Train longer",
     "leave": "Do not use it",
+    "keep": "Keep the weights you started from",
     "label": "Label some images first",  # nobody can say yet
     "wait": "Let it go on",
     "stop": "Stop it",
@@ -90,7 +95,18 @@ STARVED = "The device waited for data most of the time, so few images were seen 
 
 
 def decide(found: Verdict, lines: Lines, result: Result, stands: Standing) -> Decision:
-    """What follows from a verdict, and from the probes, for who has to decide."""
+    """What follows from a verdict, and from the probes, for who has to decide: of weights that it went on from, that they
+    are better than what became of them, until the probes say otherwise."""
+    decision = _decide(found, lines, result, stands)
+    if not result.start or decision.word not in ("leave", "label"):
+        return decision
+    kept = f"What it started from is {result.start}, as it was."
+    if decision.word == "label":
+        return decision._replace(advice=f"{decision.advice} Until then, keep the start: {result.start}.".strip())
+    return decision._replace(word="keep", sentence=f"{decision.sentence} {kept}")
+
+
+def _decide(found: Verdict, lines: Lines, result: Result, stands: Standing) -> Decision:
     loss = column([line for line in lines if number(line, "step") > 0], "loss")
     diverged = len(loss) > 0 and not math.isfinite(loss[-1])
     falling = is_falling(loss)
@@ -119,6 +135,7 @@ def worth_decision(result: Result, falling: bool) -> Decision:
     """Of a run that learned, by what its features are worth under the linear and the attentive probe: the nearest neighbours
     of methods that restore are poor, whatever their features serve for."""
     gains = {name: result.gain("pretrained", name) for name in ("linear", "attentive")}
+    before = "the start" if result.start else "before training"
     moved = {name: gain.sigmas for name, gain in gains.items() if gain.known}
     more = " Its loss was still falling, so more may come of it." if falling else ""
     if not moved:
@@ -126,11 +143,13 @@ def worth_decision(result: Result, falling: bool) -> Decision:
             "label", "It learned to restore images; whether its features serve, only labelled images can tell."
         )
     if fell := [name for name, sigmas in moved.items() if sigmas <= -MEASURABLE]:
-        return Decision("leave", f"Under the {PROBES[fell[0]]} it is worse than before training.")
+        return Decision("leave", f"Under the {PROBES[fell[0]]} it is worse than {before}.")
     if not (rising := [name for name, sigmas in moved.items() if sigmas >= MEASURABLE]):
-        nothing = "Nothing measurable was gained over the untrained encoder"
-        return Decision("longer", f"{nothing} yet.{more}") if falling else Decision("leave", f"{nothing}.")
-    better = f"Under the {PROBES[rising[0]]} it is better than before training"
+        nothing = f"Nothing measurable was gained over {result.origin}"
+        if falling and not result.start:
+            return Decision("longer", f"{nothing} yet.{more}")
+        return Decision("leave", f"{nothing}.{more}")
+    better = f"Under the {PROBES[rising[0]]} it is better than {before}"
     own = result.row("pretrained")["linear"]
     below = [name for name in ("HOG", "raw pixels") if own.minus(result.row(name)["linear"]).sigmas <= -MEASURABLE]
     if below:
@@ -158,7 +177,7 @@ def judge(lines: Lines, result: Result, recipe: object) -> Verdict:
     gains = changes(result)
     if found := collapse(trained, result, below or falling):
         return Verdict("collapsed", found, f"Lower the learning rate{was} {COLLAPSED}")
-    worth = next((change_sentence(name, gain, ONE_RUN) for name, gain in gains.items()), "")
+    worth = next((change_sentence(name, gain, ONE_RUN, result.origin) for name, gain in gains.items()), "")
     if len(waited) and (wait := float(np.median(waited))) > WAITING:
         said = f"Training waited for data {wait:.0%} of the time (median). {story} {worth}"
         return Verdict("starved", said.strip(), FEED)
@@ -171,12 +190,16 @@ def judge(lines: Lines, result: Result, recipe: object) -> Verdict:
             story += " What says the same of every image loses no more, so nothing is learned from them yet."
         return Verdict("stalled", f"{story} {worth}".strip(), advice)
     worth = worth or "No probe ran, so what the features are worth is not known."
-    return Verdict("learning", f"{story} {worth}", learning_advice(falling, gains))
+    return Verdict("learning", f"{story} {worth}", learning_advice(falling, gains, result.start))
 
 
 PUBLIC = (
     "Public weights are often better where images are few: "
     "`underpaint evaluate RUN --data LABELLED --task linear --beside timm:NAME` compares."
+)
+GENTLER = (
+    "To change the start less: a lower `--lr`, the first blocks as they are (`--set optimiser.freeze=N`), or a pull towards "
+    "the start (`--set optimiser.pull=10`)."
 )
 START_AGAIN = "Run the same command again; it goes on from the last checkpoint, or from the start where there is none."
 NOT_FINITE = "and use `--precision bf16` or `32` if it was `16`; the last good checkpoint is kept."
@@ -195,7 +218,7 @@ def collapse(trained: Lines, result: Result, moved: bool) -> str:
     loss, gradient, rate = (column(trained, name) for name in ("loss", "gradient_norm", "lr"))
     quarter = max(1, len(loss) // 4)
     own = result.row("pretrained")
-    rank, untrained, dimensions = own["rank"].value, result.row("untrained")["rank"].value, own["dim"].value
+    rank, untrained, dimensions = own["rank"].value, result.row(result.before)["rank"].value, own["dim"].value
     few = max(FEW, FEW_SHARE * dimensions) if math.isfinite(dimensions) else FEW
     fell_to_few = rank < few and not rank >= SAME_RANK * untrained
     lost_most = rank < RANK_KEPT * untrained and moved
@@ -223,13 +246,15 @@ def changes(result: Result) -> dict[str, Value]:
     return {name: gain for name, gain in found.items() if gain.known}
 
 
-def learning_advice(falling: bool, gains: dict[str, Value]) -> str:
+def learning_advice(falling: bool, gains: dict[str, Value], start: str = "") -> str:
     """What to do with a run that goes well, or well by its loss only."""
     longer = "The loss was still falling: more `--epochs` or `--steps` may give more." if falling else ""
     if not gains:
         advice = "Give labelled images (`--labels`) to learn whether the features are any good."
     elif next(iter(gains.values())).sigmas >= MEASURABLE:
-        advice = PUBLIC
+        advice = PUBLIC if not start else ""
+    elif start:
+        advice = GENTLER
     else:
         advice = "Compare with public weights (`--init timm:NAME`), which are often better where images are few."
     return " ".join(part for part in (longer, advice) if part)
@@ -248,19 +273,19 @@ def loss_sentence(last: float, baseline: float, against: str, falling: bool, lin
     return f"The loss ended at {short(last)}{where}, and was {'still' if falling else 'not'} falling.{few}"
 
 
-def change_sentence(name: str, change: Value, caveat: str = "") -> str:
+def change_sentence(name: str, change: Value, caveat: str = "", origin: str = "the untrained encoder") -> str:
     """What pretraining did to a probe: a number of one run, said to have moved only above two standard errors.
 
-    `caveat` is said of a move, in parentheses.
+    `caveat` is said of a move, in parentheses; `origin` is what it moved from.
     """
     points = f"{points_text(*change)} points"
     said = f" ({caveat})" if caveat else ""
     if not change.error > 0:
-        return f"The {name} moved by {points} from the untrained encoder, of unknown standard error, so nothing can be said."
+        return f"The {name} moved by {points} from {origin}, of unknown standard error, so nothing can be said."
     if abs(change.sigmas) < MEASURABLE:
-        return f"Pretraining did not measurably help the {name} ({points} against the untrained encoder)."
+        return f"Pretraining did not measurably help the {name} ({points} against {origin})."
     moved = "rose by {} over" if change.value > 0 else "fell by {} below"
-    return f"The {name} {moved.format(points[1:])} the untrained encoder{said}."
+    return f"The {name} {moved.format(points[1:])} {origin}{said}."
 
 
 def is_zero(values: np.ndarray) -> bool:

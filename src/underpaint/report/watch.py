@@ -4,7 +4,18 @@ import math
 from pathlib import Path
 
 from underpaint.errors import InputError
-from underpaint.report.reading import Lines, at, number, probe_lines, read_lines, read_yaml, require_run, text_of
+from underpaint.report.reading import (
+    Lines,
+    at,
+    mapping,
+    number,
+    probe_lines,
+    read_lines,
+    read_yaml,
+    require_run,
+    text,
+    text_of,
+)
 from underpaint.report.results import Result, Value, of_run, values
 from underpaint.report.standing import Standing, probes_of, standing
 from underpaint.report.verdict import decide, judge
@@ -24,7 +35,7 @@ def watch(run: Path) -> str:
     require_run(run)
     lines, recipe = read_lines(run / "metrics.jsonl"), read_yaml(text_of(run / "recipe.yaml"))
     stands = standing(run, lines, recipe)
-    result = of_run(probes_of(run, stands), lines)
+    result = of_run(probes_of(run, stands), lines, text(mapping(recipe), "init"))
     decision = decide(judge(lines, result, recipe), lines, result, stands)
     trained = [line for line in lines if number(line, "step") > 0]
     if not trained:
@@ -57,16 +68,16 @@ def numbers_texts(trained: Lines) -> list[str]:
 
 def probe_texts(result: Result, lines: Lines, stands: Standing) -> list[str]:
     """The linear probe and the rank, with what they were before training, and of which step they are."""
-    own, before = result.row("pretrained").values, result.row("untrained").values
+    own, before = result.row("pretrained").values, result.row(result.before).values
     during, said, when = probe_lines(lines), [], ""
     if during and not own.get("linear", Value()).known:  # the probes at the end are not there, or had no labels
         own, before = (values(at(line, "probe")) for line in (during[-1], during[0]))
         step = number(during[-1], "step")
         when = f" at step {step:,.0f}" if step < stands.step else ""
     if "linear" in own:
-        was = f" (untrained {percent_text(before['linear'].value)})" if "linear" in before else ""
+        was = f" ({result.before} {percent_text(before['linear'].value)})" if "linear" in before else ""
         said.append(f"linear probe {percent_text(*own['linear'])} %{was}{when}")
     if own.get("rank", Value()).known:
-        was = f" (untrained {before['rank'].value:.1f})" if before.get("rank", Value()).known else ""
+        was = f" ({result.before} {before['rank'].value:.1f})" if before.get("rank", Value()).known else ""
         said.append(f"rank {own['rank'].value:.1f}{was}{when}")
     return said

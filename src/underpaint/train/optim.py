@@ -32,6 +32,35 @@ def layerwise(
     )
 
 
+def pulled(groups: Iterable[Mapping[str, Any]], encoder: Iterable[nn.Parameter], pull: float) -> list[dict[str, Any]]:
+    """The same groups, in which the encoder's weights are apart and pulled to where they are now.
+
+    L2-SP (Li et al., ICML 2018, arXiv 1802.01483): decay towards the start in place of decay towards 0. As AdamW's decay,
+    it is no part of the gradient, which AdamW would divide by its own size: a step moves a weight by its rate times `pull`
+    of its way back (`pull_back`).
+    """
+    own, made = set(encoder), []
+    for group in groups:
+        rest = [parameter for parameter in group["params"] if parameter not in own]
+        mine = [parameter for parameter in group["params"] if parameter in own]
+        if rest:
+            made.append({**group, "params": rest})
+        if mine:
+            start = [parameter.detach().clone() for parameter in mine]
+            made.append({**group, "params": mine, "weight_decay": 0.0, "pull": pull, "start": start})
+    return made
+
+
+@torch.no_grad()
+def pull_back(optimiser: torch.optim.Optimizer, taken: Tensor) -> None:
+    """After a step: what `pulled` has set apart, on its way back; not where `taken` is 0."""
+    for group in optimiser.param_groups:
+        if "pull" in group:
+            share = min(1.0, group["lr"] * group["pull"]) * taken
+            for parameter, start in zip(group["params"], group["start"], strict=True):
+                parameter.lerp_(start, share.to(parameter.dtype))
+
+
 def skip_where(bad: Tensor, optimiser: torch.optim.Optimizer) -> None:
     """Make the coming step change nothing where `bad` is 1; nothing here waits for the device.
 

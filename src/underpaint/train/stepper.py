@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from underpaint.seeds import seed_everything, step_seed
-from underpaint.train.optim import skip_where
+from underpaint.train.optim import pull_back, skip_where
 from underpaint.trainable import Trainable
 
 Numbers = dict[str, Tensor]  # by name [2]: a weighted sum, and its weight
@@ -103,6 +103,7 @@ class Stepper:
             # each process has a loss of its own, and all must roll back or none
             bad = torch.as_tensor(self.fabric.all_reduce(bad, reduce_op="sum")).clamp(max=1.0)
         self.wrapped.step()
+        pull_back(self.optimiser, 1 - bad)
         self.wrapped.zero_grad(set_to_none=True)
         numbers["gradient_norm"] = torch.stack([norm.double(), torch.ones_like(norm).double()])
         return numbers, bad

@@ -7,21 +7,27 @@ likely. Training asks that a few such steps restore the image (`descent.py`).
 Any corruption will do: hidden cells, patches out of order, lost resolution, noise, lost colour, or one of these an
 image. For patches out of order in a ViT, what is restored is the order: each patch comes with a wrong position
 embedding z, and z is the variable that the gradient changes.
+
+Batch norms take their running statistics everywhere in the energy, or the images of a batch would change one another's
+slopes; each step first takes these statistics up again on its clean images, by a forward without gradient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from underpaint.backbones import Backbone, TokenBackbone
+from underpaint.backbones.norms import batch_norms
 from underpaint.corruptions import AddNoise, Corruption, Downsample, Gray, Hide, Shuffle
 from underpaint.masking import masking, repeated, some_rows, to_device
 from underpaint.methods.energy.descent import Descent, Given, State
+from underpaint.methods.method import Objective
 from underpaint.patches import patchify, take, unpatchify, weighted_mean
 
 CORRUPTIONS: dict[str, Callable[["Energy"], Corruption]] = {
@@ -54,7 +60,7 @@ class Energy(Descent[Corrupting]):
     ['baseline', 'energy', 'error', 'gradient_rms', 'step_size']
 
     Args:
-        encoder: any `Backbone` without batch norm (its statistics would couple the images of a batch).
+        encoder: any `Backbone`. Its batch norms have running statistics only, of the clean images of the steps so far.
         mask_ratio: share of the cells that masking hides.
         mask: a name of `masking.MASKS`, or such a function.
         mask_patch_size: pixels of a side of a hidden cell, and of a shuffled patch where the encoder is no ViT; the patch
@@ -70,7 +76,8 @@ class Energy(Descent[Corrupting]):
             first derivatives only and their memory, and is approximate.
 
     Raises:
-        ValueError: the encoder has batch norm; a setting that does not fit encoder or images.
+        ValueError: the encoder has a batch norm without running statistics, which couples the images of a batch; a
+            setting that does not fit encoder or images.
     """
 
     encoder: Backbone
@@ -81,10 +88,10 @@ class Energy(Descent[Corrupting]):
 
     def __post_init__(self) -> None:
         encoder = self.encoder
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
+        self.norms = batch_norms(encoder)
+        if len(self.norms) < sum(isinstance(module, _BatchNorm) for module in encoder.modules()):
             raise ValueError(
-                "the energy method needs an encoder without batch norm, which couples the images of a batch: "
-                "a ViT, or --set encoder.norm_layer=groupnorm"
+                "the energy method needs batch norms with running statistics, since those of a batch couple its images"
             )
         tokens = encoder if isinstance(encoder, TokenBackbone) else None
         if self.readout == "class" and (tokens is None or not tokens.class_token):
@@ -115,6 +122,44 @@ class Energy(Descent[Corrupting]):
         if self.corruption == "gray" and channels == 1:
             raise ValueError("corruption gray needs images of more than one channel")
         return {self.corruption: CORRUPTIONS[self.corruption](self)}
+
+    # --- batch norms -----------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> "Energy":
+        """Batch norms stay in eval mode, so that the energy of an image is its own."""
+        super().train(mode)
+        for norm in self.norms:
+            norm.eval()
+        return self
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c height width"],
+        noise: Corrupting | None = None,
+        part: int | None = None,
+        carry: Any = None,
+    ) -> Objective:
+        if self.norms and self.training and not part:
+            self.take_up(images)  # before the energy, whose way back needs the statistics as they were
+        return super().forward(images, noise, part, carry)
+
+    def take_up(self, images: Float[Tensor, "b c height width"]) -> None:
+        """Move the statistics of batch norms towards those of clean images, by each norm's momentum; the first ones are
+        taken over whole. What is not finite is left out."""
+        was = self.training
+        self.eval()
+        outside_of_graphs(self.encoder, self.norms, images)
+        self.train(was)
+
+    def calibrate(
+        self,
+        images: Float[Tensor, "b c height width"],
+        noise: Corrupting,
+        mean: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> dict[str, float | list[float]]:
+        if self.norms:
+            self.take_up(images)
+        return super().calibrate(images, noise, mean)
 
     # --- corrupting ------------------------------------------------------------------------------------------------
 
@@ -243,3 +288,21 @@ class Energy(Descent[Corrupting]):
         index = self.nearest(state[1]).unsqueeze(-1).expand_as(patches)
         arranged = unpatchify(torch.zeros_like(patches).scatter(1, index, patches), self.piece, grid)
         return torch.where(self.has("shuffle", noise).view(-1, 1, 1, 1), arranged, state[0])
+
+
+@torch.no_grad()
+def follow(encoder: Backbone, norms: Sequence[Any], images: Float[Tensor, "b c height width"]) -> None:
+    """One step of the statistics of these batch norms, while the rest of the encoder is in eval mode."""
+    before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    encoder(images)
+    for norm, (momentum, *old) in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        share = torch.where(norm.num_batches_tracked > 1, momentum or 0.1, 1.0)
+        for was, now in zip(old, (norm.running_mean, norm.running_var), strict=True):
+            now.copy_(torch.where(now.isfinite(), was.lerp(now, share.to(now.dtype)), was))
+
+
+outside_of_graphs: Any = torch.compiler.disable(follow)  # switching modes is nothing to compile
