@@ -28,6 +28,7 @@ from timm.models.beit import Beit as TimmBeit
 from timm.models.cait import Cait as TimmCait
 from timm.models.eva import Eva as TimmEva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ from underpaint.backbones.cait import Cait
 from underpaint.backbones.eva import Eva
 from underpaint.backbones.maps import MapBackbone
 from underpaint.backbones.protocols import Backbone, TokenBackbone
-from underpaint.backbones.swin import Swin
+from underpaint.backbones.swin import Swin, SwinV2
 from underpaint.backbones.vit import ViT
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
@@ -209,6 +210,8 @@ def from_arguments(arguments: Mapping[str, Any], image_size: tuple[int, int] | N
                 return adapter(model)
         if isinstance(model, SwinTransformer):
             return Swin(model, arguments["in_chans"])
+        if isinstance(model, SwinTransformerV2):
+            return SwinV2(model, arguments["in_chans"])
         return MapBackbone(model, arguments["in_chans"], image_size or default_size(arguments["model_name"]))
     except Exception as error:  # beside our ValueError, of sizes that only timm takes
         raise InputError(f"encoder: '{arguments['model_name']}' cannot be used: {one_line(error)}") from error
