@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import timm
@@ -221,7 +221,7 @@ def from_arguments(arguments: Mapping[str, Any], image_size: tuple[int, int] | N
             return SwinV2(model, arguments["in_chans"])
         size = image_size or default_size(arguments["model_name"])
         if isinstance(model, TimmHiera):
-            height, width = to_2tuple(arguments.get("img_size", size))
+            height, width = cast(tuple[int, int], to_2tuple(arguments.get("img_size", size)))
             return Hiera(model, arguments["in_chans"], (height, width))
         kind = UnnormedMaps if isinstance(model, HieraDet) else MapBackbone
         return kind(model, arguments["in_chans"], size)

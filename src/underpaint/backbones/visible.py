@@ -185,6 +185,9 @@ def soundly(model: nn.Module, maps: Callable[[nn.Module, Tensor], list[Tensor]],
         size: channels, height and width in pixels of an image.
     """
     tried, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for weight in tried.parameters():  # blocks that begin as nothing (a norm or LayerScale of 0) would carry nothing
+        if weight.abs().amax() < 0.01:
+            weight.normal_(generator=generator)
     images = torch.randn(2, *size, generator=generator)
     places = maps(tried.eval(), images)[-1].shape[-2:]
     visible = torch.zeros(2, places[0] * places[1])
