@@ -332,6 +332,14 @@ OTHERS: dict[str, dict[str, Any]] = {
         "num_heads": [1, 1, 1, 1],
         "window_size": 2,
     },
+    "swinv2_tiny_window8_256": {
+        "image_size": 64,
+        "embed_dim": 24,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 1, 1],
+        "window_size": 2,
+    },
+    "hiera_tiny_224": {"image_size": 64, "embed_dim": 16, "stages": [1, 1, 1, 1]},
 }
 
 

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 import underpaint
-from underpaint.backbones.swin import PooledMask, Swin
-from underpaint.masking import Mask, Masking, random_mask, refine
+from underpaint.backbones.swin import MaskPool, PooledMask, Swin, SwinV2
+from underpaint.masking import Mask, Masking, hidden_map, random_mask, refine
+from underpaint.methods import MAE, BEiT, LocalMIM, SimMIM
 from underpaint.patches import take
 
+V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
 
-def swin(image_size: tuple[int, int] = (64, 64), window: int = 4, patch: int = 2) -> Swin:
+
+def swin(image_size: tuple[int, int] = (64, 64), window: int = 4, patch: int = 2, name: str = V1) -> Swin:
     """Three stages; on 64 px grids of 32, 16 and 8 places, units of 8 px."""
     torch.manual_seed(0)
     made: Any = underpaint.encoder(
-        "swin_tiny_patch4_window7_224",
+        name,
         image_size=image_size,
         patch_size=patch,
         window_size=window,
@@ -25,22 +28,27 @@ def swin(image_size: tuple[int, int] = (64, 64), window: int = 4, patch: int = 2
         num_heads=(1, 2, 4),
         drop_path_rate=0.0,
     )
-    assert isinstance(made, Swin)
+    assert type(made) is (SwinV2 if name == V2 else Swin)
     return made
 
 
-def relative_tables(encoder: Swin) -> None:
-    """Random relative biases: at timm's start they are too small to matter."""
+def at_random(encoder: Swin) -> None:
+    """Random relative biases: at timm's start they are too small to matter. In V2 also what starts at 0 (norms, which
+    leave a block out, and the biases of queries and values), and the scale of the attention."""
+    names = ["relative_position_bias_table"]
+    if isinstance(encoder, SwinV2):
+        names += ["cpb_mlp", "logit_scale", "q_bias", "v_bias", "norm1", "norm2"]
     with torch.no_grad():
         for name, weight in encoder.named_parameters():
-            if "relative_position_bias_table" in name:
-                weight.normal_()
+            if any(part in name for part in names):
+                weight.normal_(0, 0.3 if "cpb_mlp" in name else 1)
 
 
 @pytest.mark.quick
-def test_a_token_that_is_the_embedding_of_nothing_equals_timm() -> None:
+@pytest.mark.parametrize("name", [V1, V2])
+def test_a_token_that_is_the_embedding_of_nothing_equals_timm(name: str) -> None:
     """Black images have one embedding everywhere, so a token that equals it replaces nothing."""
-    encoder = swin().eval()
+    encoder = swin(name=name).eval()
     images = torch.zeros(2, 3, 64, 64)
     mask = Mask(torch.tensor([[0, 1], [5, 7]]), torch.tensor([[2, 9], [0, 1]]))
     tokens = encoder.covered(images, mask, (8, 8), encoder.embed(images)[0, 0])  # pyright: ignore[reportCallIssue]
@@ -77,10 +85,13 @@ def dense(block: Any, x: Tensor, hidden: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("image_size", [(64, 64), (32, 64)])
 @pytest.mark.parametrize("window", [4, 8])
-def test_visible_windows_equal_dense_ones_without_hidden_keys(window: int, image_size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("name", [V1, V2])
+def test_visible_windows_equal_dense_ones_without_hidden_keys(
+    name: str, window: int, image_size: tuple[int, int]
+) -> None:
     """At every stage, shifted and not, with different masks in one batch, in float64."""
-    encoder = swin(image_size, window).double().eval()
-    relative_tables(encoder)
+    encoder = swin(image_size, window, name=name).double().eval()
+    at_random(encoder)
     pool = encoder.walk(Masking(0.6, unit=(8, 8)), masks=5)
     noise = PooledMask(torch.tensor([3, 3, 1, 1]), 2)
     rows, columns = image_size[0] // 2, image_size[1] // 2
@@ -109,6 +120,38 @@ def test_visible_windows_equal_dense_ones_without_hidden_keys(window: int, image
         before = found
     assert (0, True) in shifts
     assert (0, False) in shifts
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+def test_with_everything_visible_a_walk_is_the_forward_of_timm(name: str) -> None:
+    encoder = swin((32, 64), name=name).double().eval()
+    at_random(encoder)
+    units = torch.arange(4 * 8).unsqueeze(0)
+    pool = MaskPool(encoder, Mask(units, units[:, :0]), 1)
+    images, state, tokens = torch.randn(2, 3, 32, 64, dtype=torch.float64), None, None
+    for number in range(len(pool.layers)):
+        state, tokens = encoder.advance(pool, number, state, images, PooledMask(torch.tensor([0, 0]), 1))
+    torch.testing.assert_close(tokens, encoder.model.forward_features(images).flatten(1, 2))
+
+
+@pytest.mark.parametrize("kind", [MAE, LocalMIM, SimMIM, BEiT])
+def test_hidden_pixels_do_not_reach_what_v2_says(kind: type[Any]) -> None:
+    encoder = swin(name=V2)
+    at_random(encoder)
+    method: Any = kind(encoder, **({"codebook_size": 8} if kind is BEiT else {}))
+    images, noise = torch.randn(2, 3, 64, 64), method.sample(2, 64, 64, torch.Generator().manual_seed(0))
+    mask = method.mask_at(noise) if hasattr(method, "walk") else noise
+    hidden = hidden_map(mask, (8, 8), (8, 8))
+    found = []
+    for pixels in (images, images + 10 * hidden):
+        made = method.every_tap(pixels, noise) if kind is LocalMIM else [method.predict(pixels, noise)]
+        found.append(torch.cat([one.flatten() for one in made]))
+    assert torch.equal(*found)
+    assert found[0].std() > 0
+    found[0].square().sum().backward()
+    for name, weight in encoder.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.abs().amax() > 0, name
 
 
 @pytest.mark.quick

@@ -111,8 +111,11 @@ def test_convolutional_nets_are_served_soundly(name: str) -> None:
     assert MAE(net(name)).walk.sound
 
 
-@pytest.mark.parametrize("name", ["caformer_s18", "coatnet_pico_rw_224", "fastvit_sa12", "gmlp_s16_224", "pvt_v2_b0"])
+@pytest.mark.parametrize(
+    "name", ["caformer_s18", "coatnet_pico_rw_224", "edgenext_xx_small", "fastvit_sa12", "gmlp_s16_224", "pvt_v2_b0"]
+)
 def test_attention_is_found_to_carry_hidden_places(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """That of EdgeNeXt begins at a millionth, by its LayerScale."""
     encoder: Any = underpaint.encoder(name, image_size=SIZE)
     tell_once.cache_clear()
     assert not MAE(encoder).walk.sound

@@ -11,7 +11,7 @@ from underpaint.backbones.build import (
     standardize_for,
 )
 from underpaint.backbones.protocols import Backbone, Encoded, Features, StagedBackbone, TokenBackbone, Walk
-from underpaint.backbones.swin import Swin
+from underpaint.backbones.swin import Swin, SwinV2
 from underpaint.backbones.vit import ViT
 from underpaint.backbones.weights import init_from
 
@@ -21,6 +21,7 @@ __all__ = [
     "Features",
     "StagedBackbone",
     "Swin",
+    "SwinV2",
     "TokenBackbone",
     "ViT",
     "Walk",

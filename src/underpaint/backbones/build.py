@@ -22,8 +22,11 @@ from timm.models import get_pretrained_cfg, is_model, is_model_in_modules, model
 from timm.models.beit import Beit as TimmBeit
 from timm.models.cait import Cait as TimmCait
 from timm.models.eva import Eva as TimmEva
+from timm.models.hiera import Hiera as TimmHiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -31,10 +34,11 @@ from underpaint import __version__
 from underpaint.backbones.beit import Beit
 from underpaint.backbones.cait import Cait
 from underpaint.backbones.eva import Eva
+from underpaint.backbones.hiera import Hiera, UnnormedMaps
 from underpaint.backbones.maps import MapBackbone
 from underpaint.backbones.naflex import NaFlex
 from underpaint.backbones.protocols import Backbone, TokenBackbone
-from underpaint.backbones.swin import Swin
+from underpaint.backbones.swin import Swin, SwinV2
 from underpaint.backbones.vit import ViT
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
@@ -96,6 +100,10 @@ def create_arguments(
         made |= {"img_size": [height, width], "global_pool": "avg", "use_fc_norm": False}
         if patch_size is not None:
             made["patch_size"] = patch_size
+    elif is_model_in_modules(name, ["hiera"]):
+        made["img_size"] = [height, width]
+        if patch_size is not None:
+            made["patch_stride"] = [patch_size, patch_size]
     elif config and config.fixed_input_size:
         made["img_size"] = [height, width]
         if patch_size is not None:
@@ -218,7 +226,12 @@ def from_arguments(arguments: Mapping[str, Any], image_size: tuple[int, int] | N
                     return adapter(model, (height, width))
         if isinstance(model, SwinTransformer):
             return Swin(model, arguments["in_chans"])
-        return MapBackbone(model, arguments["in_chans"], (height, width))
+        if isinstance(model, SwinTransformerV2):
+            return SwinV2(model, arguments["in_chans"])
+        if isinstance(model, TimmHiera):
+            return Hiera(model, arguments["in_chans"], (height, width))
+        kind = UnnormedMaps if isinstance(model, HieraDet) else MapBackbone
+        return kind(model, arguments["in_chans"], (height, width))
     except Exception as error:  # beside our ValueError, of sizes that only timm takes
         raise InputError(f"encoder: '{arguments['model_name']}' cannot be used: {one_line(error)}") from error
 
@@ -255,7 +268,7 @@ def save_encoder(
     description = {
         "format": FORMAT,
         "create_model": arguments,
-        "pooling": "mean of the normed patch tokens" if isinstance(backbone, TokenBackbone) else "mean of the last map",
+        "pooling": backbone.pooling,
         "mean": standardize.mean.flatten().tolist(),
         "std": standardize.std.flatten().tolist(),
         "scaling": None if scaling is None else scaling.stored(),

@@ -93,6 +93,25 @@ class MapBackbone(StagedBackbone):
             raise ValueError(
                 f"an image of {height}x{width} px is no whole number of positions of the last feature map, {self.stride} px"
             )
+        taken, layers = self.stages()
+        size = (self.channels, height, width)
+        self._check_maps(taken, layers, size)
+        sound = soundly(self.model, lambda model, images: self._maps(images, taken, model), size)
+        if not sound:
+            tell_once(
+                f"{type(self.model).__name__} carries hidden places to visible ones inside: hidden pixels are at the mean of "
+                "the data, and it computes on them too"
+            )
+        return Stages(masking, taken, layers, sound)
+
+    def stages(self) -> tuple[list[int], list[Layer]]:
+        """The feature maps that are walked to, by number, and what they are: four at most, none of more places than
+        `LARGEST`.
+
+        Raises:
+            ValueError: the last map is not the coarsest.
+        """
+        height, width = self.image_size
         every = [
             (number, Layer((height // stride, width // stride), stride, info["num_chs"]))
             for number, info in enumerate(self.info)
@@ -103,15 +122,7 @@ class MapBackbone(StagedBackbone):
         taken, layers = [number for number, _ in few], [layer for _, layer in few]
         if taken[-1] != len(self.info) - 1:
             raise ValueError(f"the last feature map, of {self.stride} px, is not the coarsest")
-        size = (self.channels, height, width)
-        self._check_maps(taken, layers, size)
-        sound = soundly(self.model, lambda model, images: self._maps(images, taken, model), size)
-        if not sound:
-            tell_once(
-                f"{type(self.model).__name__} carries hidden places to visible ones inside: hidden pixels are at the mean of "
-                "the data, and it computes on them too"
-            )
-        return Stages(masking, taken, layers, sound)
+        return taken, layers
 
     @torch.no_grad()
     def _check_maps(self, taken: Sequence[int], layers: Sequence[Layer], size: tuple[int, int, int]) -> None:

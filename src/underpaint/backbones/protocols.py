@@ -33,6 +33,7 @@ class Backbone(nn.Module):
     dim: int
     channels: int
     stride: int  # pixels of a side of a position of the final feature map
+    pooling = "mean of the last map"  # what the vector of an image is, in `encoder.json`
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -126,6 +127,7 @@ class TokenBackbone(StagedBackbone):
     """
 
     patch_size: tuple[int, int]
+    pooling = "mean of the normed patch tokens"
 
     def embed(
         self, images: Float[Tensor, "b c height width"], index: Int[Tensor, "b k"] | None = None

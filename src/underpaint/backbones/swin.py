@@ -1,4 +1,4 @@
-"""timm's Swin transformers: on all patches, on replaced ones, and on visible ones alone.
+"""timm's Swin transformers, V1 and V2: on all patches, on replaced ones, and on visible ones alone.
 
 Windows of visible patches are smaller than whole windows and of many sizes. Packed into groups of about one whole
 window each, with attention only between patches of the same window, they cost what their number costs (GreenMIM,
@@ -7,6 +7,7 @@ once, with everything worked out; a step only looks it up. Coordinates are the t
 windows, the order of merged neighbours timm's.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -215,7 +217,7 @@ class Swin(MapBackbone):
     it runs stage by stage on visible patches alone (`walk`, `advance`).
     """
 
-    def __init__(self, model: SwinTransformer, channels: int):
+    def __init__(self, model: SwinTransformer | SwinTransformerV2, channels: int):
         super().__init__(model, channels, tuple(cast(Any, model).patch_embed.img_size))
         self.patch_size: tuple[int, int] = self.model.patch_embed.patch_size
         self.token_dim: int = self.info[0]["num_chs"]
@@ -281,7 +283,10 @@ class Swin(MapBackbone):
             return tokens
         children = getattr(pool, f"children{stage - 1}")[noise.choice]
         four = take(tokens, children.flatten(1)).unflatten(1, (-1, 4)).flatten(2)
-        merging = self.stages[stage].downsample
+        return self.reduce(self.stages[stage].downsample, four)
+
+    def reduce(self, merging: Any, four: Float[Tensor, "b m d"]) -> Float[Tensor, "b m e"]:
+        """One token of four that are joined."""
         return merging.reduction(merging.norm(four))
 
     def run_stage(
@@ -292,25 +297,67 @@ class Swin(MapBackbone):
         windows: Any = pool.windows[stage]
         packings = {kind: windows[kind].chosen(choice, len(tokens)) for kind in windows}
         for block in self.stages[stage].blocks:
-            packing = packings[_kind(tuple(block.window_size), tuple(block.shift_size))]
-            attended = _attention(block.attn, block.norm1(tokens), packing)
-            tokens = tokens + block.drop_path1(attended)
-            tokens = tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
+            tokens = self.run_block(block, tokens, packings[_kind(tuple(block.window_size), tuple(block.shift_size))])
         return tokens
+
+    def run_block(self, block: Any, tokens: Float[Tensor, "b n d"], packing: Packing) -> Float[Tensor, "b n d"]:
+        """timm's block on packed windows."""
+        tokens = tokens + block.drop_path1(_attention(block.attn, block.norm1(tokens), packing))
+        return tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
+
+
+class SwinV2(Swin):
+    """An adapter around timm's SwinTransformerV2 (Liu et al., arXiv 2111.09883): norms lie behind attention, perceptron and
+    merging, attention is by angle, and relative biases come from a perceptron."""
+
+    def reduce(self, merging: Any, four: Float[Tensor, "b m d"]) -> Float[Tensor, "b m e"]:
+        return merging.norm(merging.reduction(four))
+
+    def run_block(self, block: Any, tokens: Float[Tensor, "b n d"], packing: Packing) -> Float[Tensor, "b n d"]:
+        tokens = tokens + block.drop_path1(block.norm1(_cosine_attention(block.attn, tokens, packing)))
+        return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))
 
 
 def _attention(attention: Any, tokens: Float[Tensor, "b n d"], packing: Packing) -> Float[Tensor, "b n d"]:
     """timm's window attention on packed windows, with the same relative biases."""
-    b, n, _ = tokens.shape
+    q, k, v = _packed(attention.qkv(tokens), attention.num_heads, packing)
+    bias = _biases(attention.relative_position_bias_table, attention.window_size, packing)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    return attention.proj(_unpacked(out, len(tokens), packing))
+
+
+def _cosine_attention(attention: Any, tokens: Float[Tensor, "b n d"], packing: Packing) -> Float[Tensor, "b n d"]:
+    """timm's window attention of Swin V2 on packed windows, with the same relative biases."""
+    bias = None
+    if attention.q_bias is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    q, k, v = _packed(functional.linear(tokens, attention.qkv.weight, bias), attention.num_heads, packing)
+    scale = attention.logit_scale.clamp(max=math.log(100)).exp()  # of each head
+    q, k = (functional.normalize(q, dim=-1) * scale).to(v.dtype), functional.normalize(k, dim=-1).to(v.dtype)
+    table = 16 * attention.cpb_mlp(attention.relative_coords_table).flatten(0, 2).sigmoid()
+    bias = _biases(table, attention.window_size, packing)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(v.dtype), scale=1.0)
+    return attention.proj(_unpacked(out, len(tokens), packing))
+
+
+def _packed(joint: Float[Tensor, "b n e"], heads: int, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [m, b / m, g, heads, s, d / heads] of groups."""
     masks, groups, places = packing.together.shape[:3]
-    heads, (tall, wide) = attention.num_heads, attention.window_size
-    joint = attention.qkv(tokens).flatten(0, 1).index_select(0, packing.gather)
-    joint = joint.view(masks, b // masks, groups, places, 3, heads, -1).permute(4, 0, 1, 2, 5, 3, 6)
+    rows = joint.flatten(0, 1).index_select(0, packing.gather)
+    q, k, v = rows.view(masks, len(joint) // masks, groups, places, 3, heads, -1).permute(4, 0, 1, 2, 5, 3, 6).unbind(0)
+    return q, k, v
+
+
+def _biases(table: Float[Tensor, "t heads"], window: tuple[int, int], packing: Packing) -> Float[Tensor, "m 1 g h s s"]:
+    """What is added to the attention of groups: by how far down and right, and -inf between windows."""
+    tall, wide = window
     down = packing.down.clamp(1 - tall, tall - 1) + tall - 1
     right = packing.right.clamp(1 - wide, wide - 1) + wide - 1
-    bias = attention.relative_position_bias_table[down * (2 * wide - 1) + right].permute(0, 1, 4, 2, 3)
-    bias = bias.masked_fill(~packing.together.unsqueeze(2), -torch.inf).unsqueeze(1)
-    q, k, v = joint.unbind(0)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    out = out.transpose(3, 4).reshape(b * groups * places, -1).index_select(0, packing.back)
-    return attention.proj(out.view(b, n, -1))
+    bias = table[down * (2 * wide - 1) + right].permute(0, 1, 4, 2, 3)
+    return bias.masked_fill(~packing.together.unsqueeze(2), -torch.inf).unsqueeze(1)
+
+
+def _unpacked(groups: Float[Tensor, "m c g h s e"], batch: int, packing: Packing) -> Float[Tensor, "b n d"]:
+    """The tokens of a batch in their own order."""
+    rows = groups.transpose(3, 4).flatten(4).flatten(0, 3)
+    return rows.index_select(0, packing.back).unflatten(0, (batch, -1))

@@ -57,8 +57,8 @@ class VisibleOnly(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else kwargs.get("input")
-        if not isinstance(first, Tensor) or first.ndim != 4:
-            return func(*args, **kwargs)
+        if not isinstance(first, Tensor) or first.ndim != 4 or len(first) != len(self.visible):
+            return func(*args, **kwargs)  # no maps of these images; windows of them, it may be
         if func is torch.conv2d:
             return self._convolve(first, args, kwargs)
         if func in EMPTIED:
