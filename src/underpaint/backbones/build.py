@@ -37,7 +37,7 @@ from underpaint.backbones.eva import Eva
 from underpaint.backbones.hiera import Hiera, UnnormedMaps
 from underpaint.backbones.maps import MapBackbone
 from underpaint.backbones.naflex import NaFlex
-from underpaint.backbones.protocols import Backbone, TokenBackbone
+from underpaint.backbones.protocols import Backbone
 from underpaint.backbones.swin import Swin, SwinV2
 from underpaint.backbones.vit import ViT
 from underpaint.data.scaling import Scaling, stored_scaling
