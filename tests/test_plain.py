@@ -17,6 +17,8 @@ from underpaint.backbones import TokenBackbone, create_arguments, from_arguments
 from underpaint.backbones.build import create_model
 from underpaint.blocks import sincos_positions
 from underpaint.errors import InputError
+from underpaint.evaluation.bundle import open_bundle
+from underpaint.evaluation.finetune import classifier
 from underpaint.masking import Mask, hidden_map, hide_highest
 from underpaint.methods import CAE, MAE, BEiT, LocalMIM, SimMIM
 from underpaint.patches import Standardize, take
@@ -126,6 +128,8 @@ def test_with_nothing_hidden_it_is_timms_own(family: str) -> None:
     encoder, images = made(family), pixels()
     expected = features(encoder, images)
     torch.testing.assert_close(encoder(images).patches, expected, **near(family))
+    if family != "distilled":  # whose heads read two tokens
+        torch.testing.assert_close(encoder(images).pooled, encoder.model(images), **near(family))
     [last] = encoder.model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
     torch.testing.assert_close(expected.transpose(1, 2).unflatten(2, GRID), last)
     first, second = encoder.model.forward_intermediates(images, intermediates_only=True)
@@ -300,6 +304,31 @@ def test_transformers_without_patches_to_hide_are_served_by_their_maps(
     assert torch.equal(predictions(method, images, noise), predictions(method, changed, noise))
     if kind is not SimMIM:  # attention would show what it computes of hidden places
         assert "hidden pixels are at the mean of the data" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["distilled", "cait", "naflex", "sam", "relative"])
+def test_a_head_is_trained_on_them(family: str, tmp_path: Path) -> None:
+    if family in MAPS:
+        name, own, side = MAPS[family]
+        size, patch = (side, side), {}
+    else:
+        (name, own), size, patch = FAMILIES[family], (HEIGHT, WIDTH), {"patch_size": PATCH, **SMALL}
+    arguments = create_arguments(name, image_size=size, **patch, **own)
+    encoder = from_arguments(arguments, size)
+    shuffled(encoder.eval())
+    save_encoder(tmp_path, encoder, arguments, Standardize([0.5] * 3, [0.25] * 3))
+    network: Any = classifier(open_bundle(str(tmp_path), image_size=size), 5, drop_path=0.0, head_scale=0.5).eval()
+    batch = torch.randn(2, 3, *size)
+    logits = network(batch)
+    if family != "distilled":  # whose heads read two tokens
+        head = getattr(network.get_classifier(), "fc", network.get_classifier())
+        torch.testing.assert_close(logits, head(encoder(batch).pooled), atol=1e-4, rtol=1e-4)
+    logits[:, 0].sum().backward()
+    assert all(
+        head.weight.grad.any()
+        for name, head in network.named_modules()
+        if name in ("head", "head_dist", "head.fc") and hasattr(head, "weight")
+    )
 
 
 # --- what cannot serve ------------------------------------------------------------------------------------------------------
