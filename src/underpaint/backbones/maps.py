@@ -1,5 +1,6 @@
 """Any timm model that makes feature maps: ResNet, ConvNeXt, and the rest."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from underpaint.backbones.visible import VisibleOnly, soundly
 from underpaint.masking import Mask, Masking, hidden_map, refine
 
 log = logging.getLogger(__name__)
+tell_once = functools.cache(log.warning)  # a run makes its method twice: to plan, and to train
 LARGEST = 28 * 28  # places of a layer that is walked to: those of a Swin's first at 224 px
 
 
@@ -105,9 +107,9 @@ class MapBackbone(StagedBackbone):
         self._check_maps(taken, layers, size)
         sound = soundly(self.model, lambda model, images: self._maps(images, taken, model), size)
         if not sound:
-            log.warning(
-                "this network carries hidden places to visible ones inside, so hidden pixels are at the mean of the data "
-                "and no more is done: it computes on them too"
+            tell_once(
+                f"{type(self.model).__name__} carries hidden places to visible ones inside: hidden pixels are at the mean of "
+                "the data, and it computes on them too"
             )
         return Stages(masking, taken, layers, sound)
 
