@@ -91,8 +91,12 @@ def create_arguments(
     if convolved or is_model_in_modules(name, ["vision_transformer", "vision_transformer_relpos", "deit", "naflexvit"]):
         # the mean of the *normed* patch tokens; timm's default for "avg" would rename norm to fc_norm
         made |= sized | {"global_pool": "token" if "_distilled_" in name else "avg", "fc_norm": False}
+        if is_model_in_modules(name, ["vision_transformer", "naflexvit"]):
+            made["final_norm"] = True  # some have none: C-RADIO, InternViT
     elif is_model_in_modules(name, ["beit", "eva"]):
         made |= sized | {"global_pool": "avg", "use_fc_norm": False}
+        if is_model_in_modules(name, ["eva"]):
+            made["use_post_transformer_norm"] = True  # some have none: Perception Encoder, spatial
     elif is_model_in_modules(name, ["cait"]):
         made |= sized | {"global_pool": "avg"}
     elif config and config.fixed_input_size:
