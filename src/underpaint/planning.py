@@ -40,16 +40,8 @@ FEW = 1_000  # images on fewer of which five minutes of pretraining brought noth
 PROCESS = 0.85 * 2**30  # bytes, before a step
 FAMILIES = {"vit": ["vision_transformer", "deit"], "beit": ["beit"], "swin": ["swin_transformer"]}
 # of `timm.create_model`, which a run says otherwise
-ELSEWHERE = {
-    "model_name",
-    "drop_path_rate",
-    "num_classes",
-    "in_chans",
-    "img_size",
-    "global_pool",
-    "fc_norm",
-    "use_fc_norm",
-}
+NORMS = {"fc_norm", "use_fc_norm", "final_norm", "use_post_transformer_norm"}
+ELSEWHERE = {"model_name", "drop_path_rate", "num_classes", "in_chans", "img_size", "global_pool", *NORMS}
 
 
 class Planned(NamedTuple):

@@ -86,30 +86,32 @@ def create_arguments(
     made: dict[str, Any] = {"model_name": name, "num_classes": 0, "in_chans": in_chans}
     config = get_pretrained_cfg(name)
     height, width = image_size or default_size(name)
-    hybrid = is_model_in_modules(name, ["vision_transformer_hybrid", "vitamin"])
-    if is_model_in_modules(name, ["vision_transformer", "deit", "naflexvit"]) or hybrid:
+    convolved = is_model_in_modules(name, ["vision_transformer_hybrid", "vitamin"])
+    sized = {"img_size": [height, width]}
+    if convolved or is_model_in_modules(name, ["vision_transformer", "vision_transformer_relpos", "deit", "naflexvit"]):
         # the mean of the *normed* patch tokens; timm's default for "avg" would rename norm to fc_norm
-        made |= {"img_size": [height, width], "global_pool": "avg", "fc_norm": False}
-        if "distilled" in name:
-            del made["global_pool"]  # timm's distilled network has class and distillation token only
-        if patch_size is not None:
-            if hybrid:
-                raise InputError(f"patch_size: '{name}' makes its tokens by convolutions; leave --patch-size away")
-            made["patch_size"] = patch_size
+        made |= sized | {"global_pool": "token" if "_distilled_" in name else "avg", "fc_norm": False}
+        if is_model_in_modules(name, ["vision_transformer", "naflexvit"]):
+            made["final_norm"] = True  # some have none: C-RADIO, InternViT
     elif is_model_in_modules(name, ["beit", "eva"]):
-        made |= {"img_size": [height, width], "global_pool": "avg", "use_fc_norm": False}
-        if patch_size is not None:
-            made["patch_size"] = patch_size
+        made |= sized | {"global_pool": "avg", "use_fc_norm": False}
+        if is_model_in_modules(name, ["eva"]):
+            made["use_post_transformer_norm"] = True  # some have none: Perception Encoder, spatial
+    elif is_model_in_modules(name, ["cait"]):
+        made |= sized | {"global_pool": "avg"}
     elif is_model_in_modules(name, ["hiera"]):
-        made["img_size"] = [height, width]
+        made |= sized
         if patch_size is not None:
             made["patch_stride"] = [patch_size, patch_size]
     elif config and config.fixed_input_size:
-        made["img_size"] = [height, width]
-        if patch_size is not None:
-            made["patch_size"] = patch_size
+        made |= sized
     elif patch_size is not None:
         raise InputError(f"patch_size: '{name}' has no patches; leave --patch-size away")
+    if patch_size is not None:
+        if convolved:
+            raise InputError(f"patch_size: '{name}' makes its tokens by convolutions; leave --patch-size away")
+        if "patch_stride" not in made:
+            made["patch_size"] = patch_size
     patch = made.get("patch_size", _own_patch_size(name))
     if patch and (height % patch or width % patch):
         raise InputError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from timm.models.naflexvit import NaFlexVit
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from underpaint.backbones.eva import Turns
@@ -26,8 +26,6 @@ class NaFlex(Plain):
     """
 
     def __init__(self, model: NaFlexVit, image_size: tuple[int, int]):
-        if isinstance(model.norm, nn.Identity):
-            raise ValueError("this transformer lacks a final norm behind its blocks: --set encoder.final_norm=true")
         super().__init__(model, image_size)
         self.turns = Turns(model.rope, self.grid(*self.image_size))
 

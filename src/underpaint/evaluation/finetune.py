@@ -45,18 +45,21 @@ from underpaint.train.schedules import Duration, Schedule
 
 
 def classifier(bundle: EncoderBundle, classes: int, drop_path: float, head_scale: float) -> nn.Module:
-    """timm's own network with a head on the exported feature, started from the encoder's weights."""
+    """timm's own network with a head on the exported feature (of a distilled DeiT two, on its tokens of class and
+    distillation), started from the encoder's weights."""
     arguments = with_drop_path(copy.deepcopy(bundle.arguments) | {"num_classes": classes}, drop_path)
     model: Any = create_model(arguments)
     matched = fill(model, bundle.weights())
-    head: Any = model.get_classifier()
-    own = tuple(name for name, module in model.named_modules() if module is head)
+    found: Any = model.get_classifier()
+    heads = [getattr(head, "fc", head) for head in (found if isinstance(found, tuple) else [found])]
+    own = tuple(name for name, module in model.named_modules() if module in heads)
     left = [name for name in matched.untouched if not name.startswith(own)]
     if left:
         raise InputError(f"{bundle.name}: no weights for {', '.join(left[:3])} of the network to be fine-tuned")
     with torch.no_grad():
-        head.weight.normal_(std=head_scale) if head_scale < 1 else None
-        head.bias.zero_()
+        for head in heads:
+            head.weight.normal_(std=head_scale) if head_scale < 1 else None
+            head.bias.zero_()
     return model
 
 
