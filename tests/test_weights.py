@@ -650,6 +650,8 @@ def test_positions_of_a_rectangle_are_known_for_what_they_are(tmp_path: Path) ->
         "convnextv2_nano",
         "resnet50",
         "resnet34",
+        "vit_base_patch16_clip_224",
+        "deit3_small_patch16_224",
     ],
 )
 def test_networks_are_told_by_names_and_shapes(name: str) -> None:
@@ -658,13 +660,33 @@ def test_networks_are_told_by_names_and_shapes(name: str) -> None:
         state = timm.create_model(name, num_classes=0).state_dict()
     found = network_of(state)
     assert found is not None
-    if not name.startswith("vit_small_patch14"):
+    if not re.search("dinov2|clip|deit3", name):
         assert found["name"] == name
     settings = {key: value for key, value in found.items() if key not in ("name", "image_size", "patch_size")}
     sized = {"img_size": found["image_size"], "patch_size": found["patch_size"]} if "patch_size" in found else {}
     with torch.device("meta"):
         made = timm.create_model(found["name"], num_classes=0, **settings, **sized).state_dict()
     assert {name: value.shape for name, value in made.items()} == {name: value.shape for name, value in state.items()}
+
+
+@pytest.mark.quick
+def test_networks_that_are_not_known_are_not_guessed() -> None:
+    for name in ("hiera_tiny_224", "eva02_tiny_patch14_224", "efficientnet_b0"):
+        with torch.device("meta"):
+            assert network_of(timm.create_model(name, num_classes=0).state_dict()) is None
+
+
+def test_the_teacher_is_taken_of_two(tmp_path: Path) -> None:
+    """As DINO's checkpoints have them, with heads of their own."""
+    original = vit()
+    state = of(original)
+    weights = renamed(state, ("^", "student.backbone.")) | renamed(state, ("^", "teacher.backbone."))
+    weights = {
+        name: torch.randn_like(value) if name.startswith("student") else value for name, value in weights.items()
+    }
+    weights["teacher.dino_head.mlp.0.weight"] = torch.randn(4, 64)
+    matched = equal(saved(tmp_path, weights), original, vit())
+    assert "head of pretraining: not part of an encoder (1)" in str(matched)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def network_of(weights: Mapping[str, Tensor]) -> Network | None:
     """What `create_arguments` would take to make the network of a file: `name`, `image_size`, `patch_size` and what its name
     does not say of it. By names and shapes; None where they are of no family that is known here.
 
-    The width of an attention's heads cannot be seen: it is 64, or 80 of a ViT-H/14 that is 1280 wide.
+    The width of an attention's heads cannot be seen: it is 64, or 80 of a ViT-H/14 that is 1280 wide, 88 of a ViT-g/14 that is 1408 wide.
     """
     for prefix in prefixes(weights):
         named = as_timm(without(weights, prefix))
@@ -307,6 +307,8 @@ def _vit(weights: Mapping[str, Tensor]) -> Network | None:
     if projection is None or not depth or projection.ndim != 4:
         return None
     width, patch = projection.shape[0], projection.shape[2]
+    if any(weights[name].shape[-1] != width for name in weights if re.match(r"blocks\.\d+\.norm1\.weight", name)):
+        return None  # wider from stage to stage: Hiera's
     table = weights.get(
         "blocks.0.attn.relative_position_bias_table", weights.get("rel_pos_bias.relative_position_bias_table")
     )
@@ -317,7 +319,7 @@ def _vit(weights: Mapping[str, Tensor]) -> Network | None:
     heads = max(1, width // 64)
     if table is not None:
         heads = table.shape[1]
-    elif width == 1280 and patch == 14:
+    elif width in (1280, 1408) and patch == 14:
         heads = 16
     kind = VITS.get(width, "base")
     default = {"embed_dim": width if width in VITS else None, "depth": DEPTHS[kind], "num_heads": HEADS[kind]}
@@ -329,6 +331,9 @@ def _vit(weights: Mapping[str, Tensor]) -> Network | None:
         name = DINOV3.get(width, "vit_small_patch16_dinov3")
         if registers != 4:
             said["num_reg_tokens"] = registers
+        bias = weights.get("blocks.0.attn.qkv.bias")
+        if bias is not None and (bias[:width].any() or bias[-width:].any()):
+            said["qkv_bias"] = True
         if (fitting := weights.get("blocks.0.mlp.fc1.weight")) is not None and fitting.shape[0] != 4 * width:
             said["mlp_ratio"] = fitting.shape[0] / width
         return {"name": name, "image_size": (256, 256), "patch_size": patch} | _differing(said, default)
@@ -352,6 +357,10 @@ def _vit(weights: Mapping[str, Tensor]) -> Network | None:
         sides = [round((count - prefix) ** 0.5) for prefix in (1, 0, 1 + registers)]
         fitting = [side for side, prefix in zip(sides, (1, 0, 1 + registers), strict=True) if side**2 == count - prefix]
         size = (fitting[0] * patch, fitting[0] * patch) if fitting else size
+        if "cls_token" in weights and fitting and fitting[0] ** 2 == count:
+            said["no_embed_class"] = True
+    if "norm_pre.weight" in weights:
+        said["pre_norm"] = True
     if "cls_token" not in weights:
         said |= {"class_token": False}
     if registers:
@@ -360,13 +369,13 @@ def _vit(weights: Mapping[str, Tensor]) -> Network | None:
     if scale is not None:
         said["init_values"] = 0.1 if "blocks.0.gamma_1" in weights else 1e-5
     inner, outer = weights["blocks.0.mlp.fc1.weight"].shape[0], weights["blocks.0.mlp.fc2.weight"].shape[1]
-    if inner == 2 * outer:
-        said |= {"mlp_layer": "swiglu"}
-    elif inner != 4 * width:
+    if inner == 2 * outer:  # a gated MLP, of which one is known
+        if (width, depth) != (1536, 40):
+            return None
+        name = f"vit_giant_patch14_{'reg4_' if registers else ''}dinov2"
+        return {"name": name, "image_size": size, "patch_size": patch}
+    if inner != 4 * width:
         said["mlp_ratio"] = inner / width
-    if said.pop("mlp_layer", None):
-        registered = "reg4_" if registers else ""
-        return {"name": f"vit_giant_patch14_{registered}dinov2", "image_size": size, "patch_size": patch}
     name = VIT_NAMES.get(kind, f"vit_{kind}_patch16_224")
     return {"name": name, "image_size": size, "patch_size": patch} | _differing(said, default)
 
