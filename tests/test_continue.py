@@ -10,7 +10,7 @@ import yaml
 from conftest import write_pictures
 from forked import CommandLine
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_methods import photographs, small
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor], start: str = "enc
 
 @pytest.mark.quick
 def test_each_layer_has_its_rate() -> None:
-    """The whole above the blocks and beside the encoder; a block 0.5 times what the one above it has, the patches the least."""
+    """The whole above the encoder; a block 0.5 times what the one above it has, the patches the least."""
     current = stepper(layer_decay=0.5, weight_decay=0.1)
     names = {parameter: name for name, parameter in current.task.named_parameters()}
     found = {}
@@ -59,7 +59,7 @@ def test_each_layer_has_its_rate() -> None:
             bare = parameter.dim() <= 1 or name.endswith(("_token", "pos_embed"))
             assert group["weight_decay"] == (0.0 if bare else 0.1), name
     assert {name for p, name in names.items() if p.requires_grad} == set(found)
-    wanted = {"patch_embed": 0.125, "blocks.0.": 0.25, "blocks.1.": 0.5, "model.norm": 1.0, "decoder": 1.0}
+    wanted = {"patch_embed": 0.125, "blocks.0.": 0.25, "blocks.1.": 0.5, "model.norm": 0.5, "decoder": 1.0}
     for part, share in wanted.items():
         rates = {rate for name, rate in found.items() if part in name and (part == "decoder" or "encoder" in name)}
         assert sorted(rates) == pytest.approx([0.01 * share]), part
@@ -190,6 +190,17 @@ def test_going_on_keeps_what_is_frozen_and_ends_the_same_when_it_was_killed(
     assert again.status == 0, again.error
     assert "going on from step 1 of 3" in again.out + again.error
     assert all(torch.equal(value, last[name]) for name, value in weights(tmp_path / "killed").items())
+    # what it is pulled to is read again, and has to be what it was
+    for run, other in (
+        (tmp_path / "whole", {**first, "norm.bias": first["norm.bias"] + 1}),
+        (tmp_path / "killed", first),
+    ):
+        save_file(other, start / "encoder.safetensors")
+        ended = server(*going_on(start, run, *more))
+        if run.name == "whole":
+            assert ended.status == 2
+            assert "these are other weights than those that the run is pulled to" in ended.error.splitlines()[-1]
+    assert ended.status == 0, ended.error
     lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
 
@@ -197,7 +208,7 @@ def test_going_on_keeps_what_is_frozen_and_ends_the_same_when_it_was_killed(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--set", "optimiser.freeze=5"), "optimiser.freeze: 5; it must be at most 4 for this encoder"),
+        (("--set", "optimiser.freeze=5"), "optimiser.freeze: 5; it must be at most 3 for this encoder"),
         (("--set", "optimiser.layer_decay=0"), "optimiser.layer_decay: 0; it must be above 0 and at most 1"),
         (("--set", "optimiser.pull=-1"), "optimiser.pull: -1; it must be at least 0"),
     ],

@@ -3,6 +3,7 @@
 What is measured is written into the recipe, so that a run that goes on decides nothing again.
 """
 
+import hashlib
 import math
 import shutil
 import time
@@ -155,6 +156,24 @@ def construct(recipe: Recipe, run: Run | None = None) -> Constructed:
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # the last of sizes below 0
         raise InputError(f"method {recipe.method['name']}: {error}") from error
     return Constructed(method, arguments, matched, statistics, start)
+
+
+def check_start(constructed: Constructed, recipe: Recipe) -> None:
+    """That a run which is pulled to its start goes on with the start that it had; notes what that is.
+
+    Raises:
+        InputError: it is another one.
+    """
+    if not recipe.optimiser.pull:
+        return
+    found = hashlib.sha256()
+    for name, value in constructed.method.encoder.state_dict().items():
+        found.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    if recipe.measured.setdefault("start", found.hexdigest()) != found.hexdigest():
+        raise InputError(
+            f"--init {recipe.init}: these are other weights than those that the run is pulled to (optimiser.pull); "
+            "put back what was there, or begin a new --out"
+        )
 
 
 def standardized(constructed: Constructed, images: ImageSet, shout: Shout) -> Standardize:

@@ -28,6 +28,7 @@ from underpaint.planning import planned, told
 from underpaint.prepare import (
     Opened,
     Session,
+    check_start,
     check_unchanged,
     construct,
     decide,
@@ -182,6 +183,7 @@ def _session(
     main = fabric.is_global_zero
     shout = say if main and stop_at is None else silent  # a comparison has said it once
     constructed = construct(recipe, run)
+    check_start(constructed, recipe)
     if constructed.matched:
         shout(constructed.matched)
     if opened is None:

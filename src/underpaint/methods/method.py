@@ -75,8 +75,8 @@ class Method(Trainable, Generic[N]):
         """timm's: no decay on biases, norms, positions, class and mask tokens.
 
         Args:
-            layer_decay: the rate of a layer of the encoder, times that of the layer above it. What is above its last block
-                has the whole rate, as all that is not the encoder's.
+            layer_decay: the rate of a layer of the encoder, times that of the layer above it. What is not the encoder's is
+                above its last layer, and has the whole rate.
 
         Raises:
             ValueError: the encoder's layers are not known, where `layer_decay` is not 1.
@@ -90,10 +90,10 @@ class Method(Trainable, Generic[N]):
         if layer_decay == 1:
             return [{**group, "lr": lr} for group in groups]
         layers = layers_of(self.encoder)
-        highest, apart = max(layers.values()), dict[tuple[int, int], dict[str, Any]]()
+        above, apart = max(layers.values()) + 1, dict[tuple[int, int], dict[str, Any]]()
         for number, group in enumerate(groups):
             for parameter in group["params"]:
-                down = highest - layers.get(parameter, highest)
+                down = above - layers.get(parameter, above)
                 made = apart.setdefault((down, number), {**group, "params": [], "lr": lr * layer_decay**down})
                 made["params"].append(parameter)
         return [apart[key] for key in sorted(apart)]  # the whole rate first
@@ -152,7 +152,7 @@ class Method(Trainable, Generic[N]):
 
 def layers_of(encoder: Backbone) -> dict[nn.Parameter, int]:
     """The layer of each weight of an encoder's network, as timm numbers them: 0 is what is below the first block, then come
-    the blocks, then, where there is something, what is above them.
+    the blocks; a norm behind the last one belongs to it.
 
     Raises:
         ValueError: timm does not say it of this network.
@@ -170,7 +170,7 @@ def freeze(encoder: Backbone, blocks: int) -> None:
     """Keep the first blocks of an encoder, and what is below them, as they are. Batch norms there still take statistics.
 
     Raises:
-        ValueError: it has no more blocks than that; its layers are not known.
+        ValueError: the last block would be among them; its layers are not known.
     """
     if not blocks:
         return

@@ -140,7 +140,13 @@ def settled(data: str | Path, out: Path, recipe: str | Recipe | None) -> tuple[R
     if stored is None:
         if chosen != given:
             chosen["measured"] = {}  # measured on other data
-        for name in ("tokenizer", "steps_before", "warm_again", "statistics"):  # of the run that this recipe is from
+        for name in (
+            "tokenizer",
+            "steps_before",
+            "warm_again",
+            "statistics",
+            "start",
+        ):  # of the run that this recipe is from
             chosen["measured"].pop(name, None)
         return checked(chosen), False
     chosen["measured"] = plain(stored)["measured"]
