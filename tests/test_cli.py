@@ -92,7 +92,7 @@ def test_help_shows_defaults_and_units(capsys: Any) -> None:
         (["pretrain", "DATA", "--out", "OUT", "--batch-size", "0"], "must be at least 1"),
         (
             ["pretrain", "DATA", "--out", "OUT", "--set", "encoder.fc_norm=true"],
-            "cannot be used: this vision transformer",
+            "cannot be used: this transformer lacks a final norm",
         ),
         (["pretrain", "DATA", "--out", "OUT", "--init", "absent.pth"], "no such file"),
         (["report", "DATA"], "no recipe.yaml"),
