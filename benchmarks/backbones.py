@@ -6,8 +6,9 @@
 
 Images of 64 px (the column `image`), batches of 16, 20 steps of AdamW at 1e-3, gradients clipped at 1 as in a run. Of each pair docs/results/backbones.json
 has: the loss of the first and of the last three steps over its baseline; seconds a step (median) and the share of the matrix
-rate that its counted FLOPs reach; how a network with feature maps is kept from hidden places ("empty": `visible.py`; "input":
-hidden pixels are at the mean, and no more); and the leak: hidden pixels are changed, and the largest change of what is said
+rate that its counted FLOPs reach; how hidden places are kept from what is learned ("visible": the network runs on the others
+alone; "empty": `visible.py`; "input": hidden pixels are at the mean, and no more; "token", "colour": a learned one is in their
+place); and the leak: hidden pixels are changed, and the largest change of what is said
 of them over the largest number said, which must be 0. Of a pair that cannot be it has the sentence that a user gets.
 """
 
@@ -28,10 +29,10 @@ from step import counted_flops, matrix_rate
 from torch import Tensor
 
 import underpaint
-from underpaint.backbones.maps import MapBackbone, Stages
+from underpaint.backbones.maps import Stages
 from underpaint.errors import InputError
 from underpaint.masking import hidden_map
-from underpaint.methods import CAE, CIM, METHODS, BEiT, Energy, LocalMIM
+from underpaint.methods import CAE, CIM, METHODS, BEiT, Energy, LocalMIM, SimMIM
 from underpaint.tokenizers import sample_patches
 
 ROOT = Path(__file__).parents[1]
@@ -154,15 +155,24 @@ def train(method: Any, optimiser: torch.optim.Optimizer, batch: Tensor, noise: A
     told.append(loss / float(terms["baseline"]))
 
 
+def how(method: Any) -> str:
+    """How hidden places are kept from what is learned; empty for a method that hides none from its encoder."""
+    walk, encoder = getattr(method, "walk", None), method.encoder
+    if walk is not None:
+        return "visible" if type(walk) is not Stages else "empty" if walk.sound else "input"
+    if isinstance(method, CAE):
+        return "visible"
+    if isinstance(method, SimMIM | BEiT):
+        return "colour" if encoder.token_dim == encoder.channels else "token"
+    return ""
+
+
 def pair(family: str, name: str, images: Tensor, rate: float, steps: int = STEPS) -> dict[str, Any]:
     """What is found of one method on one family."""
     try:
         method = built(family, name, images)
     except (InputError, ValueError, TypeError) as error:
         return {"refused": str(error)}
-    walk = getattr(method, "walk", None)
-    whole = isinstance(method.encoder, MapBackbone) and name in ("simmim", "beit")
-    how = ("empty" if walk.sound else "input") if isinstance(walk, Stages) else "colour" if whole else ""
     size, generator = len(images) - BATCH, torch.Generator().manual_seed(0)
     first = method.sample(BATCH, SIZE, SIZE, generator)
     method.calibrate(images[:BATCH], first)
@@ -187,7 +197,7 @@ def pair(family: str, name: str, images: Tensor, rate: float, steps: int = STEPS
         "seconds": round(took, 4),
         "floor": round(flops / rate, 4),
         "leak": leak(method, images[:2]),
-        "hidden": how,
+        "hidden": how(method),
     }
     return found
 
@@ -203,8 +213,8 @@ steps of {BATCH} photographs of {SIZE} px. A cell has the loss over its trivial 
 the share of the matrix rate that a step reaches. 20 steps say that a pair trains, and nothing about what it is worth.
 
 Hidden pixels were changed in each: {"nothing that is said of hidden places changed, to the last bit, in any" if not leaks else "what is said changed in " + ", ".join(leaks)}.
-"e": hidden places are empty in the whole network; "i": hidden pixels are at the mean of the data, and no more, since the network
-carries more than that from place to place; "c": a learned colour stands there.
+v: the network runs on visible places alone; e: hidden places are empty in the whole network; i: hidden pixels are at the mean of
+the data, and no more, since the network carries other things from place to place; t, c: a learned token or colour stands there.
 
 | family | {" | ".join(SEVEN)} |
 |---|{"---|" * len(SEVEN)}

@@ -116,6 +116,7 @@ class Case(NamedTuple):
     flags: tuple[str, ...]
     settings: tuple[str, ...]
     labelled: bool  # whether it sees the labels of its images
+    used: bool = False  # whether its run is used, too: of each method and of each family one; all others are slow
 
 
 def cases() -> Iterator[Case]:
@@ -130,7 +131,9 @@ def cases() -> Iterator[Case]:
                 encoder, cuts = FAMILIES[family]
                 name = "-".join(part for part in (method, choice, family) if part)
                 # probes take the most of the time, and ask nothing of a method but its encoder
-                yield Case(name, ("--method", method, "--encoder", encoder), (*cuts, *settings), family not in seen)
+                first = family not in seen
+                flags, used = ("--method", method, "--encoder", encoder), first or (family == "vit" and not place)
+                yield Case(name, flags, (*cuts, *settings), first, used)
                 seen.add(family)
 
 
@@ -306,11 +309,23 @@ def test_from_images_to_a_judged_encoder_by_commands(
 ) -> None:
     run = tmp_path / "run"
     check_training(server, case, run, tmp_path, told(case, labelled, unlabelled))
-    if case.name in RECIPES:
-        return  # its run is used as that of its method and family
+    if case.used:
+        check_uses(server, run, tmp_path, labelled, tasks_of(case))
+
+
+def tasks_of(case: Case) -> list[str]:
     mixture = "method.corruption=mixture" in case.settings
-    tasks = ["mask", "shuffle", "downsample", "noise", "gray"] if mixture else ["mask"]
-    check_uses(server, run, tmp_path, labelled, tasks)
+    return ["mask", "shuffle", "downsample", "noise", "gray"] if mixture else ["mask"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases() if not case.used])
+def test_the_runs_of_all_others_are_used(
+    case: Case, server: CommandLine, labelled: Path, unlabelled: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    worked(server(*told(case, labelled, unlabelled), "--out", run))
+    check_uses(server, run, tmp_path, labelled, tasks_of(case))
 
 
 REFUSED = {
