@@ -577,7 +577,7 @@ def test_a_method_that_cannot_serve_the_encoder_is_reported(pictures: Path, tmp_
     result = compare(
         pictures,
         tmp_path / "which",
-        methods=["mae", "energy"],
+        methods=["cae", "energy"],
         minutes=0.02,
         seeds=1,
         encoder="resnet18",
@@ -587,8 +587,8 @@ def test_a_method_that_cannot_serve_the_encoder_is_reported(pictures: Path, tmp_
         clock=machine(lambda now: 0.01),
     )
     assert result["rows"][0]["name"] == "energy"
-    assert "MAE" in result["left_out"]["mae"]  # said by the method, or under test by the checker of types
-    assert any(sentence.startswith("mae was left out") for sentence in result["verdict"])
+    assert "CAE" in result["left_out"]["cae"]  # said by the method, or under test by the checker of types
+    assert any(sentence.startswith("cae was left out") for sentence in result["verdict"])
 
 
 def test_the_time_of_a_tokenizer_is_told_and_not_part_of_the_minutes(pictures: Path, tmp_path: Path) -> None:

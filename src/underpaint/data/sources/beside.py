@@ -56,6 +56,7 @@ def beside(names: Sequence[str]) -> list[Beside]:
                     taken.add(mask)
     if len(suffixes) > 1:
         common = suffixes.most_common(1)[0][0]
+        ranks = {suffix: LOSSLESS.index(suffix) if suffix in LOSSLESS else len(LOSSLESS) for suffix in suffixes}
         rare: dict[str, list[str]] = {}  # no more than half of the names, whatever the others are
         for name in names:
             stem, _, suffix = name.rpartition(".")
@@ -66,16 +67,12 @@ def beside(names: Sequence[str]) -> list[Beside]:
             if suffix.lower() != common or name in taken:
                 continue
             for other in rare.get(stem, ()):
-                mask, image = sorted((name, other), key=_rank)
-                own, its = (each.rpartition(".")[2].lower() for each in (mask, image))
-                if own in LOSSLESS and own != its:
+                mask, image, own, its = name, other, common, other.rpartition(".")[2].lower()
+                if ranks[its] < ranks[own]:
+                    mask, image, own, its = other, name, its, own
+                if ranks[own] < len(LOSSLESS) and own != its:
                     found.setdefault(f"{own} beside {its}", {})[mask] = image
     return [Beside(kind, found[kind]) for kind in sorted(found)]
-
-
-def _rank(name: str) -> int:
-    suffix = name.rpartition(".")[2].lower()
-    return LOSSLESS.index(suffix) if suffix in LOSSLESS else len(LOSSLESS)
 
 
 def masks_beside(names: Sequence[str], read: Callable[[str], bytes], notes: list[str]) -> set[str]:
