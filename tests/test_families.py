@@ -60,8 +60,10 @@ def test_a_pair_trains_and_does_not_leak(family: str, backbones: Any, images: Te
     assert found["after"] < found["before"]
 
 
-def test_a_pair_that_cannot_be_says_why(backbones: Any, images: Tensor) -> None:
-    assert backbones.pair("RegNet", "cae", images, rate=1e11)["refused"].startswith("CAE needs a plain transformer")
+def test_a_pair_that_cannot_be_says_why(backbones: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backbones.FAMILIES, "ViTamin", ("vitamin_small_224", {"patch_size": 8}))
+    found = backbones.pair("ViTamin", "mae", images, rate=1e11)
+    assert found["refused"].startswith("patch_size: 'vitamin_small_224' makes its tokens by convolutions")
 
 
 def test_a_leak_would_be_seen(backbones: Any, images: Tensor) -> None:
