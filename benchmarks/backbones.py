@@ -205,10 +205,12 @@ def pair(family: str, name: str, images: Tensor, rate: float, steps: int = STEPS
 def page(found: dict[str, dict[str, Any]]) -> str:
     pairs = {key: row for key, row in found.items() if key != "machine"}
     served = sum("refused" not in row for row in pairs.values())
+    missing = len(FAMILIES) * len(SEVEN) - len(pairs)
     leaks = [key for key, row in pairs.items() if row.get("leak")]
     text = f"""# Methods on families of encoders
 
-Made by `benchmarks/backbones.py` ({found["machine"]["text"]}). {served} of {len(pairs)} pairs are served. Each was trained for {STEPS}
+Made by `benchmarks/backbones.py` ({found["machine"]["text"]}). {served} of {len(pairs)} pairs that were run are served; {missing} were
+not run yet. Each was trained for {STEPS}
 steps of {BATCH} photographs of {SIZE} px. A cell has the loss over its trivial baseline in the first and in the last three steps, then
 the share of the matrix rate that a step reaches. 20 steps say that a pair trains, and nothing about what it is worth.
 
