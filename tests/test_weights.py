@@ -20,7 +20,7 @@ from torch.nn import functional
 import underpaint
 from underpaint.backbones import create_arguments, from_arguments, init_from, save_encoder
 from underpaint.backbones.layouts import network_of
-from underpaint.backbones.weights import fill, read_weights
+from underpaint.backbones.weights import fill, read_start, read_weights
 from underpaint.cli import main
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import open_bundle
@@ -824,3 +824,13 @@ def test_a_file_that_does_not_fit_ends_a_command_in_one_line(
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0
     assert "--encoder vit_base_patch16_224 --patch-size 8 --set encoder.embed_dim=64" in error
+
+
+def test_a_folder_whose_description_makes_no_sense_is_read_by_its_weights(tmp_path: Path) -> None:
+    tiny = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=0)
+    save_file(tiny.state_dict(), tmp_path / "model.safetensors")
+    described = {"model_type": "vit", "hidden_size": "wide", "num_attention_heads": 3, "image_size": [32]}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    found = read_start(str(tmp_path))
+    assert found.network is not None
+    assert found.network["num_heads"] == 3

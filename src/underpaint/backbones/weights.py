@@ -273,8 +273,8 @@ def _of_hub(folder: Path) -> Found:
         statistics = _numbers(found.get("image_mean"), found.get("image_std"))
     network_found = network_of(weights)
     if network_found is not None and kind not in ("swin", "swinv2", "resnet", "convnext", "convnextv2"):
-        size, heads = config.get("image_size"), config.get("num_attention_heads")
-        if isinstance(heads, int) and heads != max(1, int(config.get("hidden_size") or 0) // 64):
+        size, heads, width = (config.get(name) for name in ("image_size", "num_attention_heads", "hidden_size"))
+        if isinstance(heads, int) and heads != max(1, width // 64 if isinstance(width, int) else 0):
             network_found["num_heads"] = heads
         if isinstance(size, int):
             network_found["image_size"] = (size, size)
