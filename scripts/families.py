@@ -5,7 +5,7 @@
 CIFAR10 is a folder with train.parquet and test.parquet. Of each family a small network for 32 px is pretrained by four methods
 under one wall-clock (`underpaint compare`), then fine-tuned with 10 % of the labels, its rate chosen by a held-out part of
 them, beside the same network from scratch (`underpaint evaluate`). What is there already is not run again. The results are
-docs/results/families.json, and a table of them is printed.
+docs/results/families.json.
 """
 
 import argparse
@@ -75,16 +75,13 @@ def measured(data: Path, work: Path, family: str, minutes: float, tuning: float)
         out,
     )
     found = json.loads((out / "compare.json").read_text())
-    tuned = {}
-    for run in sorted(path.parent for path in out.rglob("encoder.json")):
-        place = out / "tuned" / run.relative_to(out)
-        if not (place / "results.json").is_file():
-            underpaint(
-                *("evaluate", run, "--data", data, "--task", "finetune", "--label-fraction", "0.1"),
-                *("--minutes", f"{tuning:g}", "--out", place),
-            )
-        tuned[str(run.relative_to(out))] = json.loads((place / "results.json").read_text())
-    return {"compare": found, "finetune": tuned}
+    first, *others = (out / "runs" / f"{method}-0" for method in METHODS)
+    beside = [word for run in others for word in ("--beside", run)]
+    # one layer decay for all, so that the time to choose in goes to the rate
+    tasks = ("--task", "finetune", "--label-fraction", "0.1", "--set", "layer_decay=1", "--minutes", f"{tuning:g}")
+    underpaint("evaluate", first, *beside, "--data", data, *tasks, "--out", out / "tuned")
+    tuned = json.loads((out / "tuned" / "results.json").read_text())["tasks"]["finetune"]
+    return {"compare": found, "finetune": {"rows": tuned["rows"], "gains": tuned.get("gains"), "verdict": tuned.get("verdict")}}
 
 
 def main() -> None:

@@ -518,3 +518,16 @@ def test_batch_norms_and_compiled_regions_go_together() -> None:
     for _ in range(2):
         torch.testing.assert_close(compiled(images, noise).loss, twin(images, noise).loss, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(method.norms[0].running_mean, twin.norms[0].running_mean)
+
+
+def test_hard_activations_are_differentiated_twice() -> None:
+    """MobileNetV3's: torch's have no second derivative. Their values stay."""
+    torch.manual_seed(0)
+    encoder = underpaint.encoder("mobilenetv3_small_100", image_size=32)
+    images = torch.randn(2, 3, 32, 32)
+    before = encoder.eval()(images).pooled
+    method = underpaint.Energy(encoder, mask_patch_size=8)
+    assert torch.allclose(before, encoder.eval()(images).pooled, atol=1e-6)
+    method.train()(images).loss.backward()
+    gates = [p.grad for name, p in encoder.named_parameters() if ".se." in name and p.grad is not None]
+    assert any(bool(grad.abs().sum() > 0) for grad in gates)

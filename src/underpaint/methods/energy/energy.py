@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from timm.layers.activations import HardSigmoid, HardSwish
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -37,6 +38,18 @@ CORRUPTIONS: dict[str, Callable[["Energy"], Corruption]] = {
     "noise": lambda energy: AddNoise(energy.encoder.channels),
     "gray": lambda energy: Gray(),
 }
+
+
+# torch's own have no second derivative; timm's say the same by a clamp, which has one
+TWICE: dict[type[nn.Module], type[nn.Module]] = {nn.Hardsigmoid: HardSigmoid, nn.Hardswish: HardSwish}
+
+
+def twice_differentiable(encoder: nn.Module) -> None:
+    """Put activations that have a second derivative in the place of those that have none, with the same values."""
+    for parent in encoder.modules():
+        for name, child in list(parent.named_children()):
+            if made := TWICE.get(type(child)):
+                setattr(parent, name, made())
 
 
 class Corrupting(NamedTuple):
@@ -88,6 +101,7 @@ class Energy(Descent[Corrupting]):
 
     def __post_init__(self) -> None:
         encoder = self.encoder
+        twice_differentiable(encoder)
         self.norms = batch_norms(encoder)
         if len(self.norms) < sum(isinstance(module, _BatchNorm) for module in encoder.modules()):
             raise ValueError(
