@@ -209,8 +209,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     leaks = [key for key, row in pairs.items() if row.get("leak")]
     text = f"""# Methods on families of encoders
 
-Made by `benchmarks/backbones.py` ({found["machine"]["text"]}). {served} of {len(pairs)} pairs that were run are served; {missing} were
-not run yet. Each was trained for {STEPS}
+Made by `benchmarks/backbones.py` ({found["machine"]["text"]}). {served} of {len(pairs)} pairs that were run are served{f"; {missing} were not run yet" if missing else ""}. Each was trained for {STEPS}
 steps of {BATCH} photographs of {SIZE} px. A cell has the loss over its trivial baseline in the first and in the last three steps, then
 the share of the matrix rate that a step reaches. 20 steps say that a pair trains, and nothing about what it is worth.
 
