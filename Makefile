@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 # without the shape-checking hook, under which nothing compiles
 UNHOOKED := -o addopts="-q --strict-markers -p no:cacheprovider"
 
-.PHONY: install demo test check test-slow docs bench format
+.PHONY: install demo test check test-slow lowest docs bench format
 
 install: .venv/.installed
 
@@ -31,6 +31,17 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m "slow" $(UNHOOKED) --durations 10
+
+# a quick part of the tests with the oldest torch that serves, and another Python
+LOWEST := .venv-lowest
+lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 --dist loadgroup -m "quick and not slow and not unhooked" tests/test_methods.py tests/test_train.py tests/test_plain.py tests/test_swin.py tests/test_visible.py tests/test_data_loader.py
+
+$(LOWEST)/.installed: install pyproject.toml constraints.txt
+	$(BIN)/uv venv --quiet --clear --no-python-downloads --python 3.12 $(LOWEST)
+	grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' constraints.txt > $(LOWEST)/constraints.txt
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --constraint $(LOWEST)/constraints.txt "torch==2.11.*" --editable ".[dev]"
+	touch $@
 
 # the documentation's examples, executed
 docs: install

@@ -10,20 +10,25 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 from underpaint.data import Batch
 from underpaint.errors import InputError
+from underpaint.masking import each_tensor
 from underpaint.methods import Method
 from underpaint.train.stepper import Stepper
 
@@ -54,35 +59,63 @@ class Cost:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up torch's own FLOP formulas, and notes what is made on the way forward. (FlopCounterMode also tracks modules,
-    and hooks of saved tensors see what is kept: torch.func.grad forbids both.)"""
+    """Adds up torch's own FLOP formulas, and the bytes that are held at once. (FlopCounterMode also tracks modules, and hooks
+    of saved tensors see what is kept: torch.func.grad forbids both.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.flops, self.made, self.forward = 0, dict[int, int](), True
+        self.flops, self.held, self.most = 0, 0, 0
+        self.storages: Any = WeakIdKeyDictionary()
+        for tensor in known:
+            self.storages[tensor.untyped_storage()] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        if self.forward:
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):  # by its place: what is freed is made use of again
-                    storage = tensor.untyped_storage()
-                    self.made[storage.data_ptr()] = storage.nbytes()
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.storages:
+                self.storages[storage] = None
+                self.held += (held := storage.nbytes())
+                weakref.finalize(storage, self._free, held)
+                self.most = max(self.most, self.held)
         return out
+
+    def _free(self, held: int) -> None:
+        self.held -= held
+
+
+@contextmanager
+def _faked(mode: FakeTensorMode, module: nn.Module) -> Iterator[None]:
+    """Inside, weights and buffers are fakes, which hold no numbers."""
+    places = [(held, name) for each in module.modules() for held in (each._parameters, each._buffers) for name in held]
+    before = [held[name] for held, name in places]
+    fakes: dict[int, Tensor] = {}  # a weight may be in two places
+    try:
+        for (held, name), value in zip(places, before, strict=True):
+            if value is not None:
+                if id(value) not in fakes:
+                    fakes[id(value)] = mode.from_tensor(value)
+                held[name] = fakes[id(value)]
+        yield
+    finally:
+        for (held, name), value in zip(places, before, strict=True):
+            held[name] = value
 
 
 def counted(method: Method, channels: int, size: tuple[int, int], images: int = 2) -> Cost:
-    """What a step of an untrained method costs, counted on the CPU by making one on noise; leaves gradients."""
-    with torch.random.fork_rng(devices=[]), _Counter() as counter:
-        for objective in method.parts(torch.randn(images, channels, *size)):
-            counter.forward = False
-            objective.loss.backward()
-    weights = sum(each.numel() for each in method.parameters() if each.requires_grad)
-    own = {each.untyped_storage().data_ptr() for each in method.state_dict().values()}
-    made = sum(held for place, held in counter.made.items() if place not in own)
-    return Cost(counter.flops / images, made / images, weights)
+    """What a step of an untrained method costs, counted by making one of noise on tensors without numbers: it takes seconds
+    and no memory, whatever the size of the network and the images."""
+    mode, weights = FakeTensorMode(), sum(each.numel() for each in method.parameters() if each.requires_grad)
+    noise, most = method.sample(images, *size), 0
+    with _faked(mode, method):
+        given = [mode.from_tensor(torch.empty(images, channels, *size)), each_tensor(noise, mode.from_tensor)]
+        with mode, _Counter([*method.parameters(), *method.buffers()]) as counter:
+            for number, objective in enumerate(method.parts(*given)):
+                if number == 0:
+                    most = counter.most  # before the way back, which makes gradients
+                objective.loss.backward()
+    return Cost(counter.flops / images, most / images, weights)
 
 
 def out_of_memory(error: BaseException) -> bool:
