@@ -17,12 +17,10 @@ import torch
 from asking import pretrain
 from conftest import word_file, write_pictures
 from forked import CommandLine
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from underpaint import load_encoder, pretraining
+from underpaint import load_encoder
 from underpaint.cli import main
 from underpaint.config import Length, Optimiser, Recipe
 from underpaint.errors import InputError, NotFinite
@@ -448,19 +446,14 @@ def test_compiling_is_no_part_of_the_time_of_any_turn(
     assert last["step"] >= 19
 
 
-def half(*_: Any) -> Fabric:
-    """float16 with its scaler, on a CPU."""
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu")])
-    fabric.launch()
-    return fabric
 
 
 def test_float16_trains_leaves_out_what_is_not_finite_and_keeps_its_scale(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretraining, "make_fabric", half)
     failing = Failing({(0, 2)}).into(monkeypatch)
-    given: dict[str, Any] = {"method": "mae", "steps": 6, "settings": SMALL, "probe_every": 1000, **TINY}
+    settings = SMALL | {"run.precision": "16"}
+    given: dict[str, Any] = {"method": "mae", "steps": 6, "settings": settings, "probe_every": 1000, **TINY}
     for stop_at in (0.3 * 3 + 0.15, 1e9):
         run = pretrain(plain, tmp_path / "run", stop_at=stop_at, clock=ticking(), **given)
     by = {step: state for _, step, state, *_ in failing.seen}

@@ -120,8 +120,13 @@ class Length:
         high=MINUTES,
     )
     seed: int = setting(0, "of everything random", low=0, below=SEEDS)
-    precision: Literal["auto", "32", "bf16", "16"] = setting("auto", "of the numbers")
+    precision: Literal["auto", "32", "bf16", "16"] = setting(
+        "auto", "of a network's products; auto is bf16 on a GPU that has it, else 32"
+    )
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile")
+    deterministic: bool = setting(
+        False, "on a GPU, only kernels that give the same numbers each time, which are slower; a CPU's always do"
+    )
     devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1, high=1_024)
     nodes: int = setting(1, "machines", low=1, high=65_536)
     probe_every: int | None = setting(None, "between probes", unit="steps", unset="a quarter of the run", low=1)

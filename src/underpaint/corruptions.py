@@ -61,7 +61,8 @@ def gray(images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height
     It weighs standardised channels, whose means and deviations differ little between colours of photographs.
     """
     channels = images.shape[1]
-    weights = images.new_tensor(LUMA if channels == 3 else [1 / channels] * channels)
+    shares = LUMA if channels == 3 else [1 / channels] * channels
+    weights = torch.stack([images.new_full((), share) for share in shares])  # made there: a copy would wait for the device
     return (images * weights.view(1, -1, 1, 1)).sum(1, keepdim=True).expand(-1, channels, -1, -1)
 
 

@@ -60,7 +60,7 @@ def planned(fabric: Fabric, opened: Opened, recipe: Recipe, said: Mapping[str, A
     Raises:
         InputError: no such encoder; sizes that do not go together.
     """
-    looked, machine = look(opened, recipe.data.max_pixels), machine_of(fabric)
+    looked, machine = look(opened, recipe.data.max_pixels), machine_of(fabric, recipe)
     if said is None:
         return Planned(recipe, {}, looked, machine, reading(opened, recipe, machine))
     if "init" in said:
@@ -110,12 +110,13 @@ def reading(opened: Opened, recipe: Recipe, machine: Machine) -> float:
     return (time.monotonic() - began) / tried * len(indices) / machine.cores
 
 
-def machine_of(fabric: Fabric) -> Machine:
-    """What a run computes on, with the rate of its matrix products measured."""
+def machine_of(fabric: Fabric, recipe: Recipe) -> Machine:
+    """What a run computes on, with the rate of matrix products in its precision measured."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = "cuda" if fabric.device.type == "cuda" else "cpu"
     name = f"{processor()}, {cores} cores" if kind == "cpu" else torch.cuda.get_device_name(fabric.device)
-    return Machine(kind, name, cores, fabric.world_size, matrix_rate(fabric) * fabric.world_size, memory(fabric.device))
+    rate = matrix_rate(fabric, recipe.measured.get("precision", "32"))
+    return Machine(kind, name, cores, fabric.world_size, rate * fabric.world_size, memory(fabric.device))
 
 
 def family_of(name: str) -> str:

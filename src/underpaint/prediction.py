@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from underpaint.backbones import from_arguments
+from underpaint.computing import autocast
 from underpaint.console import say
 from underpaint.data import eval_batches, open_source, stored_scaling
 from underpaint.errors import InputError
@@ -117,7 +118,8 @@ def embed(
         with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             batches = eval_batches(images, size=bundle.size, device=bundle.standardize.mean.device)
             for batch in counted(batches, "features", len(images)):
-                found = bundle.encoder(bundle.standardize(batch.images))
+                with autocast(batch.images.device):
+                    found = bundle.encoder(bundle.standardize(batch.images))
                 pooled = found.pooled.float().cpu().numpy()
                 vectors = pa.FixedSizeListArray.from_arrays(pa.array(pooled.reshape(-1)), dim)
                 made: list[Any] = [pa.array([utf8(images.names[k]) for k in batch.samples]), vectors]

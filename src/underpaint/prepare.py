@@ -18,7 +18,8 @@ import torch
 from lightning_fabric import Fabric
 from pyarrow import Table
 
-from underpaint.backbones import create_arguments, from_arguments, init_from
+from underpaint.backbones import Backbone, create_arguments, from_arguments, init_from
+from underpaint.computing import lay_out
 from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import (
@@ -395,6 +396,7 @@ def make_words(session: "Session", tokenizer: Tokenizer) -> dict[str, Any]:
                 duration=tokenizer_length(recipe, len(images)),
                 shout=session.shout,
                 clock=session.clock,
+                precision=recipe.measured.get("precision"),
             )
             found = make_ready(tokenizer, making)
             if not found["made"] and taken is not None:
@@ -421,6 +423,9 @@ def stepper_for(
     """What makes the steps of a recipe, on Fabric's device."""
     settings = recipe.optimiser
     standardize, method = standardize.to(fabric.device), method.to(fabric.device)
+    for part in method.modules():
+        if isinstance(part, Backbone | Tokenizer):
+            lay_out(part, fabric.device)
     try:
         groups = method.param_groups(peak_lr(recipe), settings.weight_decay, settings.layer_decay)
     except ValueError as error:
@@ -436,6 +441,7 @@ def stepper_for(
         _parts(recipe, settings.batch_size // fabric.world_size),
         settings.clip,
         recipe.run.seed,
+        precision=recipe.measured.get("precision", "32"),
         compiled=compiled,
     )
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ from lightning_fabric import Fabric
 
 from underpaint.backbones import save_encoder
 from underpaint.backbones.protocols import Backbone
+from underpaint.computing import repeatable
 from underpaint.config import Recipe
 from underpaint.console import quiet, say
 from underpaint.data import Batch, keep
@@ -56,6 +58,7 @@ from underpaint.train.stepper import Stepper
 
 # images that are restored at each probe, and their pixels at most: the page holds all of these pictures
 PICTURED, PICTURED_SIDE = 4, 160
+UNREPEATABLE = r"(\S+) does not have a deterministic implementation"  # torch's words
 
 
 def pretrain(
@@ -94,8 +97,10 @@ def pretrain(
     chosen, resumed = settled(data, run.path, asked(run.path, recipe, {}, settings or {}))
     refuse_inside(out, data, chosen.data.labels)
     run.refuse_other()
-    fabric = make_fabric(chosen)
-    with locked(run.path) if fabric.is_global_zero else nullcontext():
+    with (
+        repeatable(chosen.run.deterministic),
+        locked(run.path) if (fabric := make_fabric(chosen)).is_global_zero else nullcontext(),
+    ):
         opened = None
         if open_to is not None:
             chosen, opened = _planned(fabric, chosen, open_to)
@@ -219,10 +224,15 @@ def _session(
 
 @contextmanager
 def _advice(recipe: Recipe) -> Iterator[None]:
-    """Where memory runs out, one line that says what would be right."""
+    """Where memory runs out, or a kernel that repeats itself is lacking, one line that says what would be right."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
+        if recipe.run.deterministic and (lacking := re.match(UNREPEATABLE, str(error))):
+            raise InputError(
+                f"run.deterministic: {lacking[1]} has no deterministic kernel on this device; leave the setting out, or take "
+                "another encoder or method"
+            ) from error
         if not out_of_memory(error):
             raise
         half = max(1, recipe.optimiser.batch_size // 2)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from underpaint.computing import full, in_full
 from underpaint.patches import patchify, standardize, unpatchify, unstandardize
 
 SMALLEST_CELL = 2  # pixels; an orientation needs two
@@ -47,8 +48,8 @@ def hog_pyramid(
             raise ValueError(
                 f"HOG cells of {tuple(cells)} px do not divide one another and an image of {height}x{width}"
             )
-    with torch.autocast(images.device.type, enabled=False):
-        images = images if images.dtype == torch.float64 else images.float()
+    with in_full(images):
+        images = full(images)
         size = cells[0]
         pixels = [
             # [b, c, rows, columns, pixels of a cell]

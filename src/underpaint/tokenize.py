@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from underpaint.computing import lay_out
 from underpaint.config import Data, bounds_of, outside
 from underpaint.console import progress, say
 from underpaint.data import Crops, ImageSet, eval_batches, load_images, open_source, pretraining_indices, train_batches
@@ -54,6 +55,7 @@ class Making:
         folder: of a training's checkpoints, from which the same call goes on; who saved the tokenizer may remove it.
         duration: of a training; k-means is fitted once.
         clock: seconds, by which it is timed.
+        precision: of a training's products; the best of the device where None.
     """
 
     images: ImageSet
@@ -65,6 +67,7 @@ class Making:
     duration: Duration
     shout: Callable[[str], None] = say
     clock: Callable[[], float] = time.perf_counter
+    precision: str | None = None
 
     def crops(self, first: int, seed: int) -> Generator[Tensor, None, None]:
         """Random crops in [0, 1], from batch `first` on, of all images but those that judge."""
@@ -97,7 +100,7 @@ class Making:
             "seed": self.seed,
         }
         optimiser = adamw(tokenizer.param_groups(LR, 0.01), betas=(0.9, 0.95))
-        how = Fitting(self.duration, Schedule(0.05), self.seed, 1.0, self.batch_size, told, self.clock)
+        how = Fitting(self.duration, Schedule(0.05), self.seed, 1.0, self.batch_size, told, self.clock, self.precision)
         return 60 * fit_task(tokenizer, optimiser, self.crops, self.folder, how)["minutes"]
 
     def count(self, tokenizer: Tokenizer) -> None:
@@ -229,6 +232,7 @@ def _made(
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = words.tokenizer().to(device)
+    lay_out(tokenizer, device)
     source = open_source(data, groups=groups)
     images = load_images(source, pretraining_indices(source), size=size, channels=words.channels)
     for note in source.notes + ([] if images.scaling.plain else [str(images.scaling)]) + images.notes:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from underpaint.computing import full, in_full
 from underpaint.console import progress
 from underpaint.data.scaling import Scaling, stored_scaling
 from underpaint.errors import InputError
@@ -193,7 +194,7 @@ def _nearest(
     centres = centres - mean
     half = 0.5 * centres.square().sum(1)
     words, distances = [], []
-    with torch.autocast(patches.device.type, enabled=False):
+    with in_full(patches):
         for part in patches.split(max(1, CHUNK // len(centres))):
             part = part.float() - mean
             score, word = torch.addmm(-half, part, centres.T).max(1)  # part . centre - |centre|^2 / 2
@@ -342,15 +343,17 @@ class ConvTokenizer(Tokenizer):
         }
 
     def _codes(self, images: Float[Tensor, "b c height width"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantised codes [b, n, code], words [b, n], and the loss of the codebook."""
-        found = self.spread(self.narrow(self.down(2 * images - 1))).flatten(2).transpose(1, 2)
-        if self.kind == "fsq":
-            codes, words = self.quantize(found)
-            return codes, words, images.new_zeros(())
-        return self.quantize(found)
+        """Quantised codes [b, n, code], words [b, n], and the loss of the codebook; rounded to words in float32."""
+        found = full(self.narrow(self.down(2 * images - 1)))
+        with in_full(images):
+            found = self.spread(found).flatten(2).transpose(1, 2)
+            if self.kind == "fsq":
+                codes, words = self.quantize(found)
+                return codes, words, images.new_zeros(())
+            return self.quantize(found)
 
     def _images(self, codes: Float[Tensor, "b n k"], grid: tuple[int, int]) -> Float[Tensor, "b c height width"]:
-        return 0.5 + 0.5 * self.up(self.widen(codes.transpose(1, 2).unflatten(2, grid)))
+        return 0.5 + 0.5 * full(self.up(self.widen(codes.transpose(1, 2).unflatten(2, grid))))
 
     def loss(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, ""]:
         """Squared error of the restored pixels, and the commitment of a codebook."""

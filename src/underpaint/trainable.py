@@ -43,10 +43,12 @@ class Trainable(nn.Module):
     has the terms.
 
     A task whose inputs have no row an image is not `divisible`: its batches are computed in one piece.
+    A task whose gradient is a small difference of large numbers is `exact`: its products of float32 numbers are never shortened.
     """
 
     num_losses: int = 1
     divisible: bool = True
+    exact: bool = False
 
     def noise_for(self, inputs: Any, count: int, generator: torch.Generator) -> Any:
         """What is random in a step for a global batch of `count`, on the CPU; None where forward draws by itself."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones.protocols import Features, Layer, StagedBackbone, Walk
 from underpaint.backbones.visible import VisibleOnly, soundly
+from underpaint.computing import full
 from underpaint.masking import Mask, Masking, hidden_map, refine
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class MapBackbone(StagedBackbone):
     def forward(self, images: Float[Tensor, "b c height width"]) -> Features:
         """The last feature map as places, and their mean."""
         patches = _places(self._maps(images, 1)[-1])
-        return Features(patches.mean(1), patches)
+        return Features(full(patches).mean(1), patches)
 
     def pyramid(self, images: Float[Tensor, "b c height width"]) -> list[tuple[Tensor, int]]:
         return [(m, info["reduction"]) for m, info in zip(self._maps(images, None), self.info, strict=True)]

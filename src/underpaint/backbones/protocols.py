@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from underpaint.computing import full
 from underpaint.masking import Mask, Masking
 
 
@@ -170,7 +171,7 @@ class TokenBackbone(StagedBackbone):
     def forward(self, images: Float[Tensor, "b c height width"]) -> Features:
         """Patch tokens after the final norm, and their mean (the class token is not part of it)."""
         patches = self.encode(self.embed(images)).tokens
-        return Features(patches.mean(1), patches)
+        return Features(full(patches).mean(1), patches)
 
     def pyramid(self, images: Float[Tensor, "b c height width"]) -> list[tuple[Tensor, int]]:
         """The outputs of four blocks spread over the depth, all at the patch's stride (there is no other)."""

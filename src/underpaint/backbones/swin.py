@@ -321,8 +321,8 @@ class SwinV2(Swin):
 def _attention(attention: Any, tokens: Float[Tensor, "b n d"], packing: Packing) -> Float[Tensor, "b n d"]:
     """timm's window attention on packed windows, with the same relative biases."""
     q, k, v = _packed(attention.qkv(tokens), attention.num_heads, packing)
-    bias = _biases(attention.relative_position_bias_table, attention.window_size, packing)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    bias = _biases(attention.relative_position_bias_table, attention.window_size, packing, q.dtype)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return attention.proj(_unpacked(out, len(tokens), packing))
 
 
@@ -335,29 +335,37 @@ def _cosine_attention(attention: Any, tokens: Float[Tensor, "b n d"], packing: P
     scale = attention.logit_scale.clamp(max=math.log(100)).exp()  # of each head
     q, k = (functional.normalize(q, dim=-1) * scale).to(v.dtype), functional.normalize(k, dim=-1).to(v.dtype)
     table = 16 * attention.cpb_mlp(attention.relative_coords_table).flatten(0, 2).sigmoid()
-    bias = _biases(table, attention.window_size, packing)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(v.dtype), scale=1.0)
+    bias = _biases(table, attention.window_size, packing, v.dtype)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
     return attention.proj(_unpacked(out, len(tokens), packing))
 
 
+# Queries, keys, values and biases have four dimensions, since fused kernels of attention take no more: the groups of all
+# images in one, g of them an image; m masks have runs of images.
+
+
 def _packed(joint: Float[Tensor, "b n e"], heads: int, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [m, b / m, g, heads, s, d / heads] of groups."""
-    masks, groups, places = packing.together.shape[:3]
+    """Queries, keys and values [b * g, heads, s, d / heads] of groups."""
+    places = packing.together.shape[2]
     rows = joint.flatten(0, 1).index_select(0, packing.gather)
-    q, k, v = rows.view(masks, len(joint) // masks, groups, places, 3, heads, -1).permute(4, 0, 1, 2, 5, 3, 6).unbind(0)
+    q, k, v = rows.view(-1, places, 3, heads, joint.shape[2] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
-def _biases(table: Float[Tensor, "t heads"], window: tuple[int, int], packing: Packing) -> Float[Tensor, "m 1 g h s s"]:
+def _biases(
+    table: Float[Tensor, "t heads"], window: tuple[int, int], packing: Packing, dtype: torch.dtype
+) -> Float[Tensor, "groups heads s s"]:
     """What is added to the attention of groups: by how far down and right, and -inf between windows."""
     tall, wide = window
     down = packing.down.clamp(1 - tall, tall - 1) + tall - 1
     right = packing.right.clamp(1 - wide, wide - 1) + wide - 1
     bias = table[down * (2 * wide - 1) + right].permute(0, 1, 4, 2, 3)
-    return bias.masked_fill(~packing.together.unsqueeze(2), -torch.inf).unsqueeze(1)
+    bias = bias.masked_fill(~packing.together.unsqueeze(2), -torch.inf).to(dtype)  # [m, g, heads, s, s]
+    run = len(packing.gather) // packing.together[..., 0].numel()  # images that have a mask
+    return bias.unsqueeze(1).expand(-1, run, -1, -1, -1, -1).flatten(0, 2)
 
 
-def _unpacked(groups: Float[Tensor, "m c g h s e"], batch: int, packing: Packing) -> Float[Tensor, "b n d"]:
+def _unpacked(groups: Float[Tensor, "k h s e"], batch: int, packing: Packing) -> Float[Tensor, "b n d"]:
     """The tokens of a batch in their own order."""
-    rows = groups.transpose(3, 4).flatten(4).flatten(0, 3)
+    rows = groups.transpose(1, 2).flatten(2).flatten(0, 1)
     return rows.index_select(0, packing.back).unflatten(0, (batch, -1))

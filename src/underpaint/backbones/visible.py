@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from underpaint.computing import full
+
 Function = Callable[..., Any]
 EMPTIED: set[Function] = {  # what looks at the places around one, and where an empty one counts for nothing
     F.pad,
@@ -136,7 +138,7 @@ class VisibleOnly(TorchFunctionMode):
 
     def _mean(self, maps: Tensor, over: tuple[int, int], keepdim: bool) -> Tensor:
         """Of the visible places; like the norms computed in float32 or more."""
-        shares, exact = self._like(maps, over), _exact(maps)
+        shares, exact = self._like(maps, over), full(maps)
         return ((exact * shares).sum(over, keepdim=keepdim) / shares.sum(over, keepdim=keepdim)).to(maps.dtype)
 
     def _batch_norm(
@@ -153,7 +155,7 @@ class VisibleOnly(TorchFunctionMode):
         """torch's, with the statistics of the visible places of a batch."""
         if not training:
             return F.batch_norm(maps, running_mean, running_var, weight, bias, False, momentum, eps)
-        shares, exact = self._like(maps, (2, 3)), _exact(maps)
+        shares, exact = self._like(maps, (2, 3)), full(maps)
         count = shares.sum()
         mean = (exact * shares).sum((0, 2, 3)) / count
         centred = exact - mean.view(1, -1, 1, 1)
@@ -176,17 +178,13 @@ class VisibleOnly(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         """torch's, with the statistics of the visible places of an image."""
-        grouped, shares = _exact(maps).unflatten(1, (num_groups, -1)), self._like(maps, (2, 3)).unsqueeze(1)
+        grouped, shares = full(maps).unflatten(1, (num_groups, -1)), self._like(maps, (2, 3)).unsqueeze(1)
         count = shares.sum((2, 3, 4), keepdim=True) * grouped.shape[2]
         centred = grouped - (grouped * shares).sum((2, 3, 4), keepdim=True) / count
         variance = (centred.square() * shares).sum((2, 3, 4), keepdim=True) / count
         made = (centred * (variance + eps).rsqrt()).flatten(1, 2)
         made = made if weight is None else made * weight.view(1, -1, 1, 1)
         return (made if bias is None else made + bias.view(1, -1, 1, 1)).to(maps.dtype)
-
-
-def _exact(maps: Tensor) -> Tensor:
-    return maps if maps.dtype == torch.float64 else maps.float()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from underpaint.backbones import Backbone, create_arguments, describe_encoder, f
 from underpaint.backbones.build import default_size, with_drop_path
 from underpaint.backbones.norms import settled
 from underpaint.backbones.weights import Found, fill, is_run, network_for, read_start, start_from
+from underpaint.computing import lay_out
 from underpaint.console import say
 from underpaint.data import ImageSet, Indices, Scaling, Source, load_images, settle_scaling, stored_scaling
 from underpaint.errors import InputError
@@ -78,7 +79,7 @@ class EncoderBundle:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu() for name, value in self.encoder.model.state_dict().items()}
+        return {name: value.detach().cpu().contiguous() for name, value in self.encoder.model.state_dict().items()}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,7 +100,7 @@ def open_bundle(
     Raises:
         InputError: no such encoder; weights that cannot be fetched; a size that does not fit.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if text.startswith("timm:"):
         found = _public(text, image_size, untrained, channels, seed)
     elif is_run(Path(text)) or (Path(text).is_dir() and not (Path(text) / "config.json").is_file()):
@@ -110,9 +111,9 @@ def open_bundle(
     for module in found.encoder.modules():
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
+    lay_out(found.encoder.to(device), device)
     return replace(
         found,
-        encoder=found.encoder.to(device),
         arguments=with_drop_path(found.arguments, 0.0),
         standardize=found.standardize.to(device),
     )

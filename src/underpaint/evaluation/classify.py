@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from underpaint.computing import output
 from underpaint.console import say
 from underpaint.data import Batch, ImageSet, Source, eval_batches
 from underpaint.evaluation.base import ENCODER, SHOTS, Context, Evaluation, Row, class_name, labelled
@@ -95,7 +96,7 @@ class Classification(Evaluation[Settings, Splits, Model, Probe]):
         tiles, sums = Tiles(len(images)), {name: [0, 0.0] for name in names}
         with table(folder, ["path", "class", "probability"]) as add:
             for batch in every(images, bundle):
-                best = model(bundle.standardize(batch.images)).softmax(1).max(1)
+                best = output(model, bundle.standardize(batch.images)).softmax(1).max(1)
                 said = [(names[k], p) for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
                 for sample, (name, probability) in zip(batch.samples, said, strict=True):
                     add([images.names[sample], name, f"{probability:.4f}"])

@@ -26,6 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from underpaint.backbones import Backbone
+from underpaint.computing import autocast, full
 from underpaint.console import progress, say
 from underpaint.data import Source, split_indices
 from underpaint.data.annotations import (
@@ -84,7 +85,10 @@ def detection_limit(counts: Sequence[int]) -> int:
 
 class FPN(nn.Module):
     """A pyramid as torchvision wants it: maps by name. A ViT's comes from its last map alone (ViTDet); the maps of the
-    others are joined top-down by torchvision's feature pyramid network."""
+    others are joined top-down by torchvision's feature pyramid network.
+
+    Only what is in here is computed in the best precision of the device: bfloat16 has 8 bits for the place of a box.
+    """
 
     def __init__(self, encoder: Backbone, channels: int, first: int, levels: int):
         super().__init__()
@@ -94,8 +98,10 @@ class FPN(nn.Module):
         self.join = None if self.pyramid.is_vit else FeaturePyramidNetwork([channels] * len(self.names), channels)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
-        maps = OrderedDict(zip(self.names, self.pyramid(images), strict=True))
-        return maps if self.join is None else self.join(maps)
+        with autocast(images.device):
+            maps: Any = OrderedDict(zip(self.names, self.pyramid(images), strict=True))
+            maps = maps if self.join is None else self.join(maps)
+        return {name: full(made) for name, made in maps.items()}
 
 
 class Untouched(GeneralizedRCNNTransform):
@@ -408,6 +414,7 @@ class DetectionTask(Task[list[Example]]):
     """Faster or Mask R-CNN on an encoder."""
 
     clip = 5.0
+    precision = "32"  # `FPN` knows better
 
     def __init__(self, bundle: EncoderBundle, data: Boxed, found: "Found", config: DetectConfig, context: Context):
         encoder = copy.deepcopy(bundle.encoder)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from underpaint.backbones import protocols as backbones
+from underpaint.computing import autocast, best_precision
 from underpaint.console import Going, say
 from underpaint.data import Batch, eval_batches
 from underpaint.data.sources.base import cache_root
@@ -88,7 +89,9 @@ def extract(
         # a loader draws a seed for its workers from the global generator
         with torch.no_grad(), torch.random.fork_rng(devices=[]), tokens.opened():
             for batch in batches:
-                found = encoder(batch.images if transform is None else transform(batch.images))
+                images = batch.images if transform is None else transform(batch.images)
+                with autocast(images.device):  # what comes out is kept in float32, and probed in it
+                    found = encoder(images)
                 pooled.append(found.pooled.float().cpu())
                 samples += getattr(batch, "samples", ())
                 if with_patches:
@@ -223,8 +226,11 @@ def _key(bundle: EncoderBundle, split: Split, with_patches: bool) -> str:
     """sha256 over everything that the features depend on."""
     digest = hashlib.sha256(bundle.fingerprint.encode())
     settings = [STORE_VERSION, bundle.arguments, bundle.size, with_patches]
+    if (precision := best_precision(bundle.standardize.mean.device)) != "32":
+        settings.append(precision)
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    digest.update(torch.cat([bundle.standardize.mean.flatten(), bundle.standardize.std.flatten()]).numpy().tobytes())
+    statistics = torch.cat([bundle.standardize.mean.flatten(), bundle.standardize.std.flatten()])
+    digest.update(statistics.cpu().numpy().tobytes())
     digest.update(split.images.fingerprint().encode())
     digest.update(np.asarray(split.indices, np.int64).tobytes())
     return digest.hexdigest()[:32]

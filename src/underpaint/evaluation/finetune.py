@@ -28,6 +28,7 @@ from underpaint.backbones import TokenBackbone
 from underpaint.backbones.build import create_model, with_drop_path
 from underpaint.backbones.swin import Swin
 from underpaint.backbones.weights import fill
+from underpaint.computing import full, lay_out, output
 from underpaint.data import Batch, Crops, eval_batches, train_batches
 from underpaint.errors import InputError
 from underpaint.evaluation.base import Context, Kept, Row
@@ -118,6 +119,7 @@ class FineTuned(Task[Batch]):
         labels = np.unique(train.labels).tolist()
         size, own = duration_of(config, len(train.indices), context.options.minutes)
         network = classifier(bundle, len(labels), config.drop_path, config.head_scale).to(context.device)
+        lay_out(network, context.device)
         schedule = Schedule(config.warmup, config.min_lr_ratio)
         super().__init__(network, size, duration or own, schedule)
         self.labels = {label: number for number, label in enumerate(labels)}
@@ -173,7 +175,7 @@ class FineTuned(Task[Batch]):
             x, y = self.mixing(x, y)
         else:
             y = _smooth(y, len(self.labels), self.config.smoothing)
-        return self.criterion(self.network(x), y)
+        return self.criterion(full(self.network(x)), y)
 
     def after_step(self, progress: float, taken: Float[Tensor, ""]) -> None:
         if self.average is not None:
@@ -260,7 +262,7 @@ class FineTune(Classification[FineTuning, nn.Module | None]):
         scores, seen = [], []
         batches = eval_batches(split.images, size=bundle.size, indices=split.indices, device=self.context.device)
         for batch in counted(batches, what, len(split.indices)):
-            scores.append(model(bundle.standardize(batch.images)).float().cpu())
+            scores.append(output(model, bundle.standardize(batch.images)).cpu())
             seen += batch.samples
         return torch.cat(scores), seen
 

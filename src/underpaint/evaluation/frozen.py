@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from underpaint.evaluation.attentive import AttentiveHead, attentive_head
+from underpaint.computing import autocast, full, in_full
 from underpaint.evaluation.base import ENCODER, PIXELS, Kept, Row
 from underpaint.evaluation.baselines import majority
 from underpaint.evaluation.bundle import EncoderBundle
@@ -44,8 +45,10 @@ class Headed(nn.Module):
         self.encoder, self.head, self.of_patches = encoder, head, of_patches
 
     def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b k"]:
-        found = self.encoder(images)
-        return self.head(found.patches if self.of_patches else found.pooled)
+        with autocast(images.device):
+            found = self.encoder(images)
+        with in_full(images):  # a probe is of features in float32
+            return self.head(full(found.patches if self.of_patches else found.pooled))
 
 
 class Fitted(NamedTuple):

@@ -140,7 +140,7 @@ class Outliers(Evaluation[NoSettings, Sets, None, Scores]):
         for split in (self.data.usual, self.data.strange):
             batches = eval_batches(split.images, size=recipe.data.image_size, batch_size=64)
             some = counted(batches, "scoring", len(split.images))
-            found.append(torch.cat([method.score(standardize(batch.images)) for batch in some]).double().numpy())
+            found.append(torch.cat([method.score(standardize(batch.images)) for batch in some]).double().cpu().numpy())
         return Scores(*found)
 
     def measure(self, found: Scores) -> Measured:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from underpaint.computing import output
 from underpaint.data import Source, split_indices
 from underpaint.errors import InputError
 from underpaint.evaluation.base import ENCODER, PIXELS, Context, Evaluation, Kept, Row
@@ -179,7 +180,7 @@ class Regression(Evaluation[NoSettings, Splits, Ridge, Float[np.ndarray, "n"]]):
         said: list[np.ndarray] = []
         with table(folder, ["path", name]) as add:
             for batch in every(images, bundle):
-                numbers = model(bundle.standardize(batch.images)).squeeze(1)
+                numbers = output(model, bundle.standardize(batch.images)).squeeze(1)
                 for k, number in zip(batch.samples, numbers.tolist(), strict=True):
                     add([images.names[k], f"{number:.6g}"])
                 tiles.add(batch, [f"{number:.4g}" for number in numbers.tolist()])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from underpaint.backbones import Backbone, Features, TokenBackbone
+from underpaint.computing import autocast, full, in_full, output
 from underpaint.console import progress, say
 from underpaint.data import Source, split_indices
 from underpaint.data.annotations import Masks, masks_of
@@ -85,8 +86,11 @@ class LinearSegmenter(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
         with torch.no_grad():
             grid = self.encoder.grid(*images.shape[-2:])
-            maps = tokens_to_map(self.encoder(images).patches, grid)
-        return F.interpolate(self.head(self.norm(maps)), images.shape[-2:], mode="bilinear", align_corners=False)
+            with autocast(images.device):
+                maps = tokens_to_map(full(self.encoder(images).patches), grid)
+        with in_full(maps):
+            scores = self.head(self.norm(maps))
+        return F.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class UperNet(nn.Module):
@@ -152,7 +156,7 @@ def sliding_window_inference(
     for start in range(0, len(places), most):
         some = places[start : start + most]
         windows = torch.cat([whole[..., top : top + size[0], left : left + size[1]] for top, left in some])
-        for (top, left), found in zip(some, model(windows).softmax(1), strict=True):
+        for (top, left), found in zip(some, output(model, windows).softmax(1), strict=True):
             total[:, top : top + size[0], left : left + size[1]] += found
             times[top : top + size[0], left : left + size[1]] += 1
     return (total / times)[:, : image.shape[-2], : image.shape[-1]]
@@ -305,7 +309,7 @@ class SegmentationTask(Task[tuple[Tensor, Tensor]]):
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> Float[Tensor, ""]:
         images, labels = (part.to(self.bundle.standardize.mean.device) for part in batch)
-        found = self.network(self.bundle.standardize(images))
+        found = full(self.network(self.bundle.standardize(images)))
         # a batch of nothing but void has no mean
         return F.cross_entropy(found, labels, ignore_index=VOID, reduction="sum") / (labels != VOID).sum().clamp_min(1)
 

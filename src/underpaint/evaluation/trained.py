@@ -39,10 +39,12 @@ class Task(Trainable, Generic[Batch]):
     Attributes:
         size: images a batch.
         clip: largest norm of the gradient; none where None.
+        precision: of the network's products; the best of the device where None.
         duration, schedule: of the training and of its learning rate.
     """
 
     clip: float | None = None
+    precision: str | None = None
     divisible = False
 
     def __init__(self, network: nn.Module, size: int, duration: Duration, schedule: Schedule):
@@ -88,7 +90,7 @@ def train(task: AnyTask, context: Context, folder: Path, settings: Mapping[str, 
     """
     bundle, seed = context.bundle, context.options.seed
     described = {"state": STATE, "encoder": bundle.name, "size": list(bundle.size), "seed": seed, **settings}
-    how = Fitting(task.duration, task.schedule, seed, task.clip, task.size, described)
+    how = Fitting(task.duration, task.schedule, seed, task.clip, task.size, described, precision=task.precision)
     trained = fit_task(task, task.optimiser(), task.numbered, folder, how)
     losses = [line["loss"] for line in Run(folder).lines("metrics.jsonl") if line.get("loss") is not None]
     return Learned(**trained, passes=round(trained["steps"] * task.size / settings["train"], 2), fall=last_fall(losses))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones import StagedBackbone
 from underpaint.blocks import MaskedDecoder
+from underpaint.computing import in_full
 from underpaint.corruptions import mask_cells
 from underpaint.masking import Mask
 from underpaint.methods.masked import WalkedMethod, check_staged
@@ -290,18 +291,20 @@ class LocalMIM(WalkedMethod):
     def errors_at(
         self, number: int, tokens: Float[Tensor, "b v d"], target: Float[Tensor, "b f rows columns"], noise: Sampled
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
-        """An image's mean squared error over hidden cells at one tap, and that of the best constant prediction."""
+        """An image's mean squared error over hidden cells at one tap, and that of the best constant prediction; both in
+        float32."""
         tap: Any = self.decoders[number]
         mask = self.walk.mask(noise, number)
-        wanted = tap.target(target, mask)
-        squares = (tap(tokens, mask).float() - wanted).square().mean(-1)
+        wanted, predicted = tap.target(target, mask), tap(tokens, mask).float()
         weights = tap.weights(mask)
-        if weights is None:
-            constant = wanted.flatten(0, -2).mean(0)
-        else:
-            constant = (wanted * weights.unsqueeze(-1)).sum((0, 1)) / weights.sum()
-        # |wanted - constant|^2, without another tensor as large
-        flat = (wanted.square().sum(-1) - 2 * wanted @ constant + constant @ constant) / wanted.shape[-1]
+        with in_full(wanted):
+            squares = (predicted - wanted).square().mean(-1)
+            if weights is None:
+                constant = wanted.flatten(0, -2).mean(0)
+            else:
+                constant = (wanted * weights.unsqueeze(-1)).sum((0, 1)) / weights.sum()
+            # |wanted - constant|^2, without another tensor as large
+            flat = (wanted.square().sum(-1) - 2 * wanted @ constant + constant @ constant) / wanted.shape[-1]
         if weights is None:
             return squares.flatten(1).mean(1), flat.flatten(1).mean(1)
         # every image has as many hidden patches, so the mean over images is that over all cells

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from underpaint.backbones import StagedBackbone, TokenBackbone
+from underpaint.computing import in_full
 from underpaint.masking import Mask, Strategy, refine
 from underpaint.methods.masked import MaskedMethod, check_staged
 from underpaint.patches import Standardize
@@ -67,12 +68,13 @@ class WordMethod(MaskedMethod[Mask]):
         """The word of every patch of standardised images, found in float32 wherever a step computes in less."""
         if not self.tokenizer.ready:
             raise RuntimeError("the tokenizer is not fitted yet: fit it, or give a file of 'underpaint tokenizer'")
-        with torch.autocast(images.device.type, enabled=False):
+        with in_full(images):
             return self.tokenizer.encode(self.standardize.inverse(images.float()).clamp(0, 1))
 
     def spoken(self, images: Float[Tensor, "b c height width"], words: Int[Tensor, "b n"]) -> Tensor:
-        """Standardised pictures of words, on the grid of `images`."""
-        return self.standardize(self.tokenizer.decode(words, self.tokenizer.grid(*images.shape[-2:])))
+        """Standardised pictures of words, on the grid of `images`, in float32 too."""
+        with in_full(images):
+            return self.standardize(self.tokenizer.decode(words, self.tokenizer.grid(*images.shape[-2:])))
 
     def said(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Int[Tensor, "b h"]:
         """The numbers of the words of hidden places, place by place."""

@@ -1,4 +1,4 @@
-"""Devices, precision and processes."""
+"""Devices and processes, and what is read from a device late."""
 
 import os
 import time
@@ -6,12 +6,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor
 
+from underpaint.computing import autocast, best_precision, products
 from underpaint.config import Recipe
-
-PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
@@ -19,11 +20,8 @@ def make_fabric(recipe: Recipe) -> Fabric:
     cuda = torch.cuda.is_available()
     precision = recipe.measured.get("precision") or recipe.run.precision
     if precision == "auto":
-        # bfloat16 on a CPU without native support is many times slower than float32
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+        precision = best_precision(torch.device("cuda" if cuda else "cpu"))
     recipe.measured["precision"] = precision
-    if cuda:
-        torch.set_float32_matmul_precision("high")
     devices: int | str = recipe.run.devices or ("auto" if cuda else 1)
     several = recipe.run.nodes > 1 or (devices if isinstance(devices, int) else torch.cuda.device_count()) > 1
     fabric = Fabric(
@@ -32,7 +30,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
         num_nodes=recipe.run.nodes,
         # one process makes a tokenizer, or judges, while the others wait
         strategy=DDPStrategy(timeout=timedelta(hours=3)) if several else "auto",
-        precision=PRECISIONS[precision],
+        precision="32-true",  # a step casts by itself, around the network alone (`Stepper`)
     )
     fabric.launch()
     return fabric
@@ -45,12 +43,17 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def matrix_rate(fabric: Fabric) -> float:
-    """FLOP a second of a large matrix product on one device in the run's precision: the best within 0.4 seconds, since
+def matrix_rate(fabric: Fabric, precision: str) -> float:
+    """FLOP a second of a large matrix product on one device in a run's precision: the best within 0.4 seconds, since
     another program's turn in between says nothing of the machine."""
-    cuda, precision = fabric.device.type == "cuda", fabric.strategy.precision
+    cuda = fabric.device.type == "cuda"
     size = 8_192 if cuda else 1_024
-    with torch.random.fork_rng(devices=[]), precision.forward_context(), torch.no_grad():
+    with (
+        torch.random.fork_rng(devices=[]),
+        products(exact=not cuda),
+        autocast(fabric.device, precision),
+        torch.no_grad(),
+    ):
         left, right = (torch.randn(size, size, device=fabric.device) for _ in range(2))
         best, first = float("inf"), time.perf_counter()
         while best == float("inf") or time.perf_counter() - first < 0.4:
@@ -60,3 +63,23 @@ def matrix_rate(fabric: Fabric) -> float:
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
+
+
+class Flag:
+    """A truth that a device finds out, to be read later, without waiting for what the device was asked to do since.
+
+    On a GPU it is copied to pinned memory as soon as it is known; reading it waits for that copy alone.
+    """
+
+    def __init__(self, value: Float[Tensor, ""]):
+        self.value, self.copied = value, None
+        if value.device.type == "cuda":
+            self.value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self.value.copy_(value, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def __bool__(self) -> bool:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return bool(self.value.item())

@@ -11,6 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import SingleDeviceStrategy
 
+from underpaint.computing import best_precision
 from underpaint.console import say
 from underpaint.errors import InputError
 from underpaint.files import write_json
@@ -32,6 +33,7 @@ class Fitting:
         batch_size: images a step.
         settings: plain data that says what is trained on what; other data in the same folder is refused.
         clock: seconds, by which it is timed.
+        precision: of the network's products; the best of the device where None.
     """
 
     duration: Duration
@@ -41,6 +43,7 @@ class Fitting:
     batch_size: int
     settings: Mapping[str, object]
     clock: Callable[[], float] = time.perf_counter
+    precision: str | None = None
 
 
 class Trained(TypedDict):
@@ -84,6 +87,7 @@ def fit_task(
         clip=how.clip,
         seed=how.seed,
         stream=0,
+        precision=how.precision or best_precision(device),
     )
     training = Training(stepper, Plan(how.duration, how.schedule), Run(folder), clock=how.clock)
     if resumed := training.resume():

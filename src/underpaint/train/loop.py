@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from underpaint.console import Bar
 from underpaint.data.parallel import WorkerLost
@@ -25,6 +24,7 @@ from underpaint.files import finite
 from underpaint.seeds import ROLLED_BACK
 from underpaint.signals import Interrupted, answered_signals, watched_signals
 from underpaint.train.cadence import Due, Plan, Progress
+from underpaint.train.devices import Flag
 from underpaint.train.loggers import Loggers
 from underpaint.train.meter import Meter
 from underpaint.train.run_folder import Run, restore_state, training_state
@@ -73,7 +73,7 @@ class Training:
     at: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.meter, self.pending = Meter(), deque[tuple[int, Tensor, Sequence[str]]]()
+        self.meter, self.pending = Meter(), deque[tuple[int, Flag, Sequence[str]]]()
         self.waited, self.since, self.steps = 0.0, 0.0, 0  # seconds and steps since the last line
         self.main = self.stepper.fabric.is_global_zero
         self.seed = self.stepper.seed
@@ -175,7 +175,7 @@ class Training:
             numbers, bad = self.stepper.step(batch, at.step, plan.factor(at))
             self.meter.add(numbers, bad)
             at.step += 1
-            self.pending.append((at.step, bad, self.watch.names(batch) if self.watch.names else ()))
+            self.pending.append((at.step, Flag(bad), self.watch.names(batch) if self.watch.names else ()))
             looked = fabric.world_size == 1 or plan.looks(at.step)
             if looked:
                 at.passed = fabric.broadcast(at.seconds + self.clock() - began)
@@ -214,7 +214,7 @@ class Training:
         rolled = False
         while len(self.pending) > left:
             step, bad, names = self.pending.popleft()
-            if not bad.item():
+            if not bad:
                 self.at.in_a_row = 0
                 continue
             self.at.bad += 1

@@ -159,7 +159,10 @@ def restore_state(task: nn.Module, optimiser: torch.optim.Optimizer, tensors: Ma
             name, _, kind = key.removeprefix("optimiser.").rpartition(":")
             parameter = parameters[name]
             # AdamW's step counts stay float32, whatever the weights are
-            optimiser.state[parameter][kind] = value.clone().to(parameter.device)
+            # a fused step goes through memory, so that what has a weight's shape must lie as it does
+            like = parameter if value.shape == parameter.shape else value
+            made = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
+            optimiser.state[parameter][kind] = made.copy_(value)
         elif key.startswith("group."):
             optimiser.param_groups[int(key.removeprefix("group."))]["step"] = value.clone()
 

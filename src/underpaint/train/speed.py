@@ -34,13 +34,17 @@ from underpaint.train.stepper import Stepper
 
 TINY_FACTOR = 1e-3  # of the learning rate, in steps that leave no trace
 COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
-# what allocators and libraries say when memory runs out: the CPU's, CUDA's, cuBLAS's (which has none left for its handle,
-# too), cuDNN's and NCCL's
-SHORT = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
-SHORT += (
-    "cublas_status_not_initialized",
-    "cudnn_status_alloc_failed",
-    "cudnn_status_internal_error_host_allocation_failed",
+# what is said when memory runs out, in small letters: by the allocators of a CPU, of CUDA (and its driver: CUDA_ERROR_OUT_OF_MEMORY)
+# and of pinned memory; by cuBLAS, which has none left for its handle, too; by cuSOLVER; by cuDNN 8 and 9, and by torch where
+# no algorithm of it finds room to work in; by NCCL ("Failed to CUDA calloc 4194304 bytes", "Cuda failure 2 'out of memory'");
+# and by torch's allocator where a container hides NVML, which it asks for the reason
+SHORT = (
+    *("can't allocate memory", "not enough memory", "out of memory", "out_of_memory"),
+    *("cublas_status_alloc_failed", "cublas_status_not_initialized", "cusolver_status_alloc_failed"),
+    *("cudnn_status_alloc_failed", "cudnn_status_internal_error_host_allocation_failed"),
+    *("cudnn_status_internal_error_device_allocation_failed", "unable to find a valid cudnn algorithm"),
+    *("unable to find an engine to execute this computation", "nvml_success == r internal assert failed"),
+    *("failed to cuda calloc", "failed to cuda malloc", "failed to cuda host alloc"),
 )
 
 

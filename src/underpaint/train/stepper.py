@@ -1,6 +1,7 @@
 """One optimiser step, as the loop, the first measurement and the benchmarks make it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from underpaint.computing import autocast, products
 from underpaint.seeds import seed_everything, step_seed
 from underpaint.train.optim import pull_back, skip_where
 from underpaint.trainable import Trainable
@@ -24,11 +26,14 @@ class Stepper:
         transform: a batch to what the task takes, with one row an image where there are several processes or parts.
         batch_size: images a step, over all processes.
         accumulation: parts that a batch is computed in, to save memory.
+        precision: of the network's products (`computing`): a step casts around the task's forward alone, so that images, draws,
+            losses and the way back of what is float32 stay float32.
         alone: a step is not shared with the other processes: to try what fits, in which one may fail.
         clip: largest norm of the gradient; none where None.
         seed: of all that is random in a step; the loop moves it on after a roll-back.
         stream: of `step_seed`, for what modules draw by themselves.
         model: the task as Fabric (and the compiler) wrap it.
+        scaler: scales the loss under float16.
     """
 
     fabric: Fabric
@@ -40,13 +45,16 @@ class Stepper:
     clip: float | None = None
     seed: int = 0
     stream: int = 1
+    precision: str = "32"
     compiled: bool = False
     alone: bool = False
     model: Any = field(init=False)
     wrapped: Any = field(init=False)
     peaks: list[float] = field(init=False)
+    scaler: torch.amp.GradScaler | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.fabric.device.type) if self.precision == "16" else None
         model: Any = torch.compile(self.task) if self.compiled else self.task
         self.model, self.wrapped = self.fabric.setup(model, self.optimiser)
         self.peaks = [group["lr"] * group.get("lr_scale", 1.0) for group in self.optimiser.param_groups]
@@ -66,11 +74,6 @@ class Stepper:
         """The next larger `accumulation`, at least twice this one; None where a part is one image, or cannot be taken apart."""
         size = self.local_batch if self.task.divisible else 0
         return next((parts for parts in range(2 * self.accumulation, size + 1) if size % parts == 0), None)
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the loss under float16."""
-        return getattr(self.fabric.strategy.precision, "scaler", None)
 
     def noise(self, inputs: Any, step: int) -> Any:
         """What is random in a step: drawn for the global batch, so that it does not depend on the processes."""
@@ -93,20 +96,34 @@ class Stepper:
             inputs = self.transform(batch)
         noise = self.noise(inputs, step)
         seed_everything(step_seed(self.seed, step, self.stream + self.fabric.global_rank))
-        numbers = self._backward(inputs, noise)
+        # matrix products by TensorFloat-32 where the task allows it; a CPU has none
+        with products(self.task.exact) if self.fabric.device.type == "cuda" else nullcontext():
+            numbers = self._backward(inputs, noise)
         norm = self._clip()
-        # float16's scaler meets overflows by itself and lowers its scale; only a loss that is not finite counts there
-        bad = (~torch.isfinite(norm if self.scaler is None else numbers["loss"][0])).float()
-        if self.scaler is None:
-            skip_where(bad, self.optimiser)
-        elif self.fabric.world_size > 1 and not self.alone:
-            # each process has a loss of its own, and all must roll back or none
-            bad = torch.as_tensor(self.fabric.all_reduce(bad, reduce_op="sum")).clamp(max=1.0)
-        self.wrapped.step()
-        pull_back(self.optimiser, 1 - bad)
+        bad = self._take(norm, numbers["loss"][0])
         self.wrapped.zero_grad(set_to_none=True)
-        numbers["gradient_norm"] = torch.stack([norm.double(), torch.ones_like(norm).double()])
+        finite = torch.isfinite(norm)
+        numbers["gradient_norm"] = torch.stack([torch.where(finite, norm, 0.0), finite.float()]).double()
         return numbers, bad
+
+    def _take(self, norm: Tensor, loss: Tensor) -> Tensor:
+        """Move the weights, where the gradient is finite; the flag of a step."""
+        finite = torch.isfinite(norm)
+        if self.scaler is None:
+            bad = (~finite).float()
+            skip_where(bad, self.optimiser)
+            self.wrapped.step()
+        else:
+            # float16's scaler meets overflows by itself and lowers its scale, until no scale helps
+            least = self.scaler.scale(torch.ones_like(norm)) < 1
+            bad = (~torch.isfinite(loss) | (~finite & least)).float()
+            if self.fabric.world_size > 1 and not self.alone:
+                # each process has a loss of its own, and all must roll back or none
+                bad = torch.as_tensor(self.fabric.all_reduce(bad, reduce_op="sum")).clamp(max=1.0)
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+        pull_back(self.optimiser, finite.float())
+        return bad
 
     def _backward(self, inputs: Any, noise: Any) -> Numbers:
         """Backpropagate every part of the loss of every part of the batch."""
@@ -123,8 +140,10 @@ class Stepper:
             for part in range(count):
                 last = k + 1 == self.accumulation and part + 1 == count
                 with self.fabric.no_backward_sync(self.model, enabled=self.alone or not last):
-                    objective = self.model(*some) if count == 1 else self.model(*some, part, carry)
-                    self.fabric.backward(objective.loss / self.accumulation)
+                    with autocast(self.fabric.device, self.precision):
+                        objective = self.model(*some) if count == 1 else self.model(*some, part, carry)
+                    loss = objective.loss / self.accumulation
+                    self.fabric.backward(loss if self.scaler is None else self.scaler.scale(loss))
                 carry = objective.carry
                 for name, value in {"loss": objective.loss.detach(), **objective.terms}.items():
                     weight: Tensor | float = 1 / self.accumulation
@@ -138,13 +157,11 @@ class Stepper:
     def _clip(self) -> Tensor:
         """Clip the gradient, all together or by groups; returns its norm before."""
         apart = self.task.clip_groups()
-        most = float("inf") if apart or self.clip is None else self.clip  # then this only unscales and measures
-        if self.scaler is None:
-            norm = self.fabric.clip_gradients(self.model, self.wrapped, max_norm=most, error_if_nonfinite=False)
-            assert norm is not None
-        else:  # Fabric refuses to clip for a fused optimiser, which may well step on gradients that are unscaled already
+        most = float("inf") if apart or self.clip is None else self.clip  # then this only measures
+        if self.scaler is not None:
             self.scaler.unscale_(self.optimiser)
-            norm = nn.utils.clip_grad_norm_(self.task.parameters(), most)
+        norm = self.fabric.clip_gradients(self.model, self.wrapped, max_norm=most, error_if_nonfinite=False)
+        assert norm is not None
         for group in apart:
             nn.utils.clip_grad_norm_(group, self.clip or float("inf"))
         return norm

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from underpaint.computing import full, in_full
 from underpaint.masking import Mask
 from underpaint.methods.masked import MaskedMethod
 from underpaint.methods.method import N, Objective
@@ -58,6 +59,7 @@ class Descent(MaskedMethod[N]):
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; at least 1 is needed")
         self.num_losses = self.steps if self.slope == "exact" else 2 * self.steps
+        self.exact = self.slope == "difference"
         self.calibrated = self.step_size is not None
         given = self.step_size if isinstance(self.step_size, Sequence) else [self.step_size or 0.1] * variables
         self.log_step_sizes = nn.ParameterList(nn.Parameter(torch.tensor(math.log(size))) for size in given)
@@ -99,9 +101,10 @@ class Descent(MaskedMethod[N]):
     # --- the energy and one step down ------------------------------------------------------------------------------
 
     def energy(self, *state: Tensor, given: Given | None = None) -> Float[Tensor, "b"]:
-        """One scalar an image."""
-        read = self.head(self.tokens(*state, given=given))
-        read = read if read.dtype == torch.float64 else read.float()
+        """One scalar an image, read in float32."""
+        tokens = full(self.tokens(*state, given=given))
+        with in_full(tokens):
+            read = self.head(tokens)
         if self.readout == "square":
             return 0.5 * read.square().sum((1, 2))
         return read.mean((1, 2)) if self.readout == "mean" else read.sum((1, 2))
@@ -181,7 +184,7 @@ class Descent(MaskedMethod[N]):
         """
         if part % 2 == 1:
             minus, weight, reached, target, (terms, weights) = carry
-            surrogate = (weight * self.energy(*minus, given=self.given(images, noise))).sum()
+            surrogate = (weight * self._near(minus, self.given(images, noise))).sum()
             return Objective(surrogate - surrogate.detach(), terms, (reached, target), weights)
         state, target = carry or (self.corrupt(images, noise), self.target(images, noise))
         given = self.given(state[0], noise)
@@ -201,12 +204,17 @@ class Descent(MaskedMethod[N]):
             tuple(_along(x, d, sign * h) for x, d in zip(state, directions, strict=True)) for sign in (1, -1)
         )
         weight = 0.5 / h
-        surrogate = -(weight * self.energy(*plus, given=given)).sum()
+        surrogate = -(weight * self._near(plus, given)).sum()
         told = {}, {}
         if part + 2 == self.num_losses:
             corrupted = state if part == 0 else self.corrupt(images, noise)
             told = self.terms(corrupted, target, noise, moved, slopes, energy)
         return Objective(loss + surrogate - surrogate.detach(), {}, (minus, weight, reached, target, told))
+
+    def _near(self, state: State, given: Given | None) -> Float[Tensor, "b"]:
+        """The energy beside a state: in float32 throughout, since half a mantissa does not tell it from that of the state."""
+        with in_full(state[0]):
+            return self.energy(*state, given=given)
 
     # --- what is told of it ----------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from underpaint.backbones import Backbone, TokenBackbone
 from underpaint.backbones.norms import batch_norms
+from underpaint.computing import full, in_full
 from underpaint.corruptions import AddNoise, Corruption, Downsample, Gray, Hide, Shuffle
 from underpaint.masking import masking, repeated, some_rows, to_device
 from underpaint.methods.energy.descent import Descent, Given, State
@@ -86,7 +87,7 @@ class Energy(Descent[Corrupting]):
         corruption: a name of CORRUPTIONS; "mixture", one of all of them an image, drawn uniformly; or such objects by
             names of one's own.
         gradient: exact (double backward), or by a central finite difference along d loss / d x_{n+1}, which needs
-            first derivatives only and their memory, and is approximate.
+            first derivatives only and their memory, and is approximate; computed in float32 whatever the precision.
 
     Raises:
         ValueError: the encoder has a batch norm without running statistics, which couples the images of a batch; a
@@ -268,7 +269,8 @@ class Energy(Descent[Corrupting]):
     def nearest(self, positions: Float[Tensor, "b n d"]) -> Int[Tensor, "b n"]:
         """The place whose true position is nearest to each of these."""
         assert self.places is not None
-        return (self.places.square().sum(1) - 2 * positions @ self.places.T).argmin(2)
+        with in_full(positions):
+            return (self.places.square().sum(1) - 2 * full(positions) @ self.places.T).argmin(2)
 
     def errors(self, images: Float[Tensor, "b c height width"], noise: Corrupting) -> dict[str, tuple[Tensor, Tensor]]:
         """Each task on all of these images; and the share of patches placed right, beside 1."""
