@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import connection
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -61,14 +61,25 @@ class _Calls(Generic[K, T]):
 
 def _shared(value: Any) -> Any:
     """Tensors into shared memory here, where what goes wrong can be said; else a thread that nobody hears does it."""
+    for tensor in _tensors(value):
+        if tensor.numel():
+            tensor.share_memory_()
+    return value
+
+
+def size_of(value: Any) -> int:
+    """Bytes of the tensors in lists, tuples and dicts."""
+    return sum(tensor.nbytes for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[Any]:
     import torch
 
-    if isinstance(value, torch.Tensor) and value.numel():
-        value.share_memory_()
-    elif isinstance(value, tuple):
-        for part in value:
-            _shared(part)
-    return value
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def local_processes() -> int:
