@@ -30,6 +30,7 @@ from torch import Tensor
 
 import underpaint
 from underpaint.backbones.maps import Stages
+from underpaint.draws import Draws
 from underpaint.errors import InputError
 from underpaint.masking import hidden_map
 from underpaint.methods import CAE, CIM, METHODS, BEiT, Energy, LocalMIM, SimMIM
@@ -121,7 +122,7 @@ def built(family: str, name: str, images: Tensor) -> Any:
 def leak(method: Any, images: Tensor) -> float:
     """The largest change of what is said of hidden places when their pixels change, over the largest number said."""
     method.eval()
-    noise = method.sample(len(images), SIZE, SIZE, torch.Generator().manual_seed(1))
+    noise = method.sample(len(images), SIZE, SIZE, Draws.of(1, len(images)))
     if isinstance(method, Energy):  # what is given is the corrupted image; the corruption must have hidden the pixels
         mask, unit = noise.drawn["mask"], method.masking.unit
     elif isinstance(method, CIM):
@@ -173,14 +174,14 @@ def pair(family: str, name: str, images: Tensor, rate: float, steps: int = STEPS
         method = built(family, name, images)
     except (InputError, ValueError, TypeError) as error:
         return {"refused": str(error)}
-    size, generator = len(images) - BATCH, torch.Generator().manual_seed(0)
-    first = method.sample(BATCH, SIZE, SIZE, generator)
+    size, draws = len(images) - BATCH, Draws.of(0, BATCH)
+    first = method.sample(BATCH, SIZE, SIZE, draws)
     method.calibrate(images[:BATCH], first)
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], RATE)
     ratios, times, flops = [], [], 0
     for step in range(steps):
         batch = images[step * BATCH % size :][:BATCH]
-        noise = method.sample(BATCH, SIZE, SIZE, generator)
+        noise = method.sample(BATCH, SIZE, SIZE, draws)
         told: list[float] = []
         work = partial(train, method, optimiser, batch, noise, told)
         if step == 0:

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import underpaint
+from underpaint.draws import Draws
 from underpaint.backbones.norms import settled
 from underpaint.cli import main
 from underpaint.data import Batch
@@ -55,7 +56,7 @@ def made(family: str = "vit", **settings: Any) -> CIM:
 
 
 def drawn(method: CIM, count: int = 8, seed: int = 0) -> Corruption:
-    return method.sample(count, 32, 32, torch.Generator().manual_seed(seed))
+    return method.sample(count, 32, 32, Draws.of(seed, count))
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

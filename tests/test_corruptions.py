@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from underpaint.draws import Draws
 from underpaint.corruptions import add_noise, downsample, gray, mask_cells, shuffle_patches
 from underpaint.masking import random_mask
 from underpaint.patches import patchify
@@ -18,7 +19,7 @@ def images(count: int = 3, channels: int = 3, height: int = 16, width: int = 24)
 
 def test_hidden_cells_are_zero_and_the_others_untouched() -> None:
     given = images()
-    mask = random_mask(3, (6, 4), 10, torch.Generator().manual_seed(1))
+    mask = random_mask(3, (6, 4), 10, Draws.of(1, 3))
     before, after = patchify(given, (4, 4)), patchify(mask_cells(given, mask, (4, 4)), (4, 4))
     for k in range(3):
         assert not after[k, mask.hidden[k]].any()

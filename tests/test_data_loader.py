@@ -6,7 +6,9 @@ import os
 import pickle
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from scipy.stats import ks_2samp
 from torch.nn import functional
 from torchvision.transforms import RandomResizedCrop
 
+import underpaint.data.loader as loader_module
+import underpaint.data.parallel as parallel_module
 from underpaint.data import (
     Batch,
     Crops,
@@ -34,7 +38,7 @@ from underpaint.data import (
     steps_per_epoch,
     train_batches,
 )
-from underpaint.data.parallel import ordered_map
+from underpaint.data.parallel import WorkerLost, ordered_map, reading_workers, within_memory
 from underpaint.errors import InputError
 from underpaint.signals import WATCHED
 
@@ -67,7 +71,7 @@ def load(data: Path, **options) -> ImageSet:
 
 
 def first(images: ImageSet, count: int = 5, **options) -> list[Batch]:
-    reading = {name: options.pop(name) for name in ("first_batch", "workers", "on_skip") if name in options}
+    reading = {name: options.pop(name) for name in ("first_batch", "workers", "on_skip", "device") if name in options}
     batches = train_batches(Crops(images, **{"size": SIZE, "batch_size": 8, "seed": 1, **options}), **reading)
     taken = list(itertools.islice(batches, count))
     batches.close()  # type: ignore[attr-defined]
@@ -498,3 +502,159 @@ def test_what_cannot_be_streamed_raises_in_raw(tmp_path):
     with pytest.raises(Unreadable):
         images.raw(images.names.index("text.png"))
     assert json.loads(json.dumps(images.skipped)) == images.skipped
+
+
+# Reading ahead
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch, rows: int, in_flight: int | None = None) -> int:
+    """Cut-outs are handed over `rows` at a time; returns the bytes of so many of 16 px, at most."""
+    part = rows * 3 * 32 * 32
+    monkeypatch.setattr(loader_module, "PART", part)
+    if in_flight is not None:
+        monkeypatch.setattr(parallel_module, "IN_FLIGHT", in_flight * part)
+    return part
+
+
+def test_batches_in_parts_are_the_same_batches(images, monkeypatch):
+    whole = first(images, 5)
+    judged = list(eval_batches(images, size=SIZE, batch_size=7))
+    small_parts(monkeypatch, 3)
+    parts = first(images, 5)
+    for found, wanted in zip([*parts, *eval_batches(images, size=SIZE, batch_size=7)], [*whole, *judged], strict=True):
+        assert found.samples == wanted.samples
+        torch.testing.assert_close(found.images, wanted.images, atol=1e-5, rtol=0)
+    assert_same(parts, first(images, 5, workers=2))
+    assert_same(parts[2:], first(images, 3, workers=3, first_batch=2))
+    assert_same(*(list(eval_batches(images, size=SIZE, batch_size=7, workers=w)) for w in (0, 2)))
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_bytes_in_flight_are_bounded(bounded, tmp_path, monkeypatch):
+    images = load(write_images(tmp_path, 24), cache_limit=0.0)
+    part = small_parts(monkeypatch, 4, in_flight=6)
+    bound = 6 * part
+    if not bounded:
+        monkeypatch.setattr(loader_module, "PART", 2**25)
+        monkeypatch.setattr(parallel_module, "IN_FLIGHT", 2**30)
+    made, used, most = multiprocessing.get_context("fork").Value("q", 0), 0, 0
+    cut, crop = Crops.__call__, crop_resize
+
+    def making(crops: Crops, batch: int, rows: slice) -> Any:
+        cutouts = cut(crops, batch, rows)
+        with made.get_lock():
+            made.value += cutouts.pixels.nbytes
+        return cutouts
+
+    def using(pixels: torch.Tensor, *rest: Any) -> torch.Tensor:
+        nonlocal used, most
+        time.sleep(0.03)  # the workers get as far ahead as they may
+        most = max(most, made.value - used)
+        used += pixels.nbytes
+        return crop(pixels, *rest)
+
+    monkeypatch.setattr(Crops, "__call__", making)
+    monkeypatch.setattr(loader_module, "crop_resize", using)
+    first(images, 4, workers=8, batch_size=16)
+    assert (most <= bound) is bounded
+    assert most > 2 * part
+
+
+def test_no_cutout_is_larger_than_twice_the_target(tmp_path):
+    draws = np.random.default_rng(0)
+    for n, (height, width) in enumerate([(10, 900), (900, 10), (300, 300), (8, 8)]):
+        Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
+    for limit in (0.0, 2.0):
+        images = load(tmp_path, cache_limit=limit)
+        for size in ((16, 16), (8, 64), (64, 8)):
+            for batch in range(20):
+                pixels = Crops(images, size, 4, 0)(batch).pixels
+                assert pixels.shape[1] <= 2 * size[0]
+                assert pixels.shape[2] <= 2 * size[1]
+                assert pixels.nbytes <= 4 * loader_module.cutout_bytes(images, size)
+
+
+@pytest.mark.parametrize(
+    ("device", "cached", "results", "environment", "workers"),
+    [
+        ("cuda", True, None, {}, 8),
+        ("cuda", False, None, {"LOCAL_WORLD_SIZE": "4"}, 3),
+        ("cuda", False, None, {"LOCAL_WORLD_SIZE": "16"}, 1),
+        ("cuda", False, None, {"SLURM_CPUS_PER_TASK": "6"}, 5),
+        ("cuda", False, None, {"SLURM_CPUS_PER_TASK": "16", "LOCAL_WORLD_SIZE": "8"}, 1),  # torchrun below SLURM
+        ("cuda", False, 11, {}, 2),  # what is soon over
+        ("cuda", True, 3, {}, 0),
+        ("cpu", True, None, {}, 0),
+        ("cpu", False, None, {"LOCAL_WORLD_SIZE": "4"}, 2),
+        ("cpu", False, None, {"LOCAL_WORLD_SIZE": "16"}, 0),
+    ],
+)
+def test_workers_are_chosen_from_the_cores(device, cached, results, environment, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert reading_workers(device, cached, results) == workers
+
+
+@pytest.mark.parametrize(
+    ("shared", "processes", "size", "found"),
+    [
+        (64, 1, 32, (0, 1)),  # MiB: a container's default
+        (1024, 1, 32, (6, 1)),
+        (2**20, 1, 32, (8, 2)),
+        (2**20, 1, 100, (8, 1)),
+        (2**20, 1, 600, (0, 1)),
+        (8 * 1024, 8, 32, (6, 1)),
+    ],
+)
+def test_what_is_ahead_fits_into_shared_memory(shared, processes, size, found, monkeypatch, caplog):
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_frsize=2**20, f_blocks=shared))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert within_memory(8, size * 2**20) == found
+    assert within_memory(0, size * 2**20) == (0, 1)
+    assert ("--shm-size" in caplog.text) is (found[0] == 0)
+    workers, prefetch = found
+    if workers:  # one more is used, and one is being pinned
+        assert (workers * prefetch + 2) * size <= min(1024, shared // 4 // processes)
+
+
+def test_an_input_error_of_a_worker_is_one_line(tmp_path):
+    images = load(write_images(tmp_path, 8), cache_limit=0.0)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"^\d+\.png and 100 images drawn in its place cannot be read$"):
+        first(images, 1, workers=2)
+    assert multiprocessing.active_children() == []
+
+
+def test_want_of_shared_memory_is_one_line(monkeypatch):
+    def no_room(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    with pytest.raises(WorkerLost, match=r"^a process that .* for want of shared memory \(/dev/shm\); fewer --workers"):
+        list(ordered_map(torch.zeros, [(2,), (3,)], 1))
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_leave_the_gpu_alone(images, monkeypatch):
+    """They are forked, and a forked process that touches it fails."""
+    expected = first(images, 3)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: os._exit(3))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os._exit(3))
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: os._exit(3), raising=False)
+    assert_same(first(images, 3, workers=2), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_of_the_cpu(images):
+    torch.zeros(1, device="cuda")  # workers are forked afterwards
+    expected = first(images, 5)
+    for workers in (None, 0, 2):
+        for found, wanted in zip(first(images, 5, workers=workers, device="cuda"), expected, strict=True):
+            assert found.samples == wanted.samples
+            assert found.images.is_cuda
+            torch.testing.assert_close(found.images.cpu(), wanted.images, atol=1e-3, rtol=0)

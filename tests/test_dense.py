@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import zipfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from scenes import box_of, counts_of, made_scene, write_scenes
 from torch import Tensor, nn
 
 import underpaint
+import underpaint.evaluation.trained as trained_module
 from underpaint.data import open_source
 from underpaint.data.annotations import Instances, coco_annotations, masks_of
 from underpaint.errors import InputError
@@ -44,6 +46,7 @@ from underpaint.evaluation.segment import (
     shares,
     sliding_window_inference,
 )
+from underpaint.evaluation.trained import sampled_batches
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -466,3 +469,21 @@ def test_broken_annotations_are_named(tmp_path: Path) -> None:
     (folder / "classes.json").write_text('[{"nome": "a"}]')
     with pytest.raises(InputError, match=r"classes.json does not name classes"):
         masks_of(folder, open_source(folder))
+
+
+@pytest.mark.quick
+def test_batches_that_are_made_ahead_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(generator: np.random.Generator) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        count = int(generator.integers(1, 4))
+        image = torch.from_numpy(generator.random((3, 8, 8)))
+        return [(image, {"boxes": torch.from_numpy(generator.random((count, 4)))}) for _ in range(2)]
+
+    found = []
+    for workers in (0, 2):
+        monkeypatch.setattr(trained_module, "reading_workers", lambda *_, workers=workers, **__: workers)
+        with closing(sampled_batches(sample, 3, 5, torch.device("cpu"))) as batches:
+            found.append(list(itertools.islice(batches, 7)))
+    for here, ahead in zip(*found, strict=True):
+        for (image, target), (other, same) in zip(here, ahead, strict=True):
+            assert torch.equal(image, other)
+            assert torch.equal(target["boxes"], same["boxes"])

@@ -10,6 +10,7 @@ from test_methods import photographs, small
 from torch import Tensor
 
 import underpaint
+from underpaint.draws import Draws
 from underpaint.backbones import create_arguments, from_arguments
 from underpaint.corruptions import Corruption, Downsample, downsample
 from underpaint.data import Batch
@@ -25,7 +26,7 @@ each_task = pytest.mark.parametrize("task", [*TASKS, "mixture"])
 
 
 def fixed(method: Any, images: Tensor, seed: int = 0) -> Any:
-    return method.sample(len(images), *images.shape[-2:], torch.Generator().manual_seed(seed))
+    return method.sample(len(images), *images.shape[-2:], Draws.of(seed, len(images)))
 
 
 def watched(method: Any) -> dict[str, torch.nn.Parameter]:
@@ -356,7 +357,7 @@ def test_corruptions_may_be_passed_in() -> None:
 
     images = photographs(4)
     method = small("energy", corruption={"small": Downsample((4,)), "dark": Darken()})
-    noise = method.sample(4, 16, 16, torch.Generator().manual_seed(0))._replace(task=torch.tensor([0, 1, 0, 1]))
+    noise = method.sample(4, 16, 16, Draws.of(0, 4))._replace(task=torch.tensor([0, 1, 0, 1]))
     [corrupted] = method.corrupt(images, noise)
     torch.testing.assert_close(corrupted[1::2], images[1::2] - 1)
     assert torch.equal(corrupted[::2], downsample(images, 4)[::2])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import underpaint
+from underpaint.draws import Draws
 from underpaint.backbones.hiera import Hiera
 from underpaint.masking import Mask, Masking, hidden_map
 from underpaint.methods import MAE, BEiT, Energy, LocalMIM, SimMIM
@@ -69,7 +70,7 @@ def test_visible_units_equal_those_of_timm(name: str) -> None:
     images = torch.randn(3, 3, 64, 96, dtype=torch.float64)
     walk = encoder.walk(Masking(0.6, unit=encoder.unit))
     assert [layer.grid for layer in walk.layers] == [(16, 24), (8, 12), (4, 6)]  # not 32 x 48 places
-    mask = walk.sample(3, 64, 96, torch.Generator().manual_seed(0))
+    mask = walk.sample(3, 64, 96, Draws.of(0, 3))
     kept = torch.zeros(3, 24, dtype=torch.bool).scatter(1, mask.visible, True)
     _, stages = encoder.model.forward_intermediates(images, mask=kept, indices=[1, 2, 3], output_fmt="NHWC")
     found = tokens_of(encoder, images, mask)
@@ -89,7 +90,7 @@ def test_visible_units_equal_those_of_timm(name: str) -> None:
 def test_hidden_pixels_do_not_matter(kind: type[Any]) -> None:
     encoder = hiera()
     method: Any = kind(encoder, **({"codebook_size": 8} if kind is BEiT else {}))
-    images, noise = torch.randn(2, 3, 64, 96), method.sample(2, 64, 96, torch.Generator().manual_seed(0))
+    images, noise = torch.randn(2, 3, 64, 96), method.sample(2, 64, 96, Draws.of(0, 2))
     hidden = hidden_map(noise, (4, 6), (16, 16))
     found = []
     for pixels in (images, images + 10 * hidden):

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from underpaint import prepare
+from underpaint.draws import Draws
 from underpaint.backbones import Backbone, create_arguments, from_arguments
 from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features
@@ -175,7 +176,7 @@ class RecordingMethod(Method):
         super().__init__()
         self.bright: list[float] = []
 
-    def held_out(self, images: Tensor, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+    def held_out(self, images: Tensor, draws: Draws) -> dict[str, tuple[Tensor, Tensor]]:
         self.bright += images.mean(dim=(1, 2, 3)).tolist()
         return {"mask": (torch.ones(len(images)), torch.ones(len(images)))}
 

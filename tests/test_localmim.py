@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import underpaint
+from underpaint.draws import Draws
 from underpaint.data import load_images, open_source, pretraining_indices
 from underpaint.inference import load_method
 from underpaint.masking import Mask, random_mask
@@ -37,7 +38,7 @@ def walked(method: Any) -> list[int]:
 
 
 def fixed(method: Any, images: torch.Tensor) -> Any:
-    return method.sample(len(images), *images.shape[-2:], torch.Generator().manual_seed(0))
+    return method.sample(len(images), *images.shape[-2:], Draws.of(0, len(images)))
 
 
 @pytest.mark.quick
@@ -82,7 +83,7 @@ def test_heads_on_hidden_patches_equal_deconvolutions_of_the_whole_map(factor: i
     torch.manual_seed(0)
     grid, outputs = (4, 6), 5
     tap = Tap(20, grid, 32, 1, factor, outputs).double()
-    mask = random_mask(3, (4, 6), 18, torch.Generator().manual_seed(0))
+    mask = random_mask(3, (4, 6), 18, Draws.of(0, 3))
     tokens = torch.randn(3, 6, 20, dtype=torch.float64)
     found = tap(tokens, mask)
     every = tap.decoder.norm(tap.decoder.tokens(tokens, mask))
@@ -124,7 +125,7 @@ def test_pooled_cells_and_their_weights_by_hand() -> None:
 def test_targets_of_hidden_patches_are_their_cells() -> None:
     """Number the pixels: each cell of a hidden patch must come from that patch."""
     method = local(target="pixels")
-    mask = random_mask(2, (4, 4), 12, torch.Generator().manual_seed(0))
+    mask = random_mask(2, (4, 4), 12, Draws.of(0, 2))
     numbers = torch.arange(32 * 32).view(1, 1, 32, 32).expand(2, -1, -1, -1)
     for tap, scale in zip(method.decoders, method.cells, strict=True):
         of_cell: Any = numbers[..., ::scale, ::scale]  # the first pixel of each cell
@@ -244,7 +245,7 @@ def test_swin_scales_follow_its_stages(target: Any) -> None:
     frames = method.restore(images)
     assert len({frame.shape for frame in frames.values()}) == 1
     assert method.score(images).shape == (4,)
-    assert all(before.shape == (4,) for _, before in method.held_out(images, torch.Generator()).values())
+    assert all(before.shape == (4,) for _, before in method.held_out(images, Draws.of(0, len(images))).values())
 
 
 @pytest.mark.quick
@@ -313,7 +314,7 @@ def test_a_swins_masks_follow_the_seed_of_its_run(pictures: Path, tmp_path: Path
     assert torch.equal(loaded.walk.visible1, resumed.walk.visible1)
     assert not torch.equal(loaded.walk.visible1, other.walk.visible1)
     # against what random_mask draws from the run's seed
-    drawn = random_mask(256, (4, 4), loaded.walk.hidden1.shape[1], torch.Generator().manual_seed(5))
+    drawn = random_mask(256, (4, 4), loaded.walk.hidden1.shape[1], Draws.of(5, 256))
     assert torch.equal(loaded.walk.hidden1, drawn.hidden)
     batch = torch.randn(2, 3, 16, 16)
     other.load_state_dict(loaded.state_dict())

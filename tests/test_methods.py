@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import underpaint
+from underpaint.draws import Draws
 from underpaint.backbones import Backbone, create_arguments, from_arguments, load_encoder, save_encoder, standardize_for
 from underpaint.data import Batch
 from underpaint.masking import MASKS, Mask, hidden_map, hide_highest
@@ -162,7 +163,7 @@ def test_gradient_reaches_every_trainable_weight(name: str) -> None:
 @each_method
 def test_overfits_one_batch(name: str) -> None:
     method, images = small(name), photographs(8)
-    mask = method.sample(8, 16, 16, torch.Generator().manual_seed(0))
+    mask = method.sample(8, 16, 16, Draws.of(0, 8))
     method.calibrate(images, mask)
     optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
     for _ in range(200):
@@ -178,7 +179,7 @@ def test_overfits_one_batch(name: str) -> None:
 @each_method
 def test_hidden_pixels_do_not_leak(name: str) -> None:
     method, images = small(name), photographs()
-    mask = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 16, 16, Draws.of(0, 4))
     hidden = hidden_map(mask_in(mask), (4, 4), (4, 4)).expand_as(images)
     predict = PREDICTIONS[name]
     changed = images + 10 * hidden * torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
@@ -202,11 +203,11 @@ def test_same_seed_same_loss(name: str) -> None:
     losses = []
     for _ in range(2):
         method = small(name)
-        mask = method.sample(4, 16, 16, torch.Generator().manual_seed(3))
+        mask = method.sample(4, 16, 16, Draws.of(3, 4))
         losses.append(method(images, mask).loss)
     assert torch.equal(losses[0], losses[1])
     method = small(name)
-    other = method.sample(4, 16, 16, torch.Generator().manual_seed(4))
+    other = method.sample(4, 16, 16, Draws.of(4, 4))
     assert not torch.equal(method(images, other).loss, losses[0])
 
 
@@ -271,7 +272,7 @@ def test_scores_are_repeatable_and_one_an_image(name: str) -> None:
 @each_method
 def test_held_out_errors_are_one_an_image_and_repeatable(name: str) -> None:
     method, images = small(name), photographs()
-    found = [method.held_out(images, torch.Generator().manual_seed(0)) for _ in range(2)]
+    found = [method.held_out(images, Draws.of(0, len(images))) for _ in range(2)]
     for task, (left, before) in found[0].items():
         assert left.shape == before.shape == (4,)
         assert (before > 0).all()
@@ -282,7 +283,7 @@ def test_held_out_errors_are_one_an_image_and_repeatable(name: str) -> None:
 @each_method
 def test_compiles(name: str) -> None:
     method, images = small(name), photographs()
-    mask = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 16, 16, Draws.of(0, 4))
     eager = method(images, mask).loss
     eager.backward()
     gradients = {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
@@ -320,13 +321,13 @@ MASKED = [name for name in sorted(METHODS) if issubclass(METHODS[name], MaskedMe
 def test_any_mask_of_larger_patches_hides_whole_ones_and_trains(name: str, kind: str) -> None:
     """Squares of two patches of a side, by every pattern there is and by one that no method knows."""
 
-    def checkerboard(batch: int, grid: tuple[int, int], hidden: int, generator: torch.Generator | None) -> Mask:
+    def checkerboard(batch: int, grid: tuple[int, int], hidden: int, draws: Draws) -> Mask:
         rows, columns = torch.arange(grid[0]).view(-1, 1), torch.arange(grid[1])
         return hide_highest(((rows + columns) % 2).float().flatten().expand(batch, -1), hidden)
 
     method = small(name, 32, 32, mask=MASKS.get(kind, checkerboard), mask_patch_size=8)
     images = photographs(4, 3, 32, 32)
-    noise = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
+    noise = method.sample(4, 32, 32, Draws.of(0, 4))
     rows, columns = method.masking.grid(32, 32)
     hidden = torch.zeros(4, rows * columns).scatter(1, mask_in(noise).hidden, 1.0)
     squares = hidden.view(4, 4, rows // 4, 4, columns // 4)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from underpaint.draws import Draws
 from underpaint.blocks import sincos_positions
 from underpaint.corruptions import mask_cells
 from underpaint.masking import hidden_count, hidden_map, hide_highest, random_mask
@@ -58,7 +59,7 @@ def test_standardize_module_goes_there_and_back() -> None:
 
 
 def test_masks_hide_exactly_and_cover_everything() -> None:
-    mask = random_mask(50, (4, 4), 12, torch.Generator().manual_seed(0))
+    mask = random_mask(50, (4, 4), 12, Draws.of(0, 50))
     both = torch.cat([mask.visible, mask.hidden], dim=1).sort(dim=1).values
     assert torch.equal(both, torch.arange(16).expand(50, -1))
     assert mask.hidden.shape == (50, 12)
@@ -81,7 +82,7 @@ def test_impossible_ratios_are_refused() -> None:
 
 def test_mask_cells_zeroes_hidden_pixels_and_nothing_else() -> None:
     images = torch.rand(2, 3, 8, 12) + 1
-    mask = random_mask(2, (2, 3), 3, torch.Generator().manual_seed(1))
+    mask = random_mask(2, (2, 3), 3, Draws.of(1, 2))
     hidden = hidden_map(mask, (2, 3), (4, 4)).expand_as(images)
     corrupted = mask_cells(images, mask, (4, 4))
     assert torch.equal(corrupted[hidden == 0], images[hidden == 0])

@@ -54,13 +54,12 @@ def test_the_time_scales_the_plan() -> None:
     assert areas[0] < areas[-1] / 10
     assert [recipe.encoder.get("embed_dim", 192) for recipe in sizes] == [128, 192, 192, 192]
     assert all(recipe.run.minutes and recipe.run.epochs is None for recipe in sizes)
-    assert recipe_of({}, PHOTOS).data.workers == 1  # too many for the cache: decoded while it trains
-    assert recipe_of({}, FRAMES).data.workers == 0
+    assert recipe_of({}, PHOTOS).data.workers is None  # by the machine that it runs on
     slow = Machine("cpu", "old laptop", 2, 1, 20e9, 4 * 2**30)
     assert recipe_of({}, FRAMES, slow).data.image_size[0] <= 48
     large = recipe_of({}, PHOTOS, GPU)
     assert large.encoder["name"] == "vit_base_patch16_224"
-    assert (large.data.image_size, large.run.minutes, large.data.workers) == ((224, 224), 1440.0, 8)
+    assert (large.data.image_size, large.run.minutes) == ((224, 224), 1440.0)
 
 
 @pytest.mark.quick

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from underpaint.draws import Draws
 from underpaint.backbones import create_arguments, from_arguments, save_encoder
 from underpaint.data import Crops, load_images, open_source, train_batches
 from underpaint.data.annotations import Instances
@@ -59,13 +60,13 @@ def trivial_beit(**_: Any) -> tuple[Any, Tensor, Any]:
     method, images = small("beit"), photographs()
     trivial_words(method)
     silent(method.head, method.tokenizer.shares.log())
-    return method, images, method.sample(4, 16, 16, torch.Generator().manual_seed(0))
+    return method, images, method.sample(4, 16, 16, Draws.of(0, 4))
 
 
 def trivial_cae(**settings: Any) -> tuple[Any, Tensor, Any]:
     method, images = small("cae", **settings), photographs()
     trivial_words(method)
-    mask = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 16, 16, Draws.of(0, 4))
     silent(method.head[1], method.tokenizer.shares.log() if method.target == "words" else 0.0)
     # the mean representation of hidden patches, whatever is seen
     silent(method.norm, method.aligned_to(method.encoder.embed(images), mask).mean((0, 1)))
@@ -76,7 +77,7 @@ def trivial_cim(**settings: Any) -> tuple[Any, Tensor, Any]:
     method, images = small("cim", **settings), photographs()
     trivial_words(method)
     silent(method.generator.head, method.generator.tokenizer.shares.log())
-    noise = method.sample(4, 16, 16, torch.Generator().manual_seed(0))
+    noise = method.sample(4, 16, 16, Draws.of(0, 4))
     share = method.corrupt(images, noise).replaced.float().mean()
     assert 0 < float(share) < 1
     silent(method.head, share.logit() if method.objective == "detect" else 0.0)
@@ -87,7 +88,7 @@ def trivial_energy(name: str = "energy", **settings: Any) -> tuple[Any, Tensor, 
     """An energy that is the same everywhere."""
     method, images = small(name, **settings), photographs()
     nn.init.zeros_(method.head.weight)
-    return method, images, method.sample(4, 16, 16, torch.Generator().manual_seed(0))
+    return method, images, method.sample(4, 16, 16, Draws.of(0, 4))
 
 
 def trivial_local(on: str = "vit", **settings: Any) -> tuple[Any, Tensor, Any]:
@@ -101,7 +102,7 @@ def trivial_local(on: str = "vit", **settings: Any) -> tuple[Any, Tensor, Any]:
             small("localmim", height=32, width=32, taps=[0, 1], scales=[4, 8], **settings),
             photographs(4, 3, 32, 32),
         )
-    noise = method.sample(4, *images.shape[-2:], torch.Generator().manual_seed(0))
+    noise = method.sample(4, *images.shape[-2:], Draws.of(0, 4))
     for number, (tap, level) in enumerate(zip(method.decoders, method.levels(images), strict=True)):
         mask = method.walk.mask(noise, number)
         wanted = tap.target(level, mask).numpy()
@@ -149,7 +150,7 @@ def test_a_network_that_says_the_trivial_thing_has_the_baseline_as_its_loss(
     assert float(objective.loss) == pytest.approx(float(objective.terms["baseline"]), rel=1e-5)
     if made is trivial_local or settings.get("objective") == "detect":
         return  # there the best constant is that of these very masks
-    for task, (left, before) in method.eval().held_out(images, torch.Generator().manual_seed(3)).items():
+    for task, (left, before) in method.eval().held_out(images, Draws.of(3, len(images))).items():
         if task == "placed":  # a share of patches, beside 1
             continue
         torch.testing.assert_close(left, before, rtol=1e-5, atol=1e-6)
@@ -159,7 +160,7 @@ def test_a_network_that_says_the_trivial_thing_has_the_baseline_as_its_loss(
 def test_the_best_constant_of_pooled_cells_is_that_of_hidden_ones() -> None:
     """Cells of two patches count by the share of them that is hidden, in the constant too."""
     method, images = small("localmim", height=32, width=32, taps=[0, 1], scales=[4, 8]), photographs(4, 3, 32, 32)
-    noise = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
+    noise = method.sample(4, 32, 32, Draws.of(0, 4))
     tap, level = method.decoders[1], method.levels(images)[1]
     wanted = level.flatten(2).transpose(1, 2)
     hidden = torch.zeros(4, 64).scatter(1, noise.hidden, 1.0).view(4, 1, 8, 8)
@@ -181,7 +182,7 @@ def test_each_held_out_image_has_a_draw_of_its_own(name: str) -> None:
     else:
         torch.manual_seed(0)
         method, images = LocalMIM(swin(), images_per_mask=64).eval(), photographs(1, 3, 64, 64)
-    found = method.held_out(images.expand(8, -1, -1, -1).contiguous(), torch.Generator().manual_seed(0))
+    found = method.held_out(images.expand(8, -1, -1, -1).contiguous(), Draws.of(0, 8))
     for left, _ in found.values():
         assert len(left.unique()) > 1
 

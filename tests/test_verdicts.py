@@ -11,6 +11,7 @@ from asking import pretrain
 from torch import Tensor
 
 import underpaint.prepare
+from underpaint.draws import Draws
 from underpaint.masking import Mask, random_mask
 from underpaint.methods import METHODS, Method, Objective
 from underpaint.report import Verdict, verdict
@@ -63,9 +64,9 @@ class Shrink(Method):
         super().__init__()
         self.encoder = encoder
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Mask:
         rows, columns = self.encoder.grid(height, width)
-        return random_mask(batch, (rows, columns), 1, generator)
+        return random_mask(batch, (rows, columns), 1, draws)
 
     def forward(self, images: Tensor, mask: Mask | None = None) -> Objective:
         pooled = self.encoder(images).pooled
@@ -75,7 +76,7 @@ class Shrink(Method):
     def restore(self, images: Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
         return {"original": images}
 
-    def held_out(self, images: Tensor, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+    def held_out(self, images: Tensor, draws: Draws) -> dict[str, tuple[Tensor, Tensor]]:
         return {"none": (torch.ones(len(images)), torch.ones(len(images)))}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import underpaint
 from underpaint import tokenizers
+from underpaint.draws import Draws
 from underpaint.backbones import TokenBackbone
 from underpaint.cli import main
 from underpaint.config import Data
@@ -293,11 +294,11 @@ def test_broken_tokenizer_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize(("grid", "hidden"), [((14, 14), 98), ((14, 14), 75), ((4, 4), 8), ((2, 8), 8), ((8, 8), 63)])
 def test_block_masks_hide_exactly_as_many(grid: tuple[int, int], hidden: int) -> None:
-    mask = block_mask(200, grid, hidden, torch.Generator().manual_seed(0))
+    mask = block_mask(200, grid, hidden, Draws.of(0, 200))
     assert mask.hidden.shape == (200, hidden)
     together = torch.cat([mask.visible, mask.hidden], dim=1).sort(dim=1).values
     assert torch.equal(together, torch.arange(grid[0] * grid[1]).expand(200, -1))
-    again = block_mask(200, grid, hidden, torch.Generator().manual_seed(0))
+    again = block_mask(200, grid, hidden, Draws.of(0, 200))
     assert torch.equal(mask.hidden, again.hidden)
 
 
@@ -339,7 +340,7 @@ def test_block_masks_are_cut_as_published(grid: tuple[int, int], hidden: int) ->
     theirs = np.stack(
         [published_blocks(grid, hidden, max(2, round(0.08 * grid[0] * grid[1])), rng) for _ in range(count)]
     )
-    mask = block_mask(count, grid, hidden, torch.Generator().manual_seed(0))
+    mask = block_mask(count, grid, hidden, Draws.of(0, count))
     ours = torch.zeros(count, grid[0] * grid[1]).scatter(1, mask.hidden, 1.0).view(count, *grid).bool().numpy()
     sides, single, uneven = shape_of(ours)
     wanted = shape_of(theirs)
@@ -356,7 +357,7 @@ def test_block_masks_are_cut_as_published(grid: tuple[int, int], hidden: int) ->
 def test_the_baseline_is_that_of_frequencies(kind: type) -> None:
     method, images = prepared(kind), photographs(16) * 2 - 1
     method.tokenizer.count([photographs(64, seed=1)])  # of other images: a batch's own would know its answers
-    mask = method.sample(16, 32, 32, torch.Generator().manual_seed(0))
+    mask = method.sample(16, 32, 32, Draws.of(0, 16))
     words = method.targets(images, mask)
     counts = np.bincount(method.tokenizer.encode(photographs(64, seed=1)).flatten().numpy(), minlength=32) + 1
     wanted = float(np.mean([-math.log(counts[word] / counts.sum()) for word in words.flatten().tolist()]))
@@ -385,7 +386,7 @@ def test_an_unfitted_tokenizer_is_not_used() -> None:
 @pytest.mark.quick
 def test_alignment_target_is_the_encoder_without_gradient() -> None:
     method, images = prepared(CAE), photographs(4) * 2 - 1
-    mask = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 32, 32, Draws.of(0, 4))
     tokens = method.encoder.embed(images)
     target = method.aligned_to(tokens, mask)
     assert not target.requires_grad
@@ -411,7 +412,7 @@ def test_alignment_target_is_the_encoder_without_gradient() -> None:
 def test_alignment_target_has_no_drop_path() -> None:
     method: Any = CAE(encoder(drop_path_rate=0.8), codebook_size=32)
     method.train()
-    mask = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 32, 32, Draws.of(0, 4))
     tokens = method.encoder.embed(photographs(4))
     one, two = (method.aligned_to(tokens, mask) for _ in range(2))
     assert torch.equal(one, two)
@@ -422,7 +423,7 @@ def test_alignment_target_has_no_drop_path() -> None:
 @pytest.mark.quick
 def test_regressor_ignores_the_order_of_visible_patches_and_leaves_them_alone() -> None:
     method, images = prepared(CAE), photographs(4) * 2 - 1
-    mask = method.sample(4, 32, 32, torch.Generator().manual_seed(0))
+    mask = method.sample(4, 32, 32, Draws.of(0, 4))
     order = torch.randperm(mask.visible.shape[1])
     shuffled = Mask(mask.visible[:, order], mask.hidden)
     assert torch.allclose(method.predict(images, mask), method.predict(images, shuffled), atol=1e-5)

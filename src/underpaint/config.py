@@ -78,7 +78,9 @@ class Data:
     cache_limit: float = setting(2.0, "up to which a set is kept decoded", unit="GiB", low=0)
     max_pixels: int = setting(200_000_000, "larger images are skipped", unit="pixels", low=1)
     nodata: float | None = setting(None, "value of missing pixels, beside NaN and what files say themselves")
-    workers: int = setting(0, "processes that decode images", low=0, high=1_024)
+    workers: int | None = setting(
+        None, "processes that read ahead", unset="by cores, device and cache", low=0, high=1_024
+    )
     masks: Literal["aside", "images"] = setting(
         "aside", "what masks that lie beside images of their names are taken for"
     )

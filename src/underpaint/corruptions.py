@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from underpaint.draws import Draws, normal
 from underpaint.masking import Mask, Masking, hidden_map
 from underpaint.patches import patchify, take, unpatchify
 
@@ -70,7 +71,7 @@ def gray(images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height
 class Corruption:
     """One way to corrupt images."""
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Any:
         """What is random of it, a row an image, on the CPU; None where nothing is.
 
         Raises:
@@ -92,8 +93,8 @@ class Hide(Corruption):
 
     masking: Masking
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
-        return self.masking(batch, height, width, generator)
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Mask:
+        return self.masking(batch, height, width, draws)
 
     def apply(self, images: Float[Tensor, "b c height width"], noise: Mask) -> Float[Tensor, "b c height width"]:
         return mask_cells(images, noise, self.masking.unit)
@@ -109,11 +110,11 @@ class Shuffle(Corruption):
 
     patch: tuple[int, int]
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Tensor:
         if height % self.patch[0] or width % self.patch[1]:
             raise ValueError(f"patches of {self.patch} px do not divide an image of {height}x{width}")
         count = (height // self.patch[0]) * (width // self.patch[1])
-        return torch.rand(batch, count, generator=generator).argsort(1)
+        return Draws.some_or_new(draws, batch).uniform(count).argsort(1, stable=True)
 
     def apply(self, images: Float[Tensor, "b c height width"], noise: Tensor) -> Float[Tensor, "b c height width"]:
         return shuffle_patches(images, noise, self.patch)
@@ -125,11 +126,11 @@ class Downsample(Corruption):
 
     factors: tuple[int, ...] = (2, 4)
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Tensor:
         for factor in self.factors:
             if height % factor or width % factor:
                 raise ValueError(f"factor {factor} does not divide an image of {height}x{width}")
-        return torch.randint(len(self.factors), (batch,), generator=generator)
+        return Draws.some_or_new(draws, batch).integers(len(self.factors))
 
     def apply(self, images: Float[Tensor, "b c height width"], noise: Tensor) -> Float[Tensor, "b c height width"]:
         made = images
@@ -140,19 +141,20 @@ class Downsample(Corruption):
 
 @dataclass(frozen=True)
 class AddNoise(Corruption):
-    """Normal noise that leaves a share of the variance, uniform in (0, 1) an image."""
+    """Normal noise that leaves a share of the variance, uniform in (0, 1) an image.
 
-    channels: int
+    What is drawn of a pixel is a key an image; its numbers are made where the image is.
+    """
 
     def sample(
-        self, batch: int, height: int, width: int, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        kept = torch.rand(batch, generator=generator)
-        return kept, torch.randn(batch, self.channels, height, width, generator=generator)
+        self, batch: int, height: int, width: int, draws: Draws | None = None
+    ) -> tuple[Float[Tensor, "b"], Int[Tensor, "b"]]:
+        draws = Draws.some_or_new(draws, batch)
+        return draws.uniform(), draws.keys()
 
     def apply(self, images: Float[Tensor, "b c height width"], noise: Any) -> Float[Tensor, "b c height width"]:
-        kept, normal = noise
-        return add_noise(images, normal, kept)
+        kept, keys = noise
+        return add_noise(images, normal(keys, *images.shape[1:]), kept)
 
 
 @dataclass(frozen=True)

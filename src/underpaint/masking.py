@@ -1,8 +1,8 @@
 """Which patches are hidden: exact counts, static shapes, no boolean indexing.
 
-Every kind of mask writes one score a patch; the highest scores are hidden. Scores are drawn on the CPU from a
-generator that the training loop seeds with (seed, step) for the whole global batch, so one process or many see the
-same masks, and a resumed run needs no saved random state.
+Every kind of mask writes one score a patch; the highest scores are hidden. Scores are `Draws`: of a step they are
+functions of (seed, step, image), so one process or many see the same masks, and a resumed run needs no saved random
+state. They are drawn on the CPU.
 """
 
 import math
@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+from underpaint.draws import Draws
 
 TRIES = 10  # of a block, before no other is laid
 Noise = TypeVar("Noise")  # of a step: tuples and dicts of tensors, a row an image
@@ -64,28 +66,29 @@ def hide_highest(score: Float[Tensor, "b n"], count: int) -> Mask:
     return Mask(order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values)
 
 
-def random_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch.Generator | None = None) -> Mask:
+def random_mask(batch: int, grid: tuple[int, int], hidden: int, draws: Draws | None = None) -> Mask:
     """Hide `hidden` patches of a grid (rows, columns), all choices equally likely (MAE, 2111.06377, section 3)."""
-    return hide_highest(torch.rand(batch, grid[0] * grid[1], generator=generator), hidden)
+    return hide_highest(Draws.some_or_new(draws, batch).uniform(grid[0] * grid[1]), hidden)
 
 
-def block_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch.Generator | None = None) -> Mask:
+def block_mask(batch: int, grid: tuple[int, int], hidden: int, draws: Draws | None = None) -> Mask:
     """Hide `hidden` patches in blocks (BEiT, arXiv 2106.08254, algorithm 1), exactly as many in each image.
 
     A block is a rectangle of an area between 0.08 of the grid (two patches or more) and what is still to be hidden, with an
     aspect log-uniform in [0.3, 1 / 0.3]. One that does not fit the grid, or would hide nothing new or too much, is drawn
-    again, up to ten times. What such tries leave open is filled in beside the blocks. The images of a batch are drawn
-    together.
+    again, up to ten times. What such tries leave open is filled in beside the blocks. The images of a batch are tried
+    together, each with numbers of its own.
     """
+    draws = Draws.some_or_new(draws, batch)
     rows, columns = grid
     smallest, widest = max(2, round(0.08 * rows * columns)), math.log(1 / 0.3)
     covered = torch.zeros(batch, rows, columns, dtype=torch.bool)
     y, x = torch.arange(rows), torch.arange(columns)
-    going = torch.arange(batch)  # images that another block is tried for
+    going, trying = torch.arange(batch), draws.apart()  # images that another block is tried for
     while len(going):
         sums = functional.pad(covered[going].int().cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
         left = hidden - sums[:, -1:]
-        drawn = torch.rand(4, len(going), TRIES, generator=generator)
+        drawn = trying.uniform(4, TRIES).unbind(1)
         area, aspect = smallest + drawn[0] * (left - smallest), torch.exp((2 * drawn[1] - 1) * widest)
         tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
         fits = (tall < rows) & (wide < columns)
@@ -101,14 +104,15 @@ def block_mask(batch: int, grid: tuple[int, int], hidden: int, generator: torch.
         top, first, tall, wide = (value.gather(1, chosen) for value in (top, first, tall, wide))
         inside = ((y >= top) & (y < top + tall)).unsqueeze(2) & ((x >= first) & (x < first + wide)).unsqueeze(1)
         covered[going] |= inside & found.view(-1, 1, 1)
-        going = going[found & (new.gather(1, chosen) < left).squeeze(1)]
+        unfinished = found & (new.gather(1, chosen) < left).squeeze(1)
+        going, trying = going[unfinished], trying.some(unfinished)
     beside = functional.pad(covered.float(), (1, 1, 1, 1))
     beside = beside[:, 2:, 1:-1] + beside[:, :-2, 1:-1] + beside[:, 1:-1, 2:] + beside[:, 1:-1, :-2]
-    score = 8 * covered + beside + torch.rand(batch, rows, columns, generator=generator)
+    score = 8 * covered + beside + draws.uniform(rows, columns)
     return hide_highest(score.flatten(1), hidden)
 
 
-Strategy = Callable[[int, tuple[int, int], int, torch.Generator | None], Mask]  # batch, grid, hidden, generator
+Strategy = Callable[[int, tuple[int, int], int, Draws], Mask]  # batch, grid, hidden, draws
 MASKS: dict[str, Strategy] = {"random": random_mask, "block": block_mask}
 
 
@@ -128,8 +132,8 @@ class Masking:
         """Rows and columns of an image of this size in pixels."""
         return height // self.unit[0], width // self.unit[1]
 
-    def __call__(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Mask:
-        """Masks for images of this size in pixels, on the CPU.
+    def __call__(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Mask:
+        """Masks for images of this size in pixels, on the CPU. Where no draws are given, torch's global generator seeds some.
 
         Raises:
             ValueError: what is hidden as one does not divide the image; the ratio hides all of it, or nothing.
@@ -137,9 +141,10 @@ class Masking:
         if height % (self.factor * self.unit[0]) or width % (self.factor * self.unit[1]):
             sides = " x ".join(str(self.factor * side) for side in self.unit)
             raise ValueError(f"mask_patch_size: {sides} px do not divide an image of {height}x{width}")
+        draws = Draws.some_or_new(draws, batch)
         rows, columns = self.grid(height, width)
         coarse = (rows // self.factor, columns // self.factor)
-        mask = self.strategy(batch, coarse, hidden_count(coarse[0] * coarse[1], self.ratio), generator)
+        mask = self.strategy(batch, coarse, hidden_count(coarse[0] * coarse[1], self.ratio), draws)
         return mask if self.factor == 1 else refine(mask, coarse, self.factor)
 
 

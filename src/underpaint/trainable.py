@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from underpaint.draws import Draws
+
 Same = TypeVar("Same")
 
 
@@ -50,8 +52,8 @@ class Trainable(nn.Module):
     divisible: bool = True
     exact: bool = False
 
-    def noise_for(self, inputs: Any, count: int, generator: torch.Generator) -> Any:
-        """What is random in a step for a global batch of `count`, on the CPU; None where forward draws by itself."""
+    def noise_for(self, inputs: Any, draws: Draws) -> Any:
+        """What is random in a step for these images of the global batch, on the CPU; None where forward draws by itself."""
         return None
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, object]]:

@@ -13,6 +13,7 @@ import tarfile
 import time
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +260,9 @@ def test_an_image_that_ends_its_worker_is_left_out(
     assert len(found) == 5
 
 
-def dies(number: int) -> int:
+def dies(number: int, by: int = signal.SIGKILL) -> int:
     if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), by)
     return number
 
 
@@ -270,6 +271,9 @@ def test_a_killed_worker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     looks_often(monkeypatch)
     with pytest.raises(WorkerLost, match=r"^a process that decodes images was killed \(signal 9\).*fewer --workers"):
         list(ordered_map(dies, range(8), 1))
+    bus_error = r"killed \(signal 7\), probably for want of shared memory \(/dev/shm\)"
+    with pytest.raises(WorkerLost, match=bus_error):
+        list(ordered_map(partial(dies, by=signal.SIGBUS), range(8), 1))
 
 
 @pytest.fixture

@@ -27,12 +27,12 @@ def killing(monkeypatch: pytest.MonkeyPatch, batch: int, done: Path | None) -> N
     """From here on the process that makes this batch kills itself: each, or the first only where a file is given."""
     real, here = Crops.__call__, os.getpid()
 
-    def call(crops: Crops, number: int) -> Any:
+    def call(crops: Crops, number: int, *rows: slice) -> Any:
         if number == batch and os.getpid() != here and (done is None or not done.exists()):
             if done is not None:
                 done.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(crops, number)
+        return real(crops, number, *rows)
 
     monkeypatch.setattr(Crops, "__call__", call)
     looks_often(monkeypatch)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from underpaint.backbones.protocols import Features, Layer, StagedBackbone, Walk
 from underpaint.backbones.visible import VisibleOnly, soundly
 from underpaint.computing import full
+from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking, hidden_map, refine
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,9 @@ class Stages(Walk):
         self.masking, self.taken, self.layers, self.sound = masking, taken, layers, sound
 
     def sample(
-        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
+        self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False
     ) -> Mask:
-        return self.masking(batch, height, width, generator)
+        return self.masking(batch, height, width, draws)
 
     def mask(self, noise: Mask, number: int) -> Mask:
         coarse, factor = self.layers[-1], self.layers[-1].stride // self.layers[number].stride

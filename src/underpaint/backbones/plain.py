@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from underpaint.backbones.protocols import Encoded, Layer, TokenBackbone, Walk
 from underpaint.blocks import replaced, sincos_positions
+from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking, refine
 from underpaint.patches import patchify, take
 
@@ -22,9 +23,9 @@ class Blocks(Walk):
         self.masking, self.taps, self.layers = masking, list(taps), [layer] * len(taps)
 
     def sample(
-        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
+        self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False
     ) -> Mask:
-        return self.masking(batch, height, width, generator)
+        return self.masking(batch, height, width, draws)
 
     def mask(self, noise: Mask, number: int) -> Mask:
         return noise

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from underpaint.computing import full
+from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking
 
 
@@ -71,7 +71,7 @@ class Walk(nn.Module):
     by_layer = True  # whether a layer is computed from the one before it, and not all at once
 
     def sample(
-        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
+        self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False
     ) -> Any:
         """Masks for a batch, on the CPU; each image has its own where `alone`."""
         raise NotImplementedError

@@ -22,6 +22,7 @@ from torch.nn import functional
 from underpaint.backbones.maps import MapBackbone
 from underpaint.backbones.protocols import Layer, Walk
 from underpaint.blocks import replaced
+from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking, refine
 from underpaint.patches import patchify, take
 
@@ -38,18 +39,12 @@ class PooledMask(NamedTuple):
         return PooledMask(self.choice.to(device, non_blocking=True), self.groups)
 
     def rows(self, rows: slice) -> "PooledMask":
-        """The masks of some images, which must be whole groups or lie inside one.
-
-        Raises:
-            ValueError: they are neither.
-        """
+        """The masks of some images: in the same groups where these are whole, in one where they lie inside it, else in the
+        largest equal runs that have one mask each."""
         start, stop, _ = rows.indices(len(self.choice))
         size, count = len(self.choice) // self.groups, stop - start
-        if start % size == 0 and count % size == 0:
-            return PooledMask(self.choice[rows], count // size)
-        if start // size == (stop - 1) // size:
-            return PooledMask(self.choice[rows], 1)
-        raise ValueError(f"images {start} to {stop} are no whole groups of {size} images with one mask")
+        inside = start // size == (stop - 1) // size
+        return PooledMask(self.choice[rows], 1 if inside else count // math.gcd(size, start, count))
 
     def repeat(self, batch: int) -> "PooledMask":
         return PooledMask(self.choice.expand(batch), 1)
@@ -174,12 +169,13 @@ class MaskPool(Walk):
             self.layers.append(Layer(grid, stride, encoder.info[behind]["num_chs"]))
 
     def sample(
-        self, batch: int, height: int, width: int, generator: torch.Generator | None = None, alone: bool = False
+        self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False
     ) -> PooledMask:
+        draws = Draws.some_or_new(draws, batch)
         share = 1 if alone else self.images_per_mask
-        groups = batch // share if batch % share == 0 else 1
-        choice = torch.randint(self.count, (groups,), generator=generator)
-        return PooledMask(choice.repeat_interleave(batch // groups), groups)
+        starts = (draws.images // share).diff().nonzero().flatten() + 1  # where another mask begins
+        choice = draws.alike(share).integers(self.count)
+        return PooledMask(choice, batch // math.gcd(batch, *starts.tolist()))
 
     def mask(self, noise: PooledMask, number: int) -> Mask:
         return self.at_stage(noise, min(number + 1, self.stages - 1))
@@ -262,7 +258,7 @@ class Swin(MapBackbone):
         height, width = self.image_size
         if height % unit or width % unit:
             raise ValueError(f"an image of {height}x{width} px is no whole number of units of {unit} px")
-        return MaskPool(self, masking(masks, height, width, torch.Generator().manual_seed(seed)), images_per_mask)
+        return MaskPool(self, masking(masks, height, width, Draws.of(seed, masks)), images_per_mask)
 
     def advance(
         self, walk: Any, number: int, state: Any, images: Float[Tensor, "b c height width"], noise: PooledMask

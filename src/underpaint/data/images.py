@@ -188,7 +188,7 @@ def load_images(
     channels: int = 3,
     cache_limit: float = 2.0,
     max_pixels: int = MAX_PIXELS,
-    workers: int = 0,
+    workers: int | None = None,
     scaling: Scaling | None = None,
     nodata: float | None = None,
 ) -> ImageSet:
@@ -199,7 +199,7 @@ def load_images(
         channels: of every image: 1 and 3 convert between grey and colour, other numbers must be the files' own.
         cache_limit: GiB; a set estimated to be larger is streamed.
         max_pixels: larger images are refused.
-        workers: processes that decode.
+        workers: processes that decode; one for each core where None or 0 and there are many images.
         scaling: that of the images that an encoder was pretrained on, for all that it meets later; measured on these
             images where None.
         nodata: where it is measured, a value that stands for missing pixels.

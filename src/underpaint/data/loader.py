@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,15 +15,21 @@ from torch import Tensor
 from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
 from underpaint.data.decode import Unreadable
 from underpaint.data.images import ImageSet, resize
-from underpaint.data.parallel import ordered_map
+from underpaint.data.parallel import ordered_map, reading_workers, within_memory
 from underpaint.data.shuffle import LARGE, shuffled
 from underpaint.data.sources.index import Indices
 from underpaint.errors import InputError
 
 REPLACEMENTS = 100  # other samples tried in place of one that cannot be decoded
-# a cut-out of more than this times the target is reduced before it is padded into the batch; JPEGs are decoded at no
+# a side of a cut-out of more than this times the target's is reduced before it is padded into the batch; JPEGs are decoded at no
 # less, so that a box, which is rounded to what was decoded, is at most a quarter of a pixel of the target off
 OVERSIZE = 2
+# bytes of cut-outs that are handed over at once, at most: a batch of more comes in parts. More would be too much where many
+# are read ahead, fewer would be too many small copies
+PART = 2**25
+
+# of a batch: its number, its first image and the one behind its last, and whether nothing of it follows
+Part = tuple[int, int, int, bool]
 
 
 class Batch(NamedTuple):
@@ -41,6 +47,7 @@ class _Cutouts(NamedTuple):
     flips: Tensor  # [b]
     samples: list[int]
     skipped: list[dict[str, str]]
+    last: bool = True  # of its batch
 
 
 def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
@@ -52,7 +59,7 @@ def train_batches(
     crops: "Crops",
     *,
     first_batch: int = 0,
-    workers: int = 0,
+    workers: int | None = None,
     device: str | torch.device = "cpu",
     on_skip: Callable[[dict[str, str]], None] | None = None,
 ) -> Generator[Batch, None, None]:
@@ -60,12 +67,16 @@ def train_batches(
 
     Args:
         first_batch: the number of the first batch given; a resumed run starts here, nothing is replayed.
-        workers: processes that read ahead; the batches do not depend on it.
+        workers: processes that read ahead, by the cores where None (`parallel.reading_workers`); fewer where
+            the memory that is shared with them does not suffice. The batches do not depend on it.
         on_skip: told {"path", "reason"} once for each file of a streamed set that cannot be decoded; another sample,
             drawn by (seed, epoch, sample), stands in for it.
     """
-    numbers = itertools.count(first_batch)
-    return _batches(crops, numbers, crops.images, crops.size, workers, torch.device(device), on_skip)
+    each, device = crops.batch_size // crops.world, torch.device(device)
+    if workers is None:
+        workers = reading_workers(device.type, crops.images.cached)
+    sizes = ((number, each) for number in itertools.count(first_batch))
+    return _batches(crops, sizes, each, crops.images, crops.size, workers, device, on_skip)
 
 
 def fair_batches(
@@ -90,7 +101,7 @@ def eval_batches(
     batch_size: int = 256,
     indices: Indices | None = None,
     device: str | torch.device = "cpu",
-    workers: int = 0,
+    workers: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Each image once, in order: the short side resized so that the target fits, then the centre.
 
@@ -98,40 +109,98 @@ def eval_batches(
 
     Args:
         indices: which images; default all.
+        workers: as for `train_batches`; where None, fewer for few images.
     """
-    chosen = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
+    chosen, device = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64), torch.device(device)
     prepare = _EvalRows(images, size, batch_size, chosen)
-    numbers = range(math.ceil(len(chosen) / batch_size))
-    return _batches(prepare, numbers, images, size, workers, torch.device(device), None)
+    counts = [min(batch_size, len(chosen) - first) for first in range(0, len(chosen), batch_size)]
+    if workers is None:
+        parts = sum(1 for _ in _parts(enumerate(counts), part_rows(images, size)))
+        workers = reading_workers(device.type, images.cached, parts)
+    return _batches(prepare, enumerate(counts), batch_size, images, size, workers, device, None)
+
+
+def part_rows(images: ImageSet, size: tuple[int, int]) -> int:
+    """How many cut-outs are handed over at once. It depends on nothing but the images: cut-outs are padded to the largest of
+    a part, and the same parts are the same bits, whoever makes them."""
+    return max(1, PART // cutout_bytes(images, size))
+
+
+def cutout_bytes(images: ImageSet, size: tuple[int, int]) -> int:
+    """What a cut-out takes at most."""
+    height, width = (OVERSIZE * side for side in size)
+    if images.pixels is not None:
+        tall, wide = images.pixels.shapes[:, :2].max(axis=0).tolist()
+        # images of one size are handed over whole
+        height, width = (tall, wide) if images.pixels.uniform else (min(height, tall), min(width, wide))
+    return height * width * images.channels * np.dtype(images.dtype).itemsize
+
+
+def _parts(sizes: Iterable[tuple[int, int]], most: int) -> Iterator[Part]:
+    """Batches, given by number and size, in about equal parts of at most so many images."""
+    for batch, count in sizes:
+        pieces = -(-count // most)
+        edges = [count * piece // pieces for piece in range(pieces + 1)]
+        for start, stop in itertools.pairwise(edges):
+            yield batch, start, stop, stop == count
+
+
+@dataclass
+class _OnePart:
+    """What a worker is asked for."""
+
+    prepare: Callable[[int, slice], _Cutouts]
+
+    def __call__(self, part: Part) -> _Cutouts:
+        batch, start, stop, last = part
+        return self.prepare(batch, slice(start, stop))._replace(last=last)
 
 
 def _batches(
-    prepare: Callable[[int], _Cutouts],
-    numbers: Iterator[int] | range,
+    prepare: Callable[[int, slice], _Cutouts],
+    sizes: Iterable[tuple[int, int]],
+    largest: int,
     images: ImageSet,
     size: tuple[int, int],
     workers: int,
     device: torch.device,
     on_skip: Callable[[dict[str, str]], None] | None,
 ) -> Generator[Batch, None, None]:
+    """Batches by number and size, of at most `largest` images each."""
     told: set[str] = set()
-    pin = device.type == "cuda"
-    with closing(ordered_map(prepare, numbers, workers, pin and workers > 0)) as prepared:
+    most = min(part_rows(images, size), largest)
+    workers, prefetch = within_memory(workers, most * cutout_bytes(images, size))
+    pin = device.type == "cuda" and workers > 0
+    made: list[Tensor] = []
+    samples: list[int] = []
+    with closing(ordered_map(_OnePart(prepare), _parts(sizes, most), workers, pin, prefetch)) as prepared:
         for cutouts in prepared:
             for skip in cutouts.skipped:
                 if on_skip is not None and skip["path"] not in told:
                     on_skip(skip)
                 told.add(skip["path"])
-            if not cutouts.samples:
-                continue
-            pixels, boxes, flips = (part.to(device, non_blocking=True) for part in cutouts[:3])
-            cropped = crop_resize(pixels.permute(0, 3, 1, 2), boxes, flips, size)
-            yield Batch(images.scaling.unit(cropped), cutouts.samples)
+            if cutouts.samples:
+                pixels, boxes, flips = (part.to(device, non_blocking=True) for part in cutouts[:3])
+                cropped = crop_resize(pixels.permute(0, 3, 1, 2), boxes, flips, size)
+                made.append(images.scaling.unit(cropped))
+                samples += cutouts.samples
+                del pixels, cropped
+            if cutouts.last and made:
+                yield Batch(_joined(made), samples)
+                samples = []
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of its parts, which are let go."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts.clear()
+    return whole
 
 
 @dataclass
 class Crops:
-    """Which crops of which images a batch holds, a function of its number; called with it, what this process reads.
+    """Which crops of which images a batch holds, a function of its number; called with it, what this process reads: all of its
+    rows of the batch, or some of these.
 
     Each epoch is a permutation by (seed, epoch) cut into whole batches, the rest dropped; a set smaller than the
     batch goes on in the next epoch's permutation within a batch. Of more than `LARGE` images no permutation is held in
@@ -167,8 +236,8 @@ class Crops:
         self._rows = slice(self.rank * each, (self.rank + 1) * each)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def __call__(self, batch: int) -> _Cutouts:
-        epochs, samples = self._samples(batch)
+    def __call__(self, batch: int, rows: slice = slice(None)) -> _Cutouts:
+        epochs, samples = (each[rows] for each in self._samples(batch))
 
         def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return draw_crops(
@@ -210,7 +279,7 @@ class Crops:
 
 
 class _EvalRows:
-    """The centres of the n-th stretch of the chosen images."""
+    """The centres of the n-th stretch of the chosen images, or of some of it."""
 
     def __init__(self, images: ImageSet, size: tuple[int, int], batch_size: int, indices: np.ndarray):
         self._images = images
@@ -218,11 +287,11 @@ class _EvalRows:
         self._batch_size = batch_size
         self._indices = indices
 
-    def __call__(self, batch: int) -> _Cutouts:
+    def __call__(self, batch: int, rows: slice = slice(None)) -> _Cutouts:
         def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return centre_boxes(sizes, self._size), np.zeros(len(sizes), dtype=bool)
 
-        samples = self._indices[batch * self._batch_size : (batch + 1) * self._batch_size]
+        samples = self._indices[batch * self._batch_size : (batch + 1) * self._batch_size][rows]
         return _cut(self._images, samples, self._size, draw, lambda row: iter(()))
 
 
@@ -265,17 +334,15 @@ def _cut(
 def _piece(
     array: np.ndarray, box: np.ndarray, full_size: tuple[int, int] | None, target: tuple[int, int]
 ) -> np.ndarray:
-    """The part of `array` in a box, which is given in pixels of the full size; not much larger than the target."""
+    """The part of `array` in a box, which is given in pixels of the full size; no side more than OVERSIZE times the target's."""
     height, width, _ = array.shape
     scale = (height / full_size[0], width / full_size[1]) if full_size else (1.0, 1.0)
     top, left = round(box[0] * scale[0]), round(box[1] * scale[1])
     bottom = min(height, max(top + 1, round((box[0] + box[2]) * scale[0])))
     right = min(width, max(left + 1, round((box[1] + box[3]) * scale[1])))
     piece = array[min(top, bottom - 1) : bottom, min(left, right - 1) : right]
-    reduction = min(piece.shape[0] / target[0], piece.shape[1] / target[1]) / OVERSIZE
-    if reduction > 1:
-        piece = resize(piece, (math.ceil(piece.shape[0] / reduction), math.ceil(piece.shape[1] / reduction)))
-    return piece
+    reduced = (min(piece.shape[0], OVERSIZE * target[0]), min(piece.shape[1], OVERSIZE * target[1]))
+    return piece if reduced == piece.shape[:2] else resize(piece, reduced)
 
 
 def _padded(pieces: list[np.ndarray], flips: np.ndarray, samples: list[int], skipped: list[dict[str, str]]) -> _Cutouts:

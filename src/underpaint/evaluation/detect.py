@@ -441,7 +441,7 @@ class DetectionTask(Task[list[Example]]):
                 batch.append((image, target))
             return batch
 
-        return sampled_batches(sample, seed, first)
+        return sampled_batches(sample, seed, first, self.bundle.standardize.mean.device)
 
     def loss(self, batch: list[Example], step: int) -> Float[Tensor, ""]:
         device = self.bundle.standardize.mean.device

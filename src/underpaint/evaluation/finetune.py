@@ -5,7 +5,6 @@ erasing, label smoothing, drop path, the moving average, the schedule. Ours is o
 """
 
 import copy
-import os
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -64,7 +63,6 @@ def classifier(bundle: EncoderBundle, classes: int, drop_path: float, head_scale
     return model
 
 
-WORKERS = min(8, os.cpu_count() or 1)  # that decode, where images are not kept decoded
 SMALL = 96  # pixels of a side: up to here the recipe for small images serves
 
 
@@ -161,8 +159,7 @@ class FineTuned(Task[Batch]):
     def batches(self, first: int, seed: int) -> Generator[Batch, None, None]:
         images, scale = self.split.images, self.config.crop_scale
         crops = Crops(images, self.bundle.size, self.size, seed, self.split.indices, scale)
-        workers, device = 0 if images.cached else WORKERS, self.bundle.standardize.mean.device
-        return train_batches(crops, first_batch=first, workers=workers, device=device)
+        return train_batches(crops, first_batch=first, device=self.bundle.standardize.mean.device)
 
     def loss(self, batch: Batch, step: int) -> Float[Tensor, ""]:
         self.step = step

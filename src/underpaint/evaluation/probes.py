@@ -165,13 +165,13 @@ class ProbeSuite:
         part = self.splits[1] if self.splits is not None else Split(self.pool, list(range(len(self.pool))))
         chosen = [int(part.indices[k]) for k in evenly(len(part.indices), RESTORED)]
         device = standardize.mean.device
-        generator = torch.Generator().manual_seed(self.seed)
         was = method.training
         method.eval()
         sums: dict[str, list[tuple[Tensor, Tensor]]] = {}
         batches = eval_batches(part.images, size=self.size, indices=chosen, device=device)
         for batch in counted(batches, "restoring", len(chosen)):
-            for name, pair in method.held_out(standardize(batch.images), generator).items():
+            draws = Draws(self.seed, torch.tensor(batch.samples))
+            for name, pair in method.held_out(standardize(batch.images), draws).items():
                 sums.setdefault(name, []).append((pair[0].double().cpu(), pair[1].double().cpu()))
         method.train(was)
         found: dict[str, Any] = {"images": len(chosen), "test_part": self.splits is not None and not self.seen}

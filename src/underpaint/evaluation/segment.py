@@ -305,7 +305,7 @@ class SegmentationTask(Task[tuple[Tensor, Tensor]]):
             pieces = [crop_of(pair, self.bundle.size, self.config.scale, generator, self.mean) for pair in pairs]
             return torch.stack([piece[0] for piece in pieces]), torch.stack([piece[1] for piece in pieces])
 
-        return sampled_batches(sample, seed, first)
+        return sampled_batches(sample, seed, first, self.bundle.standardize.mean.device)
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> Float[Tensor, ""]:
         images, labels = (part.to(self.bundle.standardize.mean.device) for part in batch)

@@ -1,5 +1,6 @@
 """Evaluations that train a network: what is trained is a module with its loss, and one loop trains it."""
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from underpaint.data.parallel import ordered_map, reading_workers, size_of, within_memory
 from underpaint.evaluation.base import Context
 from underpaint.report.words import listing, span_text
 from underpaint.train.fit import Fitting, Trained, fit_task
@@ -144,13 +146,21 @@ def two_rates(
 
 
 def sampled_batches(
-    sample: Callable[[np.random.Generator], Batch], seed: int, first: int
+    sample: Callable[[np.random.Generator], Batch], seed: int, first: int, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """A batch a step, each from a generator of (seed, step)."""
-    step = first
-    while True:
-        yield sample(np.random.default_rng([seed, step]))
-        step += 1
+    """A batch a step, each from a generator of (seed, step). Those for a GPU are made ahead by other processes, as many as
+    memory has room for batches like the first, with twice as much in them."""
+
+    def at(step: int) -> Batch:
+        return sample(np.random.default_rng([seed, step]))
+
+    made = at(first)
+    yield made
+    workers, prefetch = within_memory(reading_workers(device.type, cached=True), 2 * size_of(made))
+    del made
+    steps = itertools.count(first + 1)
+    with closing(ordered_map(at, steps, workers, device.type == "cuda" and workers > 0, prefetch)) as batches:
+        yield from batches
 
 
 def as_tuples(settings: Mapping[str, Any]) -> dict[str, Any]:

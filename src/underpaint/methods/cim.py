@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from underpaint.backbones import Backbone, TokenBackbone
 from underpaint.backbones import encoder as make_encoder
 from underpaint.blocks import heads_for
+from underpaint.draws import Draws
 from underpaint.masking import Mask, repeated, some_rows, to_device
 from underpaint.methods.beit import BEiT
 from underpaint.methods.masked import MaskedMethod
@@ -172,9 +173,10 @@ class CIM(MaskedMethod[Corruption]):
         mine = [p for name, p in self.named_parameters() if not name.startswith("generator.") and p.requires_grad]
         return [[p for p in self.generator.parameters() if p.requires_grad], mine]
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corruption:
-        mask = super().sample(batch, height, width, generator)
-        return Corruption(mask, torch.rand(mask.hidden.shape, generator=generator))
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Corruption:
+        draws = Draws.some_or_new(draws, batch)
+        mask = super().sample(batch, height, width, draws)
+        return Corruption(mask, draws.uniform(mask.hidden.shape[1]))
 
     def prepare(self, standardize: Standardize) -> Tokenizer | None:
         return self.generator.prepare(standardize)

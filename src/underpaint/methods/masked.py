@@ -10,6 +10,7 @@ from torch import Tensor
 
 from underpaint.backbones import Backbone, StagedBackbone, Walk
 from underpaint.corruptions import mask_cells
+from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking, Strategy, masking
 from underpaint.methods.method import Method, N, Sampled
 
@@ -35,10 +36,10 @@ class MaskedMethod(Method[N]):
         """Masks from here on number units of (height, width) pixels; says early what is impossible for images of this
         size. `mask_patch_size` is the default."""
         self.masking = masking(self.mask_ratio, self.mask, self.mask_patch_size or mask_patch_size, unit)
-        self.masking(1, *size, torch.Generator())
+        self.masking(1, *size, Draws.of(0, 1))
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Any:
-        return self.masking(batch, height, width, generator)
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Any:
+        return self.masking(batch, height, width, draws)
 
     def hidden(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b c height width"]:
         """The images with what is hidden at the data's mean."""
@@ -103,8 +104,8 @@ class WalkedMethod(MaskedMethod[Sampled]):
             self.masking, [encoder.depth - 1] if taps is None else taps, self.images_per_mask, self.seed or 0
         )
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Sampled:
-        return self.walk.sample(batch, height, width, generator)
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Sampled:
+        return self.walk.sample(batch, height, width, draws)
 
     def seen(self, images: Float[Tensor, "b c height width"], noise: Sampled) -> Float[Tensor, "b v d"]:
         """The visible tokens behind the whole encoder."""
@@ -122,8 +123,8 @@ class WalkedMethod(MaskedMethod[Sampled]):
 
     @torch.no_grad()
     def held_out(
-        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
+        self, images: Float[Tensor, "b c height width"], draws: Draws
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Each image under a mask of its own: they share some for speed alone."""
-        noise = self.walk.sample(len(images), images.shape[2], images.shape[3], generator, alone=True)
+        noise = self.walk.sample(len(images), images.shape[2], images.shape[3], draws, alone=True)
         return self.errors(images, noise.to(images.device))

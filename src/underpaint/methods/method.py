@@ -11,6 +11,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from underpaint.backbones import Backbone
+from underpaint.draws import Draws
 from underpaint.patches import Standardize
 from underpaint.tokenizers import Tokenizer
 from underpaint.trainable import Noise, Objective, Same, Trainable
@@ -57,19 +58,20 @@ class Method(Trainable, Generic[N]):
             nn.Module.__init__(self)
         super().__setattr__(name, value)
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> N:
-        """The random part of a step for `batch` images of this size in pixels, on the CPU."""
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> N:
+        """The random part of a step for `batch` images of this size in pixels, on the CPU; where no draws are given,
+        torch's global generator seeds some."""
         raise NotImplementedError
 
-    def sample_for(self, images: Float[Tensor, "b c height width"], generator: torch.Generator | None = None) -> N:
+    def sample_for(self, images: Float[Tensor, "b c height width"], draws: Draws | None = None) -> N:
         """The same for these images, on their device."""
-        return self.sample(len(images), images.shape[2], images.shape[3], generator).to(images.device)
+        return self.sample(len(images), images.shape[2], images.shape[3], draws).to(images.device)
 
     def forward(self, images: Float[Tensor, "b c height width"], noise: N | None = None) -> Objective:
         raise NotImplementedError
 
-    def noise_for(self, inputs: Float[Tensor, "b c height width"], count: int, generator: torch.Generator) -> N:
-        return self.sample(count, inputs.shape[2], inputs.shape[3], generator)
+    def noise_for(self, inputs: Float[Tensor, "b c height width"], draws: Draws) -> N:
+        return self.sample(len(draws), inputs.shape[2], inputs.shape[3], draws)
 
     def param_groups(self, lr: float, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, object]]:
         """timm's: no decay on biases, norms, positions, class and mask tokens.
@@ -131,10 +133,10 @@ class Method(Trainable, Generic[N]):
 
     @torch.no_grad()
     def held_out(
-        self, images: Float[Tensor, "b c height width"], generator: torch.Generator
+        self, images: Float[Tensor, "b c height width"], draws: Draws
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """The errors of images that were not trained on."""
-        return self.errors(images, self.sample_for(images, generator))
+        """The errors of images that were not trained on, corrupted by draws of their own."""
+        return self.errors(images, self.sample_for(images, draws))
 
     @torch.no_grad()
     def score(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b"]:
@@ -145,9 +147,9 @@ class Method(Trainable, Generic[N]):
 
     def fixed_noise(self, images: Tensor, count: int) -> list[N]:
         """The noise of `count` steps, the same at every call, for scores and pictures that can be compared."""
-        generator = torch.Generator().manual_seed(0)
+        draws = Draws.of(0, 1)
         batch, _, height, width = images.shape
-        return [self.sample(1, height, width, generator).repeat(batch).to(images.device) for _ in range(count)]
+        return [self.sample(1, height, width, draws).repeat(batch).to(images.device) for _ in range(count)]
 
 
 def layers_of(encoder: Backbone) -> dict[nn.Parameter, int]:

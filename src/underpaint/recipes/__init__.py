@@ -16,7 +16,7 @@ def mae_vit_base_in1k() -> Recipe:
     return Recipe(
         method={"name": "mae", "mask_ratio": 0.75, "decoder_dim": 512, "decoder_depth": 8},
         encoder={"name": "vit_base_patch16_224"},
-        data=Data(image_size=(224, 224), workers=8),
+        data=Data(image_size=(224, 224)),
         optimiser=Optimiser(lr=1.5e-4, warmup=40 / 800, batch_size=4096, clip=1e9),
         run=Length(epochs=800.0),
     )
@@ -63,7 +63,7 @@ def _energy_in1k(encoder: str) -> Recipe:
     return Recipe(
         method={"name": "energy", "mask_ratio": 0.6, "mask_patch_size": 32, "steps": 2, "step_size": 0.1},
         encoder={"name": encoder},
-        data=Data(image_size=(224, 224), workers=8),
+        data=Data(image_size=(224, 224)),
         optimiser=Optimiser(lr=1e-4, batch_size=256),
         run=Length(epochs=100.0),
     )
@@ -85,7 +85,7 @@ def _localmim_in1k(encoder: dict[str, object], rate: float, batch: int, epochs: 
     return Recipe(
         method={"name": "localmim", "mask_ratio": 0.75, **settings},
         encoder=encoder,
-        data=Data(image_size=(224, 224), workers=8),
+        data=Data(image_size=(224, 224)),
         optimiser=Optimiser(lr=rate, warmup=40 / epochs, batch_size=batch, clip=1e9),
         run=Length(epochs=epochs),
     )
@@ -135,7 +135,7 @@ def _cae_in1k(encoder: dict[str, object], epochs: float, warmup: float, gamma: f
     return Recipe(
         method={"name": "cae", "codebook_size": 8192, "regressor_depth": 4, "decoder_depth": 4, "gamma": gamma},
         encoder={**encoder, "init_values": gamma, "drop_path_rate": 0.1},
-        data=Data(image_size=(224, 224), crop_scale=(0.08, 1.0), workers=8),
+        data=Data(image_size=(224, 224), crop_scale=(0.08, 1.0)),
         optimiser=Optimiser(
             lr=1.5e-3 * 256 / 2048, betas=(0.9, 0.999), warmup=warmup / epochs, clip=3.0, batch_size=2048
         ),
@@ -179,7 +179,7 @@ def beit_vit_base_in1k() -> Recipe:
     return Recipe(
         method={"name": "beit", "codebook_size": 8192},
         encoder={"name": "beit_base_patch16_224", "drop_path_rate": 0.1},
-        data=Data(image_size=(224, 224), crop_scale=(0.08, 1.0), workers=8),
+        data=Data(image_size=(224, 224), crop_scale=(0.08, 1.0)),
         optimiser=Optimiser(lr=1.5e-3 * 256 / 2048, betas=(0.9, 0.999), warmup=10 / 800, clip=3.0, batch_size=2048),
         run=Length(epochs=800.0),
     )
@@ -191,7 +191,7 @@ def _cim_in1k(encoder: dict[str, object]) -> Recipe:
     return Recipe(
         method={"name": "cim", "codebook_size": 4375},
         encoder=encoder,
-        data=Data(image_size=(224, 224), workers=8),
+        data=Data(image_size=(224, 224)),
         optimiser=Optimiser(lr=1.5e-3 * 256 / 2048, betas=(0.9, 0.98), warmup=10 / 300, clip=3.0, batch_size=2048),
         run=Length(epochs=300.0),
     )

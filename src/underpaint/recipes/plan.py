@@ -144,7 +144,6 @@ def plan(said: Mapping[str, Any], looked: Looked, machine: Machine, family: str 
     if tuned := base.encoder.get("init_values"):  # CAE's
         settings["encoder"]["init_values"] = tuned
     settings["data"] |= {"image_size": list(choice.size), "channels": looked.channels}
-    settings["data"]["workers"] = _workers(looked, machine, choice.size, base.data.cache_limit)
     rate = _rate(looked, choice.network, batch, base)
     settings["optimiser"] |= {"batch_size": batch, "lr": rate}
     if "init" in said:
@@ -398,18 +397,6 @@ def _batch(
     if batch < started:
         why = f"small, for about {STEPS:,} steps" if 2 * batch <= looked.images else "there are no more images"
     return -(-batch // parts) * parts, why
-
-
-def _workers(looked: Looked, machine: Machine, size: tuple[int, int], limit: float) -> int:
-    """Processes that decode: none on a CPU where a set fits into the cache, of images of twice the size at most."""
-    cores = machine.cores // machine.processes
-    if machine.kind == "cuda":
-        return min(8, cores)
-    short = min(2 * min(size), looked.height, looked.width)
-    cached = (
-        looked.images * looked.channels * looked.height * looked.width * (short / min(looked.height, looked.width)) ** 2
-    )
-    return 0 if cached < limit * 2**30 else max(1, cores // 2)
 
 
 def _why_size(said: Mapping[str, Any], looked: Looked, choice: _Choice) -> str:

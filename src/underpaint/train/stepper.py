@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from underpaint.computing import autocast, products
+from underpaint.draws import Draws
 from underpaint.seeds import seed_everything, step_seed
 from underpaint.train.optim import pull_back, skip_where
 from underpaint.trainable import Trainable
@@ -76,13 +77,11 @@ class Stepper:
         return next((parts for parts in range(2 * self.accumulation, size + 1) if size % parts == 0), None)
 
     def noise(self, inputs: Any, step: int) -> Any:
-        """What is random in a step: drawn for the global batch, so that it does not depend on the processes."""
-        generator = torch.Generator().manual_seed(step_seed(self.seed, step, 0))
-        drawn = self.task.noise_for(inputs, self.batch_size, generator)
-        if drawn is None:
-            return None
+        """What is random in a step of the images of this process: a function of their numbers in the global batch."""
         first = self.fabric.global_rank * self.local_batch
-        return drawn.rows(slice(first, first + self.local_batch)).to(self.fabric.device)
+        draws = Draws.of(step_seed(self.seed, step, 0), self.local_batch, first)
+        drawn = self.task.noise_for(inputs, draws)
+        return None if drawn is None else drawn.to(self.fabric.device)
 
     def step(self, batch: Any, step: int, factor: float) -> tuple[Numbers, Tensor]:
         """One optimiser step at `factor` of the peak rates. Returns its numbers and a flag, all still on the device: nothing

@@ -27,6 +27,7 @@ from underpaint.backbones import Backbone, TokenBackbone
 from underpaint.backbones.norms import batch_norms
 from underpaint.computing import full, in_full
 from underpaint.corruptions import AddNoise, Corruption, Downsample, Gray, Hide, Shuffle
+from underpaint.draws import Draws
 from underpaint.masking import masking, repeated, some_rows, to_device
 from underpaint.methods.energy.descent import Descent, Given, State
 from underpaint.methods.method import Objective
@@ -36,7 +37,7 @@ CORRUPTIONS: dict[str, Callable[["Energy"], Corruption]] = {
     "mask": lambda energy: Hide(energy.masking),
     "shuffle": lambda energy: Shuffle(energy.piece),
     "downsample": lambda energy: Downsample(),
-    "noise": lambda energy: AddNoise(energy.encoder.channels),
+    "noise": lambda energy: AddNoise(),
     "gray": lambda energy: Gray(),
 }
 
@@ -178,9 +179,10 @@ class Energy(Descent[Corrupting]):
 
     # --- corrupting ------------------------------------------------------------------------------------------------
 
-    def sample(self, batch: int, height: int, width: int, generator: torch.Generator | None = None) -> Corrupting:
-        task = torch.randint(len(self.tasks), (batch,), generator=generator)
-        drawn = {name: one.sample(batch, height, width, generator) for name, one in self.corruptions.items()}
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Corrupting:
+        draws = Draws.some_or_new(draws, batch)
+        task = draws.integers(len(self.tasks))
+        drawn = {name: one.sample(batch, height, width, draws) for name, one in self.corruptions.items()}
         return Corrupting(task, drawn)
 
     def has(self, name: str, noise: Corrupting) -> Tensor:
