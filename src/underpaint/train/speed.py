@@ -152,9 +152,17 @@ def _seconds(current: Stepper, batches: Sequence[Batch], clock: Callable[[], flo
             _timed(current, batch, clock)
         times: list[float] = []
         began = clock()
-        while len(times) < 12 and (len(times) < 3 or clock() - began < limit):
+        while len(times) < 12 and (len(times) < 3 or _longest(current, clock() - began) < limit):
             times.append(_timed(current, batches[len(times) % len(batches)], clock))
     return statistics.median(times)
+
+
+def _longest(current: Stepper, seconds: float) -> float:
+    """Of all processes, which make their steps together."""
+    fabric = current.fabric
+    if fabric.world_size == 1:
+        return seconds
+    return float(torch.as_tensor(fabric.all_reduce(torch.tensor(seconds, device=fabric.device), reduce_op="max")))
 
 
 def _timed(current: Stepper, batch: Batch, clock: Callable[[], float]) -> float:
