@@ -52,7 +52,7 @@ from underpaint.train.optim import adamw, pulled
 from underpaint.train.ranks import by_first, send_out
 from underpaint.train.run_folder import Run
 from underpaint.train.schedules import Duration, Schedule, WarmedAgain
-from underpaint.train.speed import measure, restart_peak
+from underpaint.train.speed import TOO_LARGE, measure, out_of_memory, restart_peak
 from underpaint.train.stepper import Stepper
 
 Shout = Callable[[str], None]
@@ -495,7 +495,13 @@ def decide(session: Session) -> Stepper:
     if words is not None and ("tokenizer" not in measured or not words.ready):
         measured["tokenizer"] = make_words(session, words)
         restart_peak()  # what it took is not the run's
-    if still := freeze_unreached(session.method, recipe.data.channels, recipe.data.image_size):
+    try:
+        still = freeze_unreached(session.method, recipe.data.channels, recipe.data.image_size)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(TOO_LARGE) from error
+    if still:
         measured["without_gradient"] = still
     stepper = stepper_for(fabric, recipe, session.method, session.standardize, bool(measured.get("compile")))
     machine = {"processes": fabric.world_size, "recompute": recipe.run.recompute}

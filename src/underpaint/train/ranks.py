@@ -26,7 +26,7 @@ from underpaint.signals import Interrupted, requeue, watched_signals
 
 TIMEOUT = timedelta(minutes=10)  # of a collective
 BEAT, SILENT = 2.0, 120.0  # seconds between signs of life; without one after which a process is given up
-ROLL_CALL, GRACE, LINGER = 6.0, 20.0, 60.0  # seconds: see `_Meeting`
+ROLL_CALL, GRACE, LINGER = 6.0, 5.0, 60.0  # seconds: see `_Meeting`
 BUCKET = 2**27  # numbers that are reduced or sent at once
 FAILED = "failed"
 T = TypeVar("T")
@@ -118,11 +118,11 @@ class _Meeting:
     def blame(self, error: BaseException) -> str:
         """Which process ended, and why, after a collective failed: its own word, else who does not answer a roll-call."""
         try:
-            self.store.set(f"left/{self.rank}", "")
+            self.store.set(f"here/{self.rank}", "")
             others = [rank for rank in range(self.world) if rank != self.rank]
             beats, began = {rank: self.beat(rank) for rank in others}, time.monotonic()
             while not self.store.check([FAILED]):
-                missing = [rank for rank in others if not self.store.check([f"left/{rank}"])]
+                missing = [rank for rank in others if not self.store.check([f"here/{rank}"])]
                 if not missing:
                     return f"the processes lost touch with each other: {_line(error)}"
                 if time.monotonic() - began > ROLL_CALL:
@@ -176,7 +176,7 @@ def _of_others(error: BaseException) -> bool:
     text = str(error).lower()
     if not isinstance(error, RuntimeError) or "out of memory" in text:
         return isinstance(error, _Ended)
-    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "nccl", "peer", "process group"))
+    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "nccl", "by peer", "process group"))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from underpaint.methods import Method
 from underpaint.train.stepper import Stepper
 
 TINY_FACTOR = 1e-3  # of the learning rate, in steps that leave no trace
+TOO_LARGE = "out of memory with a batch of 1: a smaller encoder or image size is needed"
 COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
 # what allocators and libraries say when memory runs out: the CPU's, CUDA's, cuBLAS's (which has none left for its handle,
 # too), cuDNN's and NCCL's
@@ -212,7 +213,7 @@ def _fit(current: Stepper, batch: Batch) -> None:
     """
     while not _fits(current, batch):
         if (parts := current.finer) is None:
-            raise InputError("out of memory with a batch of 1: a smaller encoder or image size is needed")
+            raise InputError(TOO_LARGE)
         current.accumulation = parts
     fabric = current.fabric
     most = fabric.all_reduce(torch.tensor(float(current.accumulation), device=fabric.device), reduce_op="max")
