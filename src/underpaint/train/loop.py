@@ -81,6 +81,7 @@ class Training:
         self.seed = self.stepper.seed
         self.lost: list[int] = []  # steps whose batch was lost with a process that decodes
         self.writing: _Writing | None = None  # of a checkpoint
+        self.agreement = Agreement()
         self.loggers: Loggers | None = None
         self.bar: Bar
 
@@ -176,7 +177,7 @@ class Training:
 
     def _steps(self, source: Generator[Any, None, None], received: list[int]) -> Due | None:
         """Steps until the training ends or pauses; None where it has to be rolled back."""
-        at, plan, agreement = self.at, self.plan, Agreement()
+        at, plan = self.at, self.plan
         self.pending.clear()
         self.waited, self.since, self.steps = 0.0, 0.0, 0
         while True:
@@ -187,7 +188,7 @@ class Training:
             self.meter.add(numbers, bad)
             at.step += 1
             self.pending.append((at.step, bad, self.watch.names(batch) if self.watch.names else ()))
-            told, passed = agreement(received[0] if received else 0, at.seconds + self.clock() - began)
+            told, passed = self.agreement(received[0] if received else 0, at.seconds + self.clock() - began)
             at.passed = max(at.passed, passed)
             self.stepper.task.after_step(min(1.0, plan.share(at)), 1 - bad)
             due = plan.due(at, at.passed, bool(told))
