@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,8 @@ class Ended:
     status: int  # exit status; minus the signal where one ended it
     out: str
     error: str
+    statuses: tuple[int, ...] = ()  # of each process, and what it says to stderr
+    errors: tuple[str, ...] = ()
 
 
 class CommandLine:
@@ -55,14 +58,18 @@ class CommandLine:
         self,
         *arguments: Any,
         die: tuple[str, int] | None = None,
+        dies: int | None = None,
         processes: int = 1,
         record: Path | None = None,
+        environments: Sequence[dict[str, str]] | None = None,
+        function: str = "",
     ) -> Ended:
-        """Run a command; with `die` it is killed at that moment (`killed.arm`), with `record` each process writes there
-        what its steps are given (`killed.record`).
+        """Run a command; with `die` it is killed at that moment (`killed.arm`), or of several processes the one of rank `dies`;
+        with `record` each process writes there what its steps are given (`killed.record`).
 
-        Several `processes` know of each other as those that torchrun starts. Returned are what the first one says, and
-        the first status that is not 0.
+        Several `processes` know of each other as those that torchrun starts, or by their `environments`. A `function`,
+        "MODULE:NAME", is run in place of a command. Returned are what the first one says, and the first status that is
+        not 0.
         """
         out, error = self.folder / "stdout", self.folder / "stderr"
         request = {
@@ -70,8 +77,10 @@ class CommandLine:
             "out": str(out),
             "error": str(error),
             "die": die,
+            "dies": dies,
+            "function": function,
             "record": record and str(record),
-            "environments": torchrun(processes) if processes > 1 else [{}],
+            "environments": environments or (torchrun(processes) if processes > 1 else [{}]),
             "cache": str(self.folder / "cache"),
         }
         assert self.server.stdin is not None
@@ -80,7 +89,10 @@ class CommandLine:
         self.server.stdin.flush()
         answer = self.server.stdout.readline()
         assert answer, "the server of commands has ended"
-        return Ended(int(answer), out.read_text(), error.read_text())
+        statuses = json.loads(answer)
+        errors = [Path(said(str(error), rank)).read_text() for rank in range(len(statuses))]
+        status = next(filter(None, statuses), 0)
+        return Ended(status, out.read_text(), errors[0], tuple(statuses), tuple(errors))
 
     def close(self) -> None:
         assert self.server.stdin is not None
@@ -91,14 +103,34 @@ class CommandLine:
         self.server.stdout.close()
 
 
-def torchrun(processes: int) -> list[dict[str, str]]:
-    """The environment of each of several processes on this machine, as torchrun makes it."""
+def said(file: str, rank: int) -> str:
+    """Where a process of this rank writes what it says."""
+    return file if rank == 0 else f"{file}-{rank}"
+
+
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {"TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0}
-    shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+        return found.getsockname()[1]
+
+
+def torchrun(processes: int, machines: int = 1) -> list[dict[str, str]]:
+    """The environment of each of several processes on this machine, as torchrun makes it on so many."""
+    local = processes // machines
+    shared = {"TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": local}
+    ranks = [
+        shared | {"RANK": rank, "LOCAL_RANK": rank % local, "GROUP_RANK": rank // local} for rank in range(processes)
+    ]
+    return [{name: str(value) for name, value in each.items()} for each in ranks]
+
+
+def srun(processes: int) -> list[dict[str, str]]:
+    """The same of tasks on one machine, as SLURM makes it."""
+    shared = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "tests", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": 0}
+    shared |= {"SLURM_NTASKS": processes, "SLURM_NTASKS_PER_NODE": processes, "SLURM_NNODES": 1}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [shared | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in range(processes)]
     return [{name: str(value) for name, value in each.items()} for each in ranks]
 
 
@@ -111,15 +143,18 @@ def run(request: dict[str, Any], rank: int) -> NoReturn:
     status = 1
     try:
         for number, name in ((1, "out"), (2, "error")):
-            file = request[name] if rank == 0 else f"{request[name]}-{rank}"
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.dup2(os.open(said(request[name], rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(request["environments"][rank], UNDERPAINT_CACHE=request["cache"])
         if request["record"]:
             killed.record(f"{request['record']}-{rank}")
-        if request["die"]:
+        if request["die"] and request["dies"] in (None, rank):
             killed.arm(*request["die"])
-        sys.argv = ["underpaint", *request["arguments"]]
-        status = underpaint.cli.main(request["arguments"])
+        if request["function"]:
+            module, _, name = request["function"].partition(":")
+            status = getattr(importlib.import_module(module), name)(*request["arguments"]) or 0
+        else:
+            sys.argv = ["underpaint", *request["arguments"]]
+            status = underpaint.cli.main(request["arguments"])
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
@@ -150,7 +185,7 @@ def serve() -> None:
                 run(request, rank)
             children.append(child)
         ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        answers.write(f"{next(filter(None, ended), 0)}\n")
+        answers.write(f"{json.dumps(ended)}\n")
         answers.flush()
 
 

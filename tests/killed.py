@@ -39,7 +39,7 @@ def dying(function: Any, count: int, before_dying: Any = None) -> Any:
     return wrapped
 
 
-def told(function: Any, count: int) -> Any:
+def told(function: Any, count: int, number: int = signal.SIGTERM) -> Any:
     """`function`, at whose `count`-th call this process is told to end."""
     calls = 0
 
@@ -47,7 +47,21 @@ def told(function: Any, count: int) -> Any:
         nonlocal calls
         calls += 1
         if calls == count:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+def failing(function: Any, count: int) -> Any:
+    """`function`, whose `count`-th call goes wrong."""
+    calls = 0
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise ValueError("something\nis wrong here")
         return function(*arguments, **named)
 
     return wrapped
@@ -84,7 +98,7 @@ def record(file: str) -> None:
 
 
 def arm(moment: str, count: int) -> None:
-    """From here on this process ends at the `count`-th event of that kind: step, save, probe, judge, or term; or, for
+    """From here on this process ends at the `count`-th event of that kind: step, save, probe, judge, term, usr1 or fails; or, for
     "kill MODULE:NAME" and "term MODULE:NAME", with SIGKILL or SIGTERM at the `count`-th call of that function."""
     if ":" in moment:
         how, _, function = moment.partition(" ")
@@ -101,5 +115,8 @@ def arm(moment: str, count: int) -> None:
         ProbeSuite.quick = dying(ProbeSuite.quick, count)
     elif moment == "judge":  # trained, and the last checkpoint written
         ProbeSuite.restoration = dying(ProbeSuite.restoration, count)
-    elif moment == "term":
-        Stepper.step = stepping(told(Stepper.step, count))
+    elif moment in ("term", "usr1"):
+        number = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}[moment]
+        Stepper.step = stepping(told(Stepper.step, count, number))
+    elif moment == "fails":
+        Stepper.step = stepping(failing(Stepper.step, count))

@@ -1,13 +1,28 @@
 """The trainable pieces that methods share."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from jaxtyping import Float, Int
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from underpaint.masking import Mask
 from underpaint.patches import take
+
+T = TypeVar("T")
+
+
+def recomputing(owner: Any, function: Callable[..., T], *given: Any) -> T:
+    """`function(*given)`; where `owner.recomputes`, what the way back needs of its inside is computed again there, in place of
+    being kept (Chen et al., arXiv 1604.06174)."""
+    if owner.recomputes and torch.is_grad_enabled():
+        made: Any = checkpoint(function, *given, use_reentrant=False)
+        return made
+    return function(*given)
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "n d"]:
@@ -38,6 +53,7 @@ class MaskedDecoder(nn.Module):
     """
 
     positions: Tensor
+    recomputes = False
 
     def __init__(self, encoder_dim: int, grid: tuple[int, int], dim: int, depth: int, outputs: int | None):
         super().__init__()
@@ -69,7 +85,7 @@ class MaskedDecoder(nn.Module):
             hidden = hidden + contents
         tokens = torch.cat([visible, hidden.to(visible.dtype)], dim=1)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = recomputing(self, block, tokens)
         return tokens
 
 

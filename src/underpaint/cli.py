@@ -16,7 +16,7 @@ from underpaint.evaluation import EVALUATIONS
 from underpaint.evaluation.options import Options
 from underpaint.files import check_writable, place_of, refuse_inside
 from underpaint.methods import LISTED
-from underpaint.signals import Interrupted, answered_signals
+from underpaint.signals import Interrupted, answered_signals, requeue
 
 
 class _Parser(argparse.ArgumentParser):
@@ -533,6 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"underpaint: {place}{error.strerror or error}", file=sys.stderr)
         return 3
     except Interrupted as interruption:
+        requeue(interruption)
         kept = f"; {interruption.kept}: the same command goes on" if interruption.kept else ""
         print(f"underpaint: interrupted{kept}", file=sys.stderr)
         return 128 + interruption.signal_number

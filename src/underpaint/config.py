@@ -129,6 +129,9 @@ class Length:
     deterministic: bool = setting(
         False, "on a GPU, only kernels that give the same numbers each time, which are slower; a CPU's always do"
     )
+    recompute: bool = setting(
+        False, "keep what is between blocks alone and compute their inside again on the way back: less memory, more time"
+    )
     devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1, high=1_024)
     nodes: int = setting(1, "machines", low=1, high=65_536)
     probe_every: int | None = setting(None, "between probes", unit="steps", unset="a quarter of the run", low=1)

@@ -39,10 +39,10 @@ from underpaint.data import (
     stored_scaling,
     train_batches,
 )
-from underpaint.errors import InputError, NotFinite
+from underpaint.errors import InputError
 from underpaint.evaluation.probes import ProbeSuite
 from underpaint.methods import METHODS, Method
-from underpaint.methods.method import freeze
+from underpaint.methods.method import freeze, freeze_unreached
 from underpaint.patches import Standardize
 from underpaint.recipes.recipe import method_options
 from underpaint.recipes.request import DEFAULT_EPOCHS
@@ -50,9 +50,10 @@ from underpaint.tokenize import STEPS as TOKENIZER_STEPS
 from underpaint.tokenize import Making, make_ready
 from underpaint.tokenizers import Tokenizer, making_seconds, save_tokenizer, tokenizer_scaling
 from underpaint.train.optim import adamw, pulled
+from underpaint.train.ranks import by_first, send_out
 from underpaint.train.run_folder import Run
 from underpaint.train.schedules import Duration, Schedule, WarmedAgain
-from underpaint.train.speed import measure, restart_peak
+from underpaint.train.speed import TOO_LARGE, measure, out_of_memory, restart_peak
 from underpaint.train.stepper import Stepper
 
 Shout = Callable[[str], None]
@@ -153,6 +154,8 @@ def construct(recipe: Recipe, run: Run | None = None) -> Constructed:
     try:
         method = METHODS[recipe.method["name"]](backbone, **options)  # pyright: ignore[reportCallIssue]
         method.sample(1, *recipe.data.image_size)
+        if recipe.run.recompute:
+            method.recompute_blocks()
         freeze(backbone, recipe.optimiser.freeze)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # the last of sizes below 0
         raise InputError(f"method {recipe.method['name']}: {error}") from error
@@ -383,35 +386,31 @@ def make_words(session: "Session", tokenizer: Tokenizer) -> dict[str, Any]:
     fabric, run, recipe, images = session.fabric, session.run, session.recipe, session.images
     given, scratch = recipe.method.get("tokenizer"), run.path / "tokenizer.training"
     taken = run.tokenizer if run.tokenizer.is_file() else given  # what `build` read, where it read one
-    found: Any = None
-    if fabric.is_global_zero:
-        try:
-            making = Making(
-                images,
-                recipe.data,
-                batch_size=min(recipe.optimiser.batch_size, TOKENIZER_BATCH),
-                seed=recipe.run.seed,
-                device=fabric.device,
-                folder=scratch,
-                duration=tokenizer_length(recipe, len(images)),
-                shout=session.shout,
-                clock=session.clock,
-                precision=recipe.measured.get("precision"),
-            )
-            found = make_ready(tokenizer, making)
-            if not found["made"] and taken is not None:
-                # by an earlier call that was killed, or elsewhere
-                found |= {"made": given is None, "seconds": making_seconds(taken)}
-            save_tokenizer(tokenizer, run.tokenizer, found["quality"], images.scaling, found["seconds"])
-            if scratch.is_dir():
-                shutil.rmtree(scratch)
-        except (InputError, NotFinite) as error:
-            found = error
-    found = fabric.broadcast(found)
-    if isinstance(found, Exception):
-        raise found
-    for tensor in tokenizer.state_dict().values():
-        tensor.copy_(fabric.broadcast(tensor))
+
+    def make() -> dict[str, Any]:
+        making = Making(
+            images,
+            recipe.data,
+            batch_size=min(recipe.optimiser.batch_size, TOKENIZER_BATCH),
+            seed=recipe.run.seed,
+            device=fabric.device,
+            folder=scratch,
+            duration=tokenizer_length(recipe, len(images)),
+            shout=session.shout,
+            clock=session.clock,
+            precision=recipe.measured.get("precision"),
+        )
+        found = make_ready(tokenizer, making)
+        if not found["made"] and taken is not None:
+            # by an earlier call that was killed, or elsewhere
+            found |= {"made": given is None, "seconds": making_seconds(taken)}
+        save_tokenizer(tokenizer, run.tokenizer, found["quality"], images.scaling, found["seconds"])
+        if scratch.is_dir():
+            shutil.rmtree(scratch)
+        return found
+
+    found = by_first(make)
+    send_out(tokenizer.state_dict().values())
     tokenizer.ready = True
     tokenizer.requires_grad_(False).eval()
     return found
@@ -438,7 +437,7 @@ def stepper_for(
         adamw(groups, betas=settings.betas),
         lambda batch: standardize(batch.images),
         settings.batch_size,
-        _parts(recipe, settings.batch_size // fabric.world_size),
+        _parts(recipe, fabric.world_size),
         settings.clip,
         recipe.run.seed,
         precision=recipe.measured.get("precision", "32"),
@@ -446,10 +445,13 @@ def stepper_for(
     )
 
 
-def _parts(recipe: Recipe, local_batch: int) -> int:
-    """In how many parts a process computes its images of a batch: at least as many as memory asked for when that was
-    measured, which may have been with another number of processes."""
-    wanted = recipe.measured.get("accumulation", recipe.optimiser.accumulation)
+def _parts(recipe: Recipe, processes: int) -> int:
+    """In how many parts a process computes its images of a batch: so many that it computes no more at once than when memory
+    was measured, which may have been with another number of processes."""
+    measured, local_batch = recipe.measured, recipe.optimiser.batch_size // processes
+    wanted = recipe.optimiser.accumulation
+    if "accumulation" in measured:
+        wanted = max(1, math.ceil(measured["accumulation"] * measured.get("processes", processes) / processes))
     return next((parts for parts in range(wanted, local_batch) if local_batch % parts == 0), local_batch)
 
 
@@ -492,14 +494,28 @@ def warm_again(step: int, steps_before: int, recipe: Recipe) -> str | None:
 
 def decide(session: Session) -> Stepper:
     """Make the tokenizer, measure what the machine can do, and write what follows from it into the recipe."""
-    recipe, measured, length = session.recipe, session.recipe.measured, session.recipe.run
-    stepper = stepper_for(session.fabric, recipe, session.method, session.standardize, bool(measured.get("compile")))
+    recipe, measured, length, fabric = session.recipe, session.recipe.measured, session.recipe.run, session.fabric
+    session.standardize.to(fabric.device)
+    session.method.to(fabric.device)
     words = session.method.prepare(session.standardize)
     if words is not None and ("tokenizer" not in measured or not words.ready):
         measured["tokenizer"] = make_words(session, words)
         restart_peak()  # what it took is not the run's
+    try:
+        still = freeze_unreached(session.method, recipe.data.channels, recipe.data.image_size)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(TOO_LARGE) from error
+    if still:
+        measured["without_gradient"] = still
+    stepper = stepper_for(fabric, recipe, session.method, session.standardize, bool(measured.get("compile")))
+    machine = {"processes": fabric.world_size, "recompute": recipe.run.recompute}
     if "seconds_per_step" not in measured:
+        _measure(session, stepper, session.method.calibrate)
+    elif any(measured.get(name, now) != now for name, now in machine.items()):
         _measure(session, stepper)
+    measured |= machine
     if "steps" not in measured:
         steps = planned_steps(recipe, len(session.images), measured["seconds_per_step"])
         measured |= {
@@ -520,18 +536,20 @@ def decide(session: Session) -> Stepper:
     return stepper.compile() if measured["compile"] and not stepper.compiled else stepper
 
 
-def _measure(session: Session, stepper: Stepper) -> None:
-    """Calibrate the method and time its steps, on real batches."""
+def _measure(session: Session, stepper: Stepper, calibrate: Callable[..., dict[str, Any]] | None = None) -> None:
+    """Calibrate the method, at its start, and time its steps, on real batches."""
     fabric, recipe = session.fabric, session.recipe
     session.shout(f"timing a few steps of {recipe.optimiser.batch_size} images ...")
     seen = session.first_batches(4)
-    images = stepper.transform(seen[0])
-    calibrated = session.method.calibrate(
-        images,
-        stepper.noise(images, 0),
-        lambda number: torch.as_tensor(fabric.all_reduce(number, reduce_op="mean")),
-    )
-    wanted = {"on": True, "off": False, "auto": None}[recipe.run.compile]
+    wanted, calibrated = recipe.measured.get("compile"), {}
+    if calibrate is not None:
+        images = stepper.transform(seen[0])
+        calibrated = calibrate(
+            images,
+            stepper.noise(images, 0),
+            lambda number: torch.as_tensor(fabric.all_reduce(number, reduce_op="mean")),
+        )
+        wanted = {"on": True, "off": False, "auto": None}[recipe.run.compile]
     found = measure(
         stepper,
         seen,
@@ -540,4 +558,4 @@ def _measure(session: Session, stepper: Stepper) -> None:
         session.shout,
         session.clock,
     )
-    recipe.measured |= fabric.broadcast({**calibrated, **found})
+    recipe.measured |= by_first(lambda: {**calibrated, **found})

@@ -42,6 +42,7 @@ from underpaint.prepare import (
     warm_again,
 )
 from underpaint.recipes import CONTINUE
+from underpaint.recipes.recipe import checked, plain
 from underpaint.recipes.request import asked, planned_around, settled
 from underpaint.report import write_report
 from underpaint.report.figures.pictures import sheet
@@ -51,7 +52,8 @@ from underpaint.train.cadence import Due, Plan
 from underpaint.train.devices import make_fabric
 from underpaint.train.loggers import Loggers
 from underpaint.train.loop import Training, Watch
-from underpaint.train.run_folder import Run, environment
+from underpaint.train.ranks import by_first, meet, node_first, together
+from underpaint.train.run_folder import Run, environment, host_copy
 from underpaint.train.schedules import Duration
 from underpaint.train.speed import out_of_memory, warm
 from underpaint.train.stepper import Stepper
@@ -99,7 +101,8 @@ def pretrain(
     run.refuse_other()
     with (
         repeatable(chosen.run.deterministic),
-        locked(run.path) if (fabric := make_fabric(chosen)).is_global_zero else nullcontext(),
+        together(fabric := make_fabric(chosen)),
+        locked(run.path) if fabric.is_global_zero else nullcontext(),
     ):
         opened = None
         if open_to is not None:
@@ -112,11 +115,10 @@ def pretrain(
                 warm(stepper, session.first_batches(1)[0])
             try:
                 _train(session, stepper, resumed, stop_at)
-                if fabric.is_global_zero and stop_at is None:
+                if stop_at is None:
                     _judge(session, untrained.to(fabric.device))
             finally:
                 _write_page(session, going=False)
-        fabric.barrier()
     return run
 
 
@@ -152,21 +154,19 @@ def preview(
 
 def _planned(fabric: Fabric, recipe: Recipe, around: Mapping[str, Any]) -> tuple[Recipe, Opened | None]:
     """The recipe that is planned around some settings: by the first process, for all. What it listed is listed once."""
-    answer, opened = None, None
-    if fabric.is_global_zero:
-        try:
-            opened = open_data(recipe, say)
-            found = planned(fabric, opened, recipe, around)
-            for line in told(found):
-                say(line)
-            answer = found.recipe
-        except InputError as error:
-            answer = error
-    answer = fabric.broadcast(answer)
-    if isinstance(answer, InputError):
-        raise answer
-    assert answer is not None
-    return answer, opened
+    made, opened = None, None
+
+    def plan() -> dict[str, Any]:
+        nonlocal made, opened
+        opened = open_data(recipe, say)
+        found = planned(fabric, opened, recipe, around)
+        for line in told(found):
+            say(line)
+        made = found.recipe
+        return plain(made)
+
+    answer = by_first(plan)
+    return checked(answer) if made is None else made, opened
 
 
 def _session(
@@ -179,11 +179,11 @@ def _session(
 ) -> Session:
     """Images, what they are judged by, and the untrained method; makes the run folder. What needs no image comes first, so
     that a mistake is answered before any is decoded."""
-    world = fabric.world_size * recipe.optimiser.accumulation
-    if recipe.optimiser.batch_size % world:
+    parts = 1 if "accumulation" in recipe.measured else recipe.optimiser.accumulation  # measured ones follow the processes
+    if recipe.optimiser.batch_size % (fabric.world_size * parts):
         raise InputError(
             f"optimiser.batch_size: {recipe.optimiser.batch_size} does not divide among "
-            f"{fabric.world_size} processes x {recipe.optimiser.accumulation} parts"
+            f"{fabric.world_size} processes" + (f" x {parts} parts" if parts > 1 else "")
         )
     main = fabric.is_global_zero
     shout = say if main and stop_at is None else silent  # a comparison has said it once
@@ -194,8 +194,8 @@ def _session(
     if opened is None:
         opened = open_data(recipe, shout)
     kept = check_unchanged(recipe, run, opened, shout) if main else {}
-    # the first one fills the cache, the others find it
-    with fabric.rank_zero_first(), quiet(shout is silent):
+    # the first one of a machine fills the cache there, the others find it
+    with node_first(), quiet(shout is silent):
         images, suite = load_data(recipe, opened, shout)
     # of the start, whatever changed: the encoder goes on to see images as it did
     statistics = recipe.measured.setdefault("statistics", {"mean": list(images.mean), "std": list(images.std)})
@@ -210,7 +210,7 @@ def _session(
         skipped = {line["path"]: line for line in images.skipped + suite.skipped}  # of what is held out too
         run.append("skipped.jsonl", [line for path, line in skipped.items() if path not in known])
         run.write_json("environment.json", environment())
-    fabric.barrier()
+    meet()
     trained_on = {
         "images": len(images),
         "channels": images.channels,
@@ -299,17 +299,23 @@ def _write_page(session: Session, going: bool = True) -> None:
 def _watch(session: Session, stepper: Stepper) -> Watch:
     """What looks at a run while it trains: probe and picture, exported encoder, loggers."""
 
-    def export() -> None:
+    def export() -> Callable[[], None]:
         encoder = recalibrated(session, session.method.encoder)
-        save_encoder(
-            session.run.path,
-            encoder,
-            session.arguments,
-            session.standardize,
-            session.images.scaling,
-            session.provenance,
-        )
-        _write_page(session)
+        weights = host_copy(encoder.model.state_dict())
+
+        def write() -> None:
+            save_encoder(
+                session.run.path,
+                encoder,
+                session.arguments,
+                session.standardize,
+                session.images.scaling,
+                session.provenance,
+                weights,
+            )
+            _write_page(session)
+
+        return write
 
     def divided(parts: int) -> None:
         session.recipe.measured["accumulation"] = parts
@@ -330,9 +336,9 @@ def recalibrated(session: Session, encoder: Backbone) -> Backbone:
 
 
 def _look(session: Session, step: int) -> dict[str, float]:
-    """A probe and a picture of where the run stands; training's randomness is not touched."""
+    """A probe, by all processes, and a picture of where the run stands; training's randomness is not touched."""
     method, standardize = session.method, session.standardize
-    if isinstance(method, Restores):
+    if isinstance(method, Restores) and session.fabric.is_global_zero:
         images = standardize(session.suite.shown(session.fabric.device)[:PICTURED])
         was = method.training
         method.eval()
@@ -347,20 +353,24 @@ def _look(session: Session, step: int) -> dict[str, float]:
 
 
 def _judge(session: Session, untrained: Backbone) -> None:
-    """Probes in full, pictures and the page."""
+    """Probes in full, by all processes; pictures and the page by the first."""
     run, suite, standardize = session.run, session.suite, session.standardize
     encoder, before = session.method.encoder, before_training(session.recipe.init or "")
     if suite.splits is not None:
         session.shout(
             f"judging the encoder, {'what it started from' if session.recipe.init else 'the untrained one'}, raw pixels and HOG ..."
         )
-    report = {"restoration": suite.restoration(session.method, standardize)}
+    report = {"restoration": by_first(lambda: suite.restoration(session.method, standardize))}
     report |= suite.final(encoder, untrained, standardize)
-    run.write_json("probes.json", report)
-    mine, other = (recalibrated(session, each) for each in (encoder, untrained))
-    write_visualizations(mine, other, suite, standardize, run.path / "pictures", before)
-    for line in run_text(run.path):
-        session.shout(line)
+
+    def write() -> None:
+        run.write_json("probes.json", report)
+        mine, other = (recalibrated(session, each) for each in (encoder, untrained))
+        write_visualizations(mine, other, suite, standardize, run.path / "pictures", before)
+        for line in run_text(run.path):
+            session.shout(line)
+
+    by_first(write)
     session.shout(f"done: {run.path / 'encoder.safetensors'}, {run.path / 'report.html'}")
     for line in next_commands(session.recipe, run, suite.splits is not None):
         session.shout(line)

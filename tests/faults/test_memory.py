@@ -77,7 +77,19 @@ def test_every_image_is_in_a_part_with_another_number_of_processes_too(
     recipe = checked({"optimiser": {"batch_size": 24, "accumulation": asked}})
     if measured is not None:
         recipe.measured["accumulation"] = measured
-    assert _parts(recipe, local_batch) == parts
+    assert _parts(recipe, 24 // local_batch) == parts
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("before", "had", "now", "parts"), [(4, 1, 2, 2), (2, 2, 1, 4), (1, 4, 4, 1), (1, 4, 8, 1), (3, 1, 2, 2), (2, 3, 3, 2)]
+)
+def test_as_many_images_are_computed_at_once_with_another_number_of_processes(
+    before: int, had: int, now: int, parts: int
+) -> None:
+    recipe = checked({"optimiser": {"batch_size": 96, "accumulation": 1}})
+    recipe.measured |= {"accumulation": had, "processes": before}
+    assert _parts(recipe, now) == parts
 
 
 @pytest.mark.parametrize(("after", "status"), [(0, 2), (18, 3)])

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR2, wherever a command is."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2, wherever a command is."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from conftest import write_pictures
 
 from underpaint.cli import main
 from underpaint.evaluation.probes import ProbeSuite
-from underpaint.signals import WATCHED, Interrupted, answered_signals, watched_signals
+from underpaint.signals import WATCHED, Interrupted, answered_signals, requeue, watched_signals
 from underpaint.train.run_folder import Run
 
 COMMAND = "--method mae --encoder vit_tiny_patch16_224 --image-size 16 --patch-size 8 --steps 4 --batch-size 16 "
@@ -102,3 +102,33 @@ def test_a_command_that_decodes_is_left_within_two_seconds(number: int, tmp_path
         assert process.stderr.read() == ""
     assert status == 128 + number
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.quick
+def test_only_sigusr1_has_a_job_of_slurm_queued_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And only by the first process, once."""
+    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    asked = tmp_path / "asked"
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def kept(number: int, **environment: str) -> str:
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            interruption = Interrupted(number, "all is kept")
+            requeue(interruption)
+            requeue(interruption)
+        return interruption.kept
+
+    assert kept(signal.SIGUSR1) == "all is kept"
+    assert kept(signal.SIGUSR2, SLURM_JOB_ID="12") == "all is kept"
+    assert kept(signal.SIGUSR1, SLURM_JOB_ID="12", SLURM_PROCID="1") == "all is kept"
+    assert kept(signal.SIGUSR1, SLURM_JOB_ID="12", RANK="3", SLURM_PROCID="0") == "all is kept"
+    assert not asked.exists()
+    assert kept(signal.SIGUSR1, SLURM_JOB_ID="12", SLURM_PROCID="0") == "all is kept; job 12 is queued again"
+    assert asked.read_text() == "requeue 12\n"
+    (tmp_path / "scontrol").unlink()
+    assert kept(signal.SIGUSR1, SLURM_JOB_ID="12").startswith("all is kept; job 12 could not be queued again ([Errno 2]")

@@ -263,10 +263,12 @@ def save_encoder(
     standardize: Standardize,
     scaling: Scaling | None = None,
     provenance: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `encoder.safetensors` and `encoder.json` into a folder, each atomically; `scaling` is how its images came to
-    lie in [0, 1], `provenance` where its weights are from (`start`, `trained_on`), as plain data without paths."""
-    write_weights(folder / "encoder.safetensors", backbone.model)
+    lie in [0, 1], `provenance` where its weights are from (`start`, `trained_on`), as plain data without paths; `weights`
+    are those of the network where they were copied before."""
+    write_weights(folder / "encoder.safetensors", backbone.model.state_dict() if weights is None else weights)
     description = {
         "format": FORMAT,
         "create_model": arguments,
@@ -282,9 +284,9 @@ def save_encoder(
     write_json(folder / "encoder.json", description)
 
 
-def write_weights(path: Path, model: nn.Module) -> None:
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """The state of a network as safetensors, atomically."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with replacing(path) as temporary:
         save_file(weights, temporary)
 

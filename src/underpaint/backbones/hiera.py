@@ -7,6 +7,7 @@ from timm.models.hiera import Hiera as TimmHiera
 from torch import Tensor, nn
 
 from underpaint.backbones.maps import MapBackbone, Stages
+from underpaint.blocks import recomputing
 from underpaint.masking import Mask, Masking, hidden_map
 
 
@@ -103,6 +104,6 @@ class Hiera(UnnormedMaps):
             state = self.embed(images, noise)
         ends = [self.model.stage_ends[stage] for stage in walk.taken]
         for block in self.model.blocks[ends[number - 1] + 1 if number else 0 : ends[number] + 1]:
-            state = block(state)
+            state = recomputing(self, block, state)
         tokens = self.model.reroll(state, ends[number], mask=noise.visible).flatten(1, 3)  # unit by unit, as `refine`
         return state, self.final_norm(tokens) if number + 1 == len(ends) else tokens

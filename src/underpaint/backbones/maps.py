@@ -80,6 +80,14 @@ class MapBackbone(StagedBackbone):
     def pyramid(self, images: Float[Tensor, "b c height width"]) -> list[tuple[Tensor, int]]:
         return [(m, info["reduction"]) for m, info in zip(self._maps(images, None), self.info, strict=True)]
 
+    def recompute_blocks(self) -> None:
+        """By timm, which has batch norms take their running statistics twice then."""
+        super().recompute_blocks()
+        try:
+            self.model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f"run.recompute: timm does not do that for {type(self.model).__name__}") from error
+
     # --- part of an image -------------------------------------------------------------------------------------------
 
     def covered(

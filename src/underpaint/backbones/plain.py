@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from underpaint.backbones.protocols import Encoded, Layer, TokenBackbone, Walk
-from underpaint.blocks import replaced, sincos_positions
+from underpaint.blocks import recomputing, replaced, sincos_positions
 from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking, refine
 from underpaint.patches import patchify, take
@@ -116,7 +116,7 @@ class Plain(TokenBackbone):
     ) -> Encoded:
         tokens, places, tapped = self.begin(tokens, index, positions), self.places(index), []
         for number in range(self.depth):
-            tokens = self.run(number, tokens, places)
+            tokens = recomputing(self, self.run, number, tokens, places)
             if number in taps:
                 tapped.append(self.patches(tokens))
         return self.finish(tokens)._replace(taps=tapped)
@@ -138,7 +138,7 @@ class Plain(TokenBackbone):
             state = self.begin(self.embed(images, noise.visible), noise.visible)
         places = self.places(noise.visible)
         for block in range(walk.taps[number - 1] + 1 if number else 0, walk.taps[number] + 1):
-            state = self.run(block, state, places)
+            state = recomputing(self, self.run, block, state, places)
         last = number + 1 == len(walk.taps)
         return state, self.finish(state).tokens if last else self.patches(state)
 

@@ -35,6 +35,7 @@ class Backbone(nn.Module):
     channels: int
     stride: int  # pixels of a side of a position of the final feature map
     pooling = "mean of the last map"  # what the vector of an image is, in `encoder.json`
+    recomputes = False  # see `recompute_blocks`
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -51,6 +52,14 @@ class Backbone(nn.Module):
     def pyramid(self, images: Float[Tensor, "b c height width"]) -> list[tuple[Tensor, int]]:
         """Feature maps [b, d, rows, columns] with their strides in pixels, fine to coarse."""
         raise NotImplementedError
+
+    def recompute_blocks(self) -> None:
+        """From here on, keep what is between blocks alone, and compute their inside again on the way back.
+
+        Raises:
+            ValueError: this network cannot.
+        """
+        self.recomputes = True
 
 
 class Layer(NamedTuple):

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from underpaint.backbones.maps import MapBackbone
 from underpaint.backbones.protocols import Layer, Walk
-from underpaint.blocks import replaced
+from underpaint.blocks import recomputing, replaced
 from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking, refine
 from underpaint.patches import patchify, take
@@ -293,7 +293,8 @@ class Swin(MapBackbone):
         windows: Any = pool.windows[stage]
         packings = {kind: windows[kind].chosen(choice, len(tokens)) for kind in windows}
         for block in self.stages[stage].blocks:
-            tokens = self.run_block(block, tokens, packings[_kind(tuple(block.window_size), tuple(block.shift_size))])
+            packing = packings[_kind(tuple(block.window_size), tuple(block.shift_size))]
+            tokens = recomputing(self, self.run_block, block, tokens, packing)
         return tokens
 
     def run_block(self, block: Any, tokens: Float[Tensor, "b n d"], packing: Packing) -> Float[Tensor, "b n d"]:

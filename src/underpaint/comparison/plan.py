@@ -17,6 +17,7 @@ from underpaint.reading import read_yaml
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import checked, differences, plain
 from underpaint.recipes.request import laid_over, read_recipe, recipe_named
+from underpaint.train.devices import started
 
 ROUNDS = (2, 6)  # least and most turns a method has: a point of its curve after each, a minute apart or more
 TINY = 64  # pixels: up to here the shipped small recipe of a method serves
@@ -83,7 +84,7 @@ def planned(data: str, recipes: Mapping[str, Recipe], minutes: float, seeds: int
     """The plan for these images.
 
     Raises:
-        InputError: no recipe; recipes that differ in more than method and optimiser; no time.
+        InputError: no recipe; recipes that differ in more than method and optimiser; no time; several processes.
     """
     if not recipes:
         raise InputError("--methods: give at least one of " + ", ".join(METHODS))
@@ -94,6 +95,12 @@ def planned(data: str, recipes: Mapping[str, Recipe], minutes: float, seeds: int
         if wrong := outside(value, bounds):
             raise InputError(f"--{flag}: {wrong}")
     (first, one), *others = recipes.items()
+    processes, machines = started() or (1, 1)
+    if max(processes, machines, one.run.devices or 1, one.run.nodes) > 1:
+        raise InputError(
+            "compare: methods take turns on one device, each in a process of its own, so that time and memory mean the same for "
+            "all; start it as one process, without --devices and --nodes (pretrain takes several)"
+        )
     for name, other in others:
         alike = checked(plain(one) | {"method": plain(other)["method"], "optimiser": plain(other)["optimiser"]})
         if differ := differences(alike, other):
@@ -103,7 +110,7 @@ def planned(data: str, recipes: Mapping[str, Recipe], minutes: float, seeds: int
         settings = plain(recipe)
         settings["data"]["path"] = data
         # turns decide when to look and when to save
-        settings["run"] |= {**dict.fromkeys(LENGTHS), "minutes": minutes, "probe_every": 10**9}
+        settings["run"] |= {**dict.fromkeys(LENGTHS), "minutes": minutes, "probe_every": 10**9, "devices": 1}
         chosen[name] = checked(settings | {"measured": {}})
     return Plan(chosen, {}, list(range(seeds)), minutes)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones import protocols as backbones
 from underpaint.computing import autocast, best_precision
-from underpaint.console import Going, say
+from underpaint.console import Going, quiet, say
 from underpaint.data import Batch, eval_batches
 from underpaint.data.sources.base import cache_root
 from underpaint.errors import InputError
@@ -26,7 +26,9 @@ from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.splits import Split
 from underpaint.files import replacing_folder
 from underpaint.patches import Standardize
+from underpaint.train.ranks import first, gathered, my_share, several
 
+AT_ONCE = 256  # images
 FULL_PRECISION_BYTES = 1e9  # patch tokens beyond this are kept in half precision
 HALF_LIMIT = torch.finfo(torch.float16).max
 STORE_VERSION = 3
@@ -188,9 +190,45 @@ def features_of(
     Raises:
         InputError: none of the images can be read.
     """
-    batches = eval_batches(split.images, size=size, indices=split.indices, device=standardize.mean.device)
+    device, indices = standardize.mean.device, split.indices
+    batches = eval_batches(split.images, size=size, batch_size=AT_ONCE, indices=indices, device=device)
     batches = counted(batches, "features", len(split.indices))
     return extract(encoder, batches, transform=standardize, with_patches=with_patches, folder=folder)
+
+
+def shared_features(
+    encoder: Callable[[Tensor], Encoded],
+    standardize: Standardize,
+    split: Split,
+    size: tuple[int, int],
+    *,
+    with_patches: bool,
+) -> Features | None:
+    """The same, in the first process of several, which extract them together, in the batches that one would make; None in
+    the others.
+
+    Raises:
+        InputError: none of the images can be read.
+    """
+    if not several():
+        return features_of(encoder, standardize, split, size, with_patches=with_patches)
+    begin, end = (AT_ONCE * edge for edge in my_share(-(-len(split.indices) // AT_ONCE)))
+    mine = Split(split.images, split.indices[begin:end])
+    try:
+        with quiet(not first()):
+            found = features_of(encoder, standardize, mine, size, with_patches=with_patches)
+    except InputError:  # none of these
+        found = Features(torch.empty(0, 0), torch.empty(0, 0, 0), np.empty(0, np.int64))
+    parts = [gathered(each) for each in (found.pooled, found.patches, torch.from_numpy(found.samples))]
+    pooled, patches, samples = ([] if part is None else [one for one in part if len(one)] for part in parts)
+    if not first():
+        return None
+    if not pooled:
+        raise InputError("there are no images to extract features from, or none can be read")
+    half = any(part.dtype == torch.float16 for part in patches)
+    half = half or 4 * sum(part.numel() for part in patches) > FULL_PRECISION_BYTES
+    whole = torch.cat([_kept(part, torch.float16 if half else torch.float32) for part in patches])
+    return Features(torch.cat(pooled), whole, torch.cat(samples).numpy())
 
 
 def pixel_features(features: Callable[[Tensor], Tensor], split: Split, size: tuple[int, int]) -> Features:

@@ -37,7 +37,7 @@ def keep(
 ) -> None:
     """Write a trained model into a folder, the weights first."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder / "model.safetensors", model)
+    write_weights(folder / "model.safetensors", model.state_dict())
     described = {
         "format": FORMAT,
         "task": task,

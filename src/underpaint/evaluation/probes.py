@@ -4,6 +4,7 @@ The untrained encoder gets the same probe with the same choices; nothing is chos
 there is the effective rank of the features (RankMe, arXiv 2210.02885).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from underpaint.data import ImageSet, Indices, Source, eval_batches, fair_batche
 from underpaint.errors import InputError
 from underpaint.evaluation.attentive import attentive
 from underpaint.evaluation.baselines import hog, majority, raw_pixels
-from underpaint.evaluation.features import Features, counted, features_of, pixel_features
+from underpaint.evaluation.features import Features, counted, pixel_features, shared_features
 from underpaint.evaluation.knn import knn
 from underpaint.evaluation.linear import linear
 from underpaint.evaluation.rank import effective_rank
@@ -27,6 +28,7 @@ from underpaint.evaluation.results import Probe, paired_difference
 from underpaint.evaluation.splits import Split, evenly, shots
 from underpaint.methods import Method
 from underpaint.patches import Standardize
+from underpaint.train.ranks import first
 
 QUICK_TRAIN, QUICK_TEST = 5_000, 2_000  # images of a probe while training
 FULL_TRAIN, FULL_TEST = 50_000, 10_000  # of the probe at the end
@@ -183,16 +185,17 @@ class ProbeSuite:
         return found
 
     def quick(self, encoder: Backbone, standardize: Standardize) -> dict[str, float]:
-        """Named numbers for a line of metrics."""
+        """Named numbers for a line of metrics; of several processes, which share the work, the first has them."""
         encoder = self.recalibrate_bn(encoder, standardize)
         if self.splits is None:
             few = Split(self.pool, evenly(len(self.pool), QUICK_TEST).tolist())
-            return {
-                "rank": effective_rank(features_of(encoder, standardize, few, self.size, with_patches=False).pooled)
-            }
+            found = shared_features(encoder, standardize, few, self.size, with_patches=False)
+            return {} if found is None else {"rank": effective_rank(found.pooled)}
         train = self.splits[0].subset(self._most(encoder, QUICK_TRAIN), SUBSET)
         test = self.splits[1].subset(self._most(encoder, QUICK_TEST), SUBSET)
         x, y = (self._labelled(encoder, standardize, split, True) for split in (train, test))
+        if x is None or y is None:
+            return {}
         numbers = {"rank": _rank(x.features.pooled)}
         for name, probe in probe_features(x, y, seed=self.seed).items():
             numbers |= {name: probe.accuracy, f"{name}_error": probe.standard_error}
@@ -204,13 +207,13 @@ class ProbeSuite:
         untrained: Backbone,
         standardize: Standardize,
     ) -> dict[str, Any]:
-        """What `probes.json` holds: all probes in full, of the encoder, of what it started from, and of the baselines."""
+        """What `probes.json` holds: all probes in full, of the encoder, of what it started from, and of the baselines; of
+        several processes, which share the work, the first has them."""
         found = {
             "encoder": self.worth(encoder, standardize),
             "untrained": self.worth(untrained, standardize),
-            **self.baselines(),
         }
-        return self.summary(found, encoder)
+        return self.summary({**found, **self.baselines()}, encoder) if first() else {}
 
     def summary(self, found: dict[str, Worth], encoder: Backbone) -> dict[str, Any]:
         """What `probes.json` keeps of an encoder, the untrained one and the baselines, by those names."""
@@ -301,7 +304,7 @@ class ProbeSuite:
         Without labels there is the effective rank alone.
         """
         if self.splits is None:
-            return Worth({}, self.quick(encoder, standardize)["rank"])
+            return Worth({}, self.quick(encoder, standardize).get("rank", math.nan))
         encoder = self.recalibrate_bn(encoder, standardize)
         train, test = self.full()
         x, y = (self._labelled(encoder, standardize, split, False) for split in (train, test))
@@ -310,6 +313,8 @@ class ProbeSuite:
             test.subset(self._most(encoder, FULL_TEST), SUBSET),
         )
         tokens, test_tokens = (self._labelled(encoder, standardize, split, True) for split in (most, some))
+        if x is None or y is None or tokens is None or test_tokens is None:
+            return Worth({}, math.nan)
         found = {
             **probe_features(x, y, seed=self.seed, kinds=["linear"]),
             **probe_features(tokens, test_tokens, seed=self.seed, kinds=["attentive"]),
@@ -323,6 +328,7 @@ class ProbeSuite:
             # tokens of one draw at a time, and none where half precision would not make them fit
             held = self.attentive_fits(encoder, len(split.indices))
             drawn = self._labelled(encoder, standardize, split, held)
+            assert drawn is not None  # several processes ask for no draws
             fewest.append(int(np.unique(drawn.labels, return_counts=True)[1].min()))
             few = probe_features(drawn, y, seed=self.seed, kinds=["linear"])
             if held:
@@ -351,8 +357,12 @@ class ProbeSuite:
             found[name] = Worth(probes, _rank(x.features.pooled))
         return found
 
-    def _labelled(self, encoder: Backbone, standardize: Standardize, split: Split, with_patches: bool) -> Labelled:
-        return Labelled.of(features_of(encoder, standardize, split, self.size, with_patches=with_patches), split)
+    def _labelled(
+        self, encoder: Backbone, standardize: Standardize, split: Split, with_patches: bool
+    ) -> Labelled | None:
+        """None in a process that only helps the first one."""
+        found = shared_features(encoder, standardize, split, self.size, with_patches=with_patches)
+        return None if found is None else Labelled.of(found, split)
 
     def _most(self, encoder: Backbone, count: int) -> int:
         """At most `count` images, fewer where their patch tokens would not fit."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from underpaint.backbones import TokenBackbone
-from underpaint.blocks import heads_for, sincos_positions, xavier
+from underpaint.blocks import heads_for, recomputing, sincos_positions, xavier
 from underpaint.masking import Mask
 from underpaint.methods.masked import MaskedMethod
 from underpaint.methods.method import Objective
@@ -159,7 +159,7 @@ class CAE(WordMethod):
         hidden_places, visible_places = take(positions, mask.hidden), take(positions, mask.visible)
         hidden = self.mask_token.to(visible.dtype).expand(len(visible), mask.hidden.shape[1], -1)
         for block in self.regressor:
-            hidden = block(hidden, visible, hidden_places, visible_places)
+            hidden = recomputing(self, block, hidden, visible, hidden_places, visible_places)
         return self.norm(hidden)
 
     def decode(self, latent: Float[Tensor, "b k d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k o"]:
@@ -168,7 +168,7 @@ class CAE(WordMethod):
         if len(self.blocks):
             tokens = latent + take(self.positions.expand(len(latent), -1, -1), index)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = recomputing(self, block, tokens)
         return self.head(tokens).float()
 
     def predict(self, images: Float[Tensor, "b c height width"], mask: Mask) -> Float[Tensor, "b h o"]:

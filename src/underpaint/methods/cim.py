@@ -173,6 +173,10 @@ class CIM(MaskedMethod[Corruption]):
         mine = [p for name, p in self.named_parameters() if not name.startswith("generator.") and p.requires_grad]
         return [[p for p in self.generator.parameters() if p.requires_grad], mine]
 
+    def recompute_blocks(self) -> None:
+        super().recompute_blocks()
+        self.generator.recompute_blocks()
+
     def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Corruption:
         draws = Draws.some_or_new(draws, batch)
         mask = super().sample(batch, height, width, draws)

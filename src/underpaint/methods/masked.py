@@ -104,6 +104,13 @@ class WalkedMethod(MaskedMethod[Sampled]):
             self.masking, [encoder.depth - 1] if taps is None else taps, self.images_per_mask, self.seed or 0
         )
 
+    def recompute_blocks(self) -> None:
+        if getattr(self.walk, "sound", False) and not self.walk.by_layer:
+            raise ValueError(
+                "run.recompute: this encoder keeps hidden places empty while it computes, which is not known on the way back"
+            )
+        super().recompute_blocks()
+
     def sample(self, batch: int, height: int, width: int, draws: Draws | None = None) -> Sampled:
         return self.walk.sample(batch, height, width, draws)
 

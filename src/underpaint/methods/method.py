@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from underpaint.backbones import Backbone
 from underpaint.draws import Draws
+from underpaint.blocks import MaskedDecoder
 from underpaint.patches import Standardize
 from underpaint.tokenizers import Tokenizer
 from underpaint.trainable import Noise, Objective, Same, Trainable
@@ -45,6 +46,7 @@ class Method(Trainable, Generic[N]):
 
     encoder: Backbone
     tasks: tuple[str, ...] = ("mask",)  # the kinds of corruption that it is trained to restore
+    recomputes = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -99,6 +101,19 @@ class Method(Trainable, Generic[N]):
                 made = apart.setdefault((down, number), {**group, "params": [], "lr": lr * layer_decay**down})
                 made["params"].append(parameter)
         return [apart[key] for key in sorted(apart)]  # the whole rate first
+
+    def recompute_blocks(self) -> None:
+        """From here on, keep what is between the blocks of encoder and decoder alone, and compute their inside again on the way
+        back: less memory, more time, the same gradients.
+
+        Raises:
+            ValueError: the method, or its encoder, cannot.
+        """
+        self.encoder.recompute_blocks()
+        self.recomputes = True
+        for module in self.modules():
+            if isinstance(module, MaskedDecoder):
+                module.recomputes = True
 
     def parts(self, images: Float[Tensor, "b c height width"], noise: N | None = None) -> Iterator[Objective]:
         """The parts of the loss one by one; backpropagate each before asking for the next, and memory is that of one."""
@@ -182,6 +197,31 @@ def freeze(encoder: Backbone, blocks: int) -> None:
     for parameter, layer in layers.items():
         if layer <= blocks:
             parameter.requires_grad_(False)
+
+
+def freeze_unreached(method: Method[Any], channels: int, size: tuple[int, int]) -> list[str]:
+    """Train the weights no more that no part of the loss depends on: of a layer behind the last map that is used, or a bias
+    that is a constant of the energy. Several processes would wait for their gradients in vain. The method can be trained;
+    its loss on an image of noise says which these are.
+
+    Args:
+        size: of the images, height and width in pixels.
+
+    Returns:
+        Their names.
+    """
+    was = method.training
+    method.eval()  # nothing is noted of this image
+    device = next(method.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        for objective in method.parts(torch.randn(1, channels, *size).to(device)):
+            objective.loss.backward()
+    method.train(was)
+    found = [name for name, each in method.named_parameters() if each.requires_grad and each.grad is None]
+    for name in found:
+        method.get_parameter(name).requires_grad_(False)
+    method.zero_grad(set_to_none=True)
+    return found
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ class Progress:
 
     Attributes:
         seconds: of training, by this process's clock.
-        passed: of them when last looked at, by the first process, whose clock is that of all.
+        passed: of them as all processes know it: by the first one's clock, of several a step ago.
         bad: steps without a finite gradient; `in_a_row` of them, the last ones.
         best: the best probe, at `best_step`.
         loss: mean of the last steps.
@@ -70,22 +70,17 @@ class Plan:
         """The learning rate of the coming step, over its peak."""
         return self.schedule.factor(at.step, self.share(at))
 
-    def looks(self, step: int) -> bool:
-        """Whether several processes agree on time and signals after this step."""
-        return self.log_every is None or step % self.log_every == 0
-
     def expected(self, at: Progress) -> int:
         """How many steps there will be, as far as can be said."""
         share = self.share(at)
         return max(at.step, round(at.step / share)) if self.duration.minutes and share > 0 else self.duration.steps
 
-    def due(self, at: Progress, now: float, looked: bool, stop: bool) -> Due:
-        """What is due after step `at.step`, `now` seconds into the training; `looked`: whether the processes agreed on
-        time just now, and `stop`: whether a signal came to any."""
+    def due(self, at: Progress, now: float, stop: bool) -> Due:
+        """What is due after step `at.step`, `now` seconds into the training; `stop`: whether a signal came to any process."""
         share = self.share(at)
         ended = share >= 1
-        pausing = looked and not ended and self.stop_at is not None and at.passed >= self.stop_at
-        stopping = looked and not ended and stop
+        pausing = not ended and self.stop_at is not None and at.passed >= self.stop_at
+        stopping = not ended and stop
         probe = ended or pausing or (self.probe_every is not None and at.step % self.probe_every == 0)
         log = probe or self._every(self.log_every, at.step, now - self.logged, now / max(share, 1e-12) / LINES)
         save = probe or stopping or self._every(self.save_every, at.step, now - self.saved, SAVE_SECONDS)

@@ -2,7 +2,6 @@
 
 import os
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from underpaint.computing import autocast, best_precision, products
 from underpaint.config import Recipe
+from underpaint.train.ranks import TIMEOUT
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
@@ -22,18 +22,30 @@ def make_fabric(recipe: Recipe) -> Fabric:
     if precision == "auto":
         precision = best_precision(torch.device("cuda" if cuda else "cpu"))
     recipe.measured["precision"] = precision
-    devices: int | str = recipe.run.devices or ("auto" if cuda else 1)
-    several = recipe.run.nodes > 1 or (devices if isinstance(devices, int) else torch.cuda.device_count()) > 1
+    devices, nodes = started() or (recipe.run.devices or ("auto" if cuda else 1), recipe.run.nodes)
+    several = nodes > 1 or (devices if isinstance(devices, int) else torch.cuda.device_count()) > 1
     fabric = Fabric(
         accelerator="cuda" if cuda else "cpu",
         devices=devices,
-        num_nodes=recipe.run.nodes,
-        # one process makes a tokenizer, or judges, while the others wait
-        strategy=DDPStrategy(timeout=timedelta(hours=3)) if several else "auto",
+        num_nodes=nodes,
+        # statistics of batch norms are averaged (Stepper), not those of the first process sent out in each step
+        strategy=DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False) if several else "auto",
         precision="32-true",  # a step casts by itself, around the network alone (`Stepper`)
     )
     fabric.launch()
     return fabric
+
+
+def started() -> tuple[int, int] | None:
+    """Processes on a machine, and machines, where torchrun or srun started this process; their number is then theirs, whatever
+    the recipe says. None where this process starts the others itself."""
+    told = os.environ
+    if "TORCHELASTIC_RUN_ID" in told:
+        local = int(told["LOCAL_WORLD_SIZE"])
+        return local, int(told["WORLD_SIZE"]) // local
+    if "SLURM_NTASKS" in told and told.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # as Fabric sees it
+        return int(told.get("SLURM_NTASKS_PER_NODE", "1")), int(told.get("SLURM_NNODES", "1"))
+    return None
 
 
 def memory(device: torch.device) -> int:

@@ -6,11 +6,11 @@ for Python.
 """
 
 import math
-import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from underpaint.console import Bar
 from underpaint.data.parallel import WorkerLost
-from underpaint.errors import NotFinite, Stopped
+from underpaint.errors import InputError, NotFinite, Stopped
 from underpaint.files import finite
 from underpaint.seeds import ROLLED_BACK
 from underpaint.signals import Interrupted, answered_signals, watched_signals
@@ -27,7 +27,8 @@ from underpaint.train.cadence import Due, Plan, Progress
 from underpaint.train.devices import Flag
 from underpaint.train.loggers import Loggers
 from underpaint.train.meter import Meter
-from underpaint.train.run_folder import Run, restore_state, training_state
+from underpaint.train.ranks import Agreement, by_first, meet, same, several
+from underpaint.train.run_folder import Run, host_copy, restore_state, training_state
 from underpaint.train.speed import out_of_memory
 from underpaint.train.stepper import Stepper
 
@@ -43,15 +44,16 @@ class Watch:
 
     Attributes:
         names: of the images of a batch, to say which step was not finite.
-        probe: named numbers of where the task stands after a step, by the first process.
-        export: writes what others use of the task, beside each checkpoint.
+        probe: named numbers of where the task stands after a step; called in all processes, of which the first has them.
+        export: takes what others use of the task, beside each checkpoint; what it returns writes that, while training goes
+            on.
         divided: told in how many parts a batch is computed from here on, where memory asked for it.
         resume_loggers: makes what is told every line, from the step that is gone on from (None at the start).
     """
 
     names: Callable[[Any], Sequence[str]] | None = None
     probe: Callable[[int], dict[str, float]] | None = None
-    export: Callable[[], None] | None = None
+    export: Callable[[], Callable[[], None]] | None = None
     divided: Callable[[int], None] | None = None
     resume_loggers: Callable[[int | None], Loggers] | None = None
 
@@ -78,12 +80,18 @@ class Training:
         self.main = self.stepper.fabric.is_global_zero
         self.seed = self.stepper.seed
         self.lost: list[int] = []  # steps whose batch was lost with a process that decodes
+        self.writing: _Writing | None = None  # of a checkpoint
+        self.agreement = Agreement()
         self.loggers: Loggers | None = None
         self.bar: Bar
 
     def resume(self) -> bool:
         """Take up the last checkpoint, if there is one; lines of metrics that lie after it are dropped."""
+        self._written()
+        meet()
         found = self.run.load()
+        if not same(-1 if found is None else found[1]["step"]):
+            raise InputError(f"--out {self.run.path}: processes see unlike checkpoints; it must lie where all machines see it")
         if found is not None:
             tensors, numbers = found
             restore_state(self.stepper.task, self.stepper.optimiser, tensors)
@@ -92,14 +100,14 @@ class Training:
             self.plan.logged = self.plan.saved = self.at.seconds
             if self.stepper.scaler is not None and numbers.get("scaler"):
                 self.stepper.scaler.load_state_dict(numbers["scaler"])
-        self.stepper.fabric.barrier()
+        meet()
         if self.main:
             self.run.drop_after("metrics.jsonl", -1 if found is None else self.at.step)
         return found is not None
 
     def start_anew(self) -> bool:
         """Forget the metrics of an earlier start that left no checkpoint."""
-        self.stepper.fabric.barrier()
+        meet()
         if self.main:
             self.run.drop_after("metrics.jsonl", -1)
         return False
@@ -129,6 +137,7 @@ class Training:
                     self.stepper.seed = (
                         self.seed + ROLLED_BACK * self.at.rollbacks
                     )  # other batches than those that failed
+                    self._written()  # processes that decode are made of this one, without threads
                     short, lost = False, None
                     with closing(batches(self.at.step, self.stepper.seed)) as source:
                         try:
@@ -144,11 +153,14 @@ class Training:
                         continue
                     elif due is None:
                         self._roll_back()
+            self._written()
         except (OSError, SafetensorError) as error:
             place = getattr(error, "filename", None) or self.run.path
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise Stopped(f"{place}: {reason}; {self._kept()}: the same command goes on") from error
         finally:
+            with suppress(Exception):  # something else went wrong first
+                self._written()
             self.bar.close()
             if self.loggers is not None:
                 self.loggers.close()
@@ -165,7 +177,7 @@ class Training:
 
     def _steps(self, source: Generator[Any, None, None], received: list[int]) -> Due | None:
         """Steps until the training ends or pauses; None where it has to be rolled back."""
-        fabric, at, plan = self.stepper.fabric, self.at, self.plan
+        at, plan = self.at, self.plan
         self.pending.clear()
         self.waited, self.since, self.steps = 0.0, 0.0, 0
         while True:
@@ -176,17 +188,15 @@ class Training:
             self.meter.add(numbers, bad)
             at.step += 1
             self.pending.append((at.step, Flag(bad), self.watch.names(batch) if self.watch.names else ()))
-            looked = fabric.world_size == 1 or plan.looks(at.step)
-            if looked:
-                at.passed = fabric.broadcast(at.seconds + self.clock() - began)
+            told, passed = self.agreement(received[0] if received else 0, at.seconds + self.clock() - began)
+            at.passed = max(at.passed, passed)
             self.stepper.task.after_step(min(1.0, plan.share(at)), 1 - bad)
-            due = plan.due(at, at.passed, looked, looked and self._any(bool(received)))
+            due = plan.due(at, at.passed, bool(told))
             rolled = self._read_flags(0 if due.log or due.save else 1)
             spent = self.clock() - began
             at.seconds += spent
             self.since, self.steps = self.since + spent, self.steps + 1
-            if looked:
-                self.bar.expect(plan.expected(at))
+            self.bar.expect(plan.expected(at))
             self.bar.step(at.step)
             if rolled:
                 return None
@@ -197,17 +207,10 @@ class Training:
             if due.save:
                 self._save()
             if due.stopping:
-                raise Interrupted(received[0] if received else signal.SIGTERM, self._kept())
+                self._written()
+                raise Interrupted(told, self._kept())
             if due.ended or due.pausing:
                 return due
-
-    def _any(self, wanted: bool) -> bool:
-        """Whether any process wants it."""
-        fabric = self.stepper.fabric
-        if fabric.world_size == 1:
-            return wanted
-        flag = fabric.all_reduce(torch.tensor(float(wanted), device=fabric.device), reduce_op="sum")
-        return bool(torch.as_tensor(flag) > 0)
 
     def _read_flags(self, left: int) -> bool:
         """Count the steps, and those in a row, without a finite gradient, all but the last `left`; whether to roll back."""
@@ -288,14 +291,13 @@ class Training:
             raise NotFinite("the loss is not finite from the first step on; try a lower learning rate")
         self.at.rollbacks, self.at.in_a_row = failed.rollbacks + 1, 0
         self.bar.above(f"step {failed.step}: {ROLL_BACK_AFTER} steps in a row not finite; back to step {self.at.step}")
-        self.stepper.fabric.barrier()  # the others read the checkpoint that is written anew now
         self._save()  # so that a kill from here on does not forget that the data moved on
 
     def _log(self, probing: bool) -> None:
         """One line of metrics: the means since the last one, and a probe where it is time for one."""
         at, batch_size = self.at, self.stepper.batch_size
         means = self.meter.means(self.stepper.fabric)
-        probe = self._probe() if self.main and probing and self.watch.probe is not None else None
+        probe = self._probe() if probing and self.watch.probe is not None else None
         self.meter.reset()
         at.owed = False
         if self.main:
@@ -324,30 +326,70 @@ class Training:
         self.waited, self.since, self.steps = 0.0, 0.0, 0
 
     def _probe(self) -> dict[str, float]:
-        """Named numbers of where the task stands. It may take minutes, so it is left at once by who is told to end, and is
-        made when the training goes on."""
+        """Named numbers of where the task stands. It may take minutes, so one process leaves it at once when it is told to end,
+        and makes it when the training goes on; several, which share it, finish it."""
         assert self.watch.probe is not None
+        self._written()  # processes that decode are made of this one, without threads
+        if several():
+            found = self.watch.probe(self.at.step)
+            return by_first(lambda: found)
         try:
             with answered_signals():
                 return self.watch.probe(self.at.step)
         except Interrupted as interruption:
             self.at.owed = True
-            if self.stepper.fabric.world_size == 1:  # the others wait for a line, and make no checkpoint
-                self._save()
+            self._save()
+            self._written()
             interruption.kept = self._kept()
             raise
 
     def _save(self) -> None:
-        """A checkpoint, and what others use."""
+        """A checkpoint, and what others use: taken now, written while training goes on. The next one waits for it."""
+        self._written()
         if self.main:
             self.at.loss = self.meter.last() or self.at.loss
-            tensors = training_state(self.stepper.task, self.stepper.optimiser) | self.meter.state()
+            state = training_state(self.stepper.task, self.stepper.optimiser) | self.meter.state()
+            tensors = host_copy(state)
             keep = [step for step in (self.at.best_step,) if step is not None]
             scaler = self.stepper.scaler
             scale = None if scaler is None else scaler.state_dict()
-            numbers = {**asdict(self.at), "window": self.meter.names, "scaler": scale}
-            self.run.save(self.at.step, tensors, numbers, keep)
-            if self.watch.export is not None:
-                self.watch.export()
+            numbers = {**asdict(self.at), "window": list(self.meter.names), "scaler": scale}
+            step, write = self.at.step, None if self.watch.export is None else self.watch.export()
+
+            def save() -> None:
+                self.run.save(step, tensors, numbers, keep)
+                if write is not None:
+                    write()
+
+            self.writing = _Writing(save)
         self.plan.saved = self.at.passed
-        self.stepper.fabric.barrier()
+
+    def _written(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises: what went wrong with it.
+        """
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.done()
+
+
+class _Writing(threading.Thread):
+    """Something that is written beside the training; a process does not end in its middle, unless it is killed."""
+
+    def __init__(self, work: Callable[[], None]):
+        super().__init__()
+        self.work = work
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except BaseException as error:  # raised where somebody looks
+            self.error = error
+
+    def done(self) -> None:
+        self.join()
+        if self.error is not None:
+            raise self.error

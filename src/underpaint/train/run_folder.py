@@ -148,6 +148,11 @@ def training_state(task: nn.Module, optimiser: torch.optim.Optimizer) -> dict[st
     return tensors
 
 
+def host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same as they are now, in the memory of this process: what is written of them may go on beside the training."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
 def restore_state(task: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `training_state` took, in place."""
     weights = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}

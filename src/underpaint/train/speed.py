@@ -33,6 +33,7 @@ from underpaint.methods import Method
 from underpaint.train.stepper import Stepper
 
 TINY_FACTOR = 1e-3  # of the learning rate, in steps that leave no trace
+TOO_LARGE = "out of memory with a batch of 1: a smaller encoder or image size is needed"
 COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
 # what is said when memory runs out, in small letters: by the allocators of a CPU, of CUDA (and its driver: CUDA_ERROR_OUT_OF_MEMORY)
 # and of pinned memory; by cuBLAS, which has none left for its handle, too; by cuSOLVER; by cuDNN 8 and 9, and by torch where
@@ -189,9 +190,17 @@ def _seconds(current: Stepper, batches: Sequence[Batch], clock: Callable[[], flo
             _timed(current, batch, clock)
         times: list[float] = []
         began = clock()
-        while len(times) < 12 and (len(times) < 3 or clock() - began < limit):
+        while len(times) < 12 and (len(times) < 3 or _longest(current, clock() - began) < limit):
             times.append(_timed(current, batches[len(times) % len(batches)], clock))
     return statistics.median(times)
+
+
+def _longest(current: Stepper, seconds: float) -> float:
+    """Of all processes, which make their steps together."""
+    fabric = current.fabric
+    if fabric.world_size == 1:
+        return seconds
+    return float(torch.as_tensor(fabric.all_reduce(torch.tensor(seconds, device=fabric.device), reduce_op="max")))
 
 
 def _timed(current: Stepper, batch: Batch, clock: Callable[[], float]) -> float:
@@ -241,7 +250,7 @@ def _fit(current: Stepper, batch: Batch) -> None:
     """
     while not _fits(current, batch):
         if (parts := current.finer) is None:
-            raise InputError("out of memory with a batch of 1: a smaller encoder or image size is needed")
+            raise InputError(TOO_LARGE)
         current.accumulation = parts
     fabric = current.fabric
     most = fabric.all_reduce(torch.tensor(float(current.accumulation), device=fabric.device), reduce_op="max")

@@ -9,10 +9,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from underpaint.backbones.norms import batch_norms
 from underpaint.computing import autocast, products
 from underpaint.draws import Draws
 from underpaint.seeds import seed_everything, step_seed
 from underpaint.train.optim import pull_back, skip_where
+from underpaint.train.ranks import mean_over_ranks
 from underpaint.trainable import Trainable
 
 Numbers = dict[str, Tensor]  # by name [2]: a weighted sum, and its weight
@@ -59,6 +61,8 @@ class Stepper:
         model: Any = torch.compile(self.task) if self.compiled else self.task
         self.model, self.wrapped = self.fabric.setup(model, self.optimiser)
         self.peaks = [group["lr"] * group.get("lr_scale", 1.0) for group in self.optimiser.param_groups]
+        norms: list[Any] = batch_norms(self.task)
+        self.statistics: list[Tensor] = [each for norm in norms for each in (norm.running_mean, norm.running_var)]
 
     def compile(self) -> "Stepper":
         """The same, compiled."""
@@ -138,7 +142,9 @@ class Stepper:
             )
             for part in range(count):
                 last = k + 1 == self.accumulation and part + 1 == count
-                with self.fabric.no_backward_sync(self.model, enabled=self.alone or not last):
+                # DDP reduces what one backward reaches, and of a loss in parts the last one does not reach all weights
+                apart = self.alone or count > 1 or not last
+                with self.fabric.no_backward_sync(self.model, enabled=apart):
                     with autocast(self.fabric.device, self.precision):
                         objective = self.model(*some) if count == 1 else self.model(*some, part, carry)
                     loss = objective.loss / self.accumulation
@@ -150,8 +156,22 @@ class Stepper:
                         weight = objective.weights[name].double()
                         weights[name] = weights.get(name, 0.0) + weight
                     sums[name] = sums.get(name, 0.0) + value.double() * weight
+        if self.fabric.world_size > 1 and not self.alone:
+            self._join(gradients=count > 1)
         one = torch.ones_like(sums["loss"])
         return {name: torch.stack([value, torch.as_tensor(weights.get(name, one))]) for name, value in sums.items()}
+
+    def _join(self, gradients: bool) -> None:
+        """The means over the processes: of the running statistics of batch norms, each of which saw its own images; and of
+        the gradients, where DDP has not taken them."""
+        tensors = list(self.statistics)
+        if gradients:
+            for parameter in self.task.parameters():
+                if parameter.requires_grad:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    tensors.append(parameter.grad)
+        mean_over_ranks(tensors)
 
     def _clip(self) -> Tensor:
         """Clip the gradient, all together or by groups; returns its norm before."""
