@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class CommandLine:
             "record": record and str(record),
             "environments": torchrun(processes) if processes > 1 else [{}],
             "cache": str(self.folder / "cache"),
+            "scratch": str(self.folder / "scratch"),
         }
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -114,6 +116,8 @@ def run(request: dict[str, Any], rank: int) -> NoReturn:
             file = request[name] if rank == 0 else f"{request[name]}-{rank}"
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(request["environments"][rank], UNDERPAINT_CACHE=request["cache"])
+        os.makedirs(request["scratch"], exist_ok=True)
+        tempfile.tempdir = request["scratch"]
         if request["record"]:
             killed.record(f"{request['record']}-{rank}")
         if request["die"]:

@@ -78,6 +78,8 @@ def ordered_map(
         signal.signal(signal.SIGCHLD, before)  # torch's would raise wherever this process is, as in writing a file
     try:
         yield from iterator
+    except InputError as error:  # torch puts the worker's traceback before the line
+        raise InputError(str(error).rstrip().rpartition("InputError: ")[2]) from error
     except (RuntimeError, ConnectionResetError, EOFError) as error:
         # a process that ends while it hands an item over breaks the connection before torch sees that it ended
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
