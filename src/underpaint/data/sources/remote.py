@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from underpaint.data.sources.base import stamp_of
 from underpaint.errors import InputError
@@ -153,7 +153,7 @@ def relative(places: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def opened(url: str, size: int | None = None) -> Iterator[tuple[IO[bytes], bool]]:
+def opened(url: str, size: int | None = None) -> Iterator[tuple[Any, bool]]:
     """A file to be gone through, and whether it has random access: else it is a stream from its beginning.
 
     Raises:

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +51,7 @@ class _Shard(NamedTuple):
     """What is known of a shard."""
 
     images: pa.RecordBatch  # `COLUMNS`; labels as JSON
-    facts: dict[str, Any]  # `stamp`, `seen` (files), `skipped`, `ranged` (whether it has random access), `cut` (short)
+    facts: dict[str, Any]  # `place`, `stamp`, `seen` (files), `skipped`, `ranged` (whether it has random access), `cut` (short)
 
 
 def list_shards(text: str) -> Listing:
@@ -64,7 +64,7 @@ def list_shards(text: str) -> Listing:
     if not remote:
         packed = [_flat(file) for file in files]
         flats, keep = [str(flat) for flat, _ in packed], [kept for _, kept in packed]
-    shards = _index(files, flats, remote)
+    shards = _index(text, files, flats, remote)
     notes = [f"{_name(f)} is cut short; what comes before is read" for f, s in zip(files, shards, strict=True) if s.facts["cut"]]
     counts = np.array([len(shard.images) for shard in shards], np.int64)
     number = np.repeat(np.arange(len(files)), counts)
@@ -80,7 +80,7 @@ def list_shards(text: str) -> Listing:
     whole = np.array([not shard.facts["ranged"] for shard in shards])
     starts, held = cut(number, offsets, sizes, whole)
     ranges = np.stack([number, offsets, sizes], axis=1)
-    place = _place(files)
+    place = "\n".join(map(_place, files))
     reader: Reader
     if remote:
         bring = _Bring([(file.place, file.size) for file in files], ranges, starts, whole)
@@ -125,28 +125,30 @@ def _labels(column: pa.ChunkedArray, notes: list[str]) -> tuple[np.ndarray, list
     return numbered[coded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)], classes
 
 
-def _index(files: list[Found], flats: list[str], remote: bool) -> list[_Shard]:
+def _index(text: str, files: list[Found], flats: list[str], remote: bool) -> list[_Shard]:
     """What lies in each shard: as it was stored where a shard is still the same, else by its headers."""
-    place = _place(files)
-    name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    name = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     stored = cache_root() / "listings" / f"wds-{name}.arrow"
     with _alone(stored, remote):
-        known = _load(stored, place)
-        missing = [k for k, file in enumerate(files) if k not in known or known[k].facts["stamp"] != file.stamp]
-        read = (together if remote else map)(_read, [(files[k], flats[k]) for k in missing])
+        known = {shard.facts["place"]: shard for shard in _load(stored)}
+        shards = [known.get(_place(file)) for file in files]
+        missing = [
+            k for k, shard in enumerate(shards) if shard is None or shard.facts["stamp"] != files[k].stamp
+        ]
+        asked = [(files[k], flats[k]) for k in missing]
         with Going("reading the headers of shards", len(missing)) as going:
-            for k, shard in zip(missing, read, strict=True):
-                known[k] = shard
+            for k, shard in zip(missing, together(_read, asked) if remote else map(_read, asked), strict=True):
+                shards[k] = shard
                 going.advance()
-        shards = [known[k] for k in range(len(files))]
-        if missing and (remote or sum(len(shard.images) for shard in shards) > KEPT_FROM):
+        found = [shard for shard in shards if shard is not None]
+        if missing and (remote or sum(len(shard.images) for shard in found) > KEPT_FROM):
             with suppress(OSError):
-                _store(stored, place, shards)
-    return shards
+                _store(stored, found)
+    return found
 
 
-def _place(files: list[Found]) -> str:
-    return "\n".join(file.place if is_remote(file.place) else str(Path(file.place).resolve()) for file in files)
+def _place(file: Found) -> str:
+    return file.place if is_remote(file.place) else str(Path(file.place).resolve())
 
 
 @contextmanager
@@ -166,33 +168,33 @@ def _alone(stored: Path, wanted: bool) -> Iterator[None]:
             lock.release()
 
 
-def _store(stored: Path, place: str, shards: list[_Shard]) -> None:
+def _store(stored: Path, shards: list[_Shard]) -> None:
     table = pa.Table.from_batches([shard.images for shard in shards], COLUMNS)
     columns = {name: table[name].combine_chunks() for name in COLUMNS.names}
     facts = [{**shard.facts, "count": len(shard.images)} for shard in shards]
-    write_index(stored, columns, {"format": FORMAT, "place": place, "shards": facts})
+    write_index(stored, columns, {"format": FORMAT, "shards": facts})
 
 
-def _load(stored: Path, place: str) -> dict[int, _Shard]:
-    """The shards of a stored index by their number; none where there is no such index, or it is damaged."""
+def _load(stored: Path) -> list[_Shard]:
+    """The shards of a stored index; none where there is no such index, or it is damaged."""
     try:
         with pa.memory_map(str(stored)) as mapped:
             batch = pa.ipc.open_file(mapped).get_batch(0)
         batch.validate(full=True)
         facts = json.loads(batch.schema.metadata[b"underpaint"])
-        if facts["format"] != FORMAT or facts["place"] != place or not batch.schema.equals(COLUMNS):
-            return {}
+        if facts["format"] != FORMAT or not batch.schema.equals(COLUMNS):
+            return []
         if any(batch.column(name).null_count for name in ("name", "offset", "size")):
-            return {}
+            return []
         batch = pa.RecordBatch.from_arrays(batch.columns, schema=COLUMNS)
-        found, start = {}, 0
-        for number, each in enumerate(facts["shards"]):
+        found, start = [], 0
+        for each in facts["shards"]:
             count = each.pop("count")
-            found[number] = _Shard(batch.slice(start, count), each)
+            found.append(_Shard(batch.slice(start, count), each))
             start += count
-        return found if start == len(batch) else {}
+        return found if start == len(batch) else []
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return []
 
 
 def _read(what: tuple[Found, str]) -> _Shard:
@@ -215,7 +217,7 @@ def _read(what: tuple[Found, str]) -> _Shard:
     return tried(file.place, walk)
 
 
-def _walk(file: Found, opened: IO[bytes], ranged: bool) -> _Shard:
+def _walk(file: Found, opened: Any, ranged: bool) -> _Shard:
     images: dict[str, tuple[int, int, str]] = {}  # offset, size and sample by name; of a name that occurs twice, the last
     labels: dict[str, str] = {}
     skipped: list[dict[str, str]] = []
@@ -253,7 +255,7 @@ def _walk(file: Found, opened: IO[bytes], ranged: bool) -> _Shard:
         pa.array([size for _, size, _ in images.values()], pa.int64()),
         pa.array([labels.get(key) for _, _, key in images.values()], pa.large_string()),
     ]
-    facts = {"stamp": file.stamp, "seen": seen, "skipped": skipped, "ranged": ranged, "cut": cut_short}
+    facts = {"place": _place(file), "stamp": file.stamp, "seen": seen, "skipped": skipped, "ranged": ranged, "cut": cut_short}
     return _Shard(pa.RecordBatch.from_arrays(columns, schema=COLUMNS), facts)
 
 
