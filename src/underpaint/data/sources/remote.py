@@ -7,8 +7,8 @@ import posixpath
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -140,9 +140,12 @@ def _found(url: str, info: dict[str, Any]) -> Found:
 
 
 def together(function: Callable[[T], U], values: Sequence[T]) -> Iterator[U]:
-    """`function` of each value, several at a time, in order."""
-    with ThreadPoolExecutor(min(TOGETHER, max(1, len(values)))) as threads:
-        yield from threads.map(function, values)
+    """`function` of each value, several at a time, in order; where this process is told to end, nobody waits for them."""
+    threads = ThreadPool(min(TOGETHER, max(1, len(values))))
+    try:
+        yield from threads.imap(function, values)
+    finally:
+        threads.terminate()
 
 
 def relative(places: Sequence[str]) -> list[str]:
