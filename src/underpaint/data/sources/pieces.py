@@ -185,10 +185,12 @@ class PieceReader:
         files = []
         with os.scandir(folder) as scan:
             for entry in scan:
-                if entry.name.endswith(".piece"):
-                    with suppress(FileNotFoundError):
-                        status = entry.stat()
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    if entry.name.endswith(".piece"):
                         files.append((status.st_mtime_ns, status.st_size, entry.path))
+                    elif entry.name.endswith(".part") and time.time() - status.st_mtime > FORGOTTEN:
+                        os.unlink(entry)  # of a process that was killed
         over = sum(size for _, size, _ in files) - self.limit
         for _, size, path in sorted(files):
             if over <= 0:

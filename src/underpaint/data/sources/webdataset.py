@@ -9,10 +9,10 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -84,16 +84,37 @@ def list_shards(text: str) -> Listing:
     reader: Reader
     if remote:
         bring = _Bring([(file.place, file.size) for file in files], ranges, starts, whole)
-        reader = PieceReader("\n".join([place, *(file.stamp for file in files)]), starts, bring, bring.alone, sizes)
+        reader = PieceReader("\n".join([place, *(file.stamp for file in files)]), starts, bring, bring.alone, ranges[:, 2])
     else:
         reader = RangeReader(flats, ranges, keep)
-    stamps = [file.stamp for file, count in zip(files, counts.tolist(), strict=True) for _ in range(count)]
+    stamps = _Stamps(files, counts)
     return Listing(
         *(f"WebDataset, {len(files)} shard{'s' if len(files) != 1 else ''}", place, entries, stamps, reader),
         *(classes, notes, [skip for shard in shards for skip in shard.facts["skipped"]]),
         seen=sum(shard.facts["seen"] for shard in shards),
         pieces=Pieces(starts, held, remote),
     )
+
+
+class _Stamps(Sequence[str]):
+    """That of its shard for each image, made when it is asked for."""
+
+    def __init__(self, files: list[Found], counts: np.ndarray):
+        self._stamps = [file.stamp for file in files]
+        self._ends = counts.cumsum()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            places = np.arange(*index.indices(len(self)))
+            return [self._stamps[number] for number in np.searchsorted(self._ends, places, side="right").tolist()]
+        return self._stamps[int(np.searchsorted(self._ends, range(len(self))[index], side="right"))]
 
 
 def _name(file: Found) -> str:
@@ -108,12 +129,11 @@ def _flat(file: Found) -> tuple[Path, Any]:
 
 
 def _names(column: pa.ChunkedArray, files: list[Found]) -> Names:
-    found = column.combine_chunks()
     if len({_name(file) for file in files}) < len(files):  # shards of one name in several folders
-        names = list(Names(found))
+        names = list(Names(column))
         if len(set(names)) < len(names):
             return Names.of(f"{n}/{name}" for n, name in enumerate(names))
-    return Names(found)
+    return Names(column)
 
 
 def _labels(column: pa.ChunkedArray, notes: list[str]) -> tuple[np.ndarray, list[str] | None]:
