@@ -1,6 +1,7 @@
 """Small images that the tests make."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    (folder := tmp_path_factory.getbasetemp() / "tmp").mkdir(exist_ok=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # where pieces of data lie that were brought
 
 
 def made_picture(rng: np.random.Generator, label: int, size: int = 32) -> Image.Image:

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class CommandLine:
             "record": record and str(record),
             "environments": environments or (torchrun(processes) if processes > 1 else [{}]),
             "cache": str(self.folder / "cache"),
+            "scratch": str(self.folder / "scratch"),
         }
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -145,6 +147,8 @@ def run(request: dict[str, Any], rank: int) -> NoReturn:
         for number, name in ((1, "out"), (2, "error")):
             os.dup2(os.open(said(request[name], rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(request["environments"][rank], UNDERPAINT_CACHE=request["cache"])
+        os.makedirs(request["scratch"], exist_ok=True)
+        tempfile.tempdir = request["scratch"]
         if request["record"]:
             killed.record(f"{request['record']}-{rank}")
         if request["die"] and request["dies"] in (None, rank):

@@ -421,7 +421,7 @@ def test_input_errors(tmp_path):
     fails(tmp_path / "empty", "archive; give that instead")
     fails("hf:", "hf:NAME")
     fails("wds:" + str(tmp_path / "no-{00..01}.tar"), "no such shard")
-    fails("wds:https://somewhere/{0..1}.tar", "local")
+    fails("wds:pipe:cat {0..1}.tar", "no commands are run")
 
 
 def parquet(path: Path, images: list, *, labels: list | None = None, names: list[str] | None = None) -> Path:

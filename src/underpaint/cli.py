@@ -132,7 +132,7 @@ def _demo(given: argparse.Namespace) -> None:
 
 
 def _pretrain_takes(made: argparse.ArgumentParser) -> None:
-    made.add_argument("data", help="folder, .zip, .tar, parquet, hf:NAME[:SPLIT] or wds:PATTERN")
+    made.add_argument("data", help="folder, .zip, .tar, parquet, hf:NAME[:SPLIT], parquet:PATTERN or wds:PATTERN")
     made.add_argument("--out", type=Path, required=True, help="the run folder")
     made.add_argument("--recipe", help="a shipped name ('underpaint recipes') or a YAML file")
     made.add_argument(

@@ -23,6 +23,7 @@ from underpaint.errors import InputError
 # data that is no path, by what stands before the colon: the function from DATA to a listing, and how it is written
 SOURCES = {
     "hf": ("underpaint.data.sources.hub:list_hub", "hf:NAME[:SPLIT]"),
+    "parquet": ("underpaint.data.sources.parquet:list_pattern", "parquet:PATTERN"),
     "wds": ("underpaint.data.sources.webdataset:list_shards", "wds:PATTERN"),
 }
 KINDS = f"a folder, .zip, .tar, .parquet, {' or '.join(form for _, form in SOURCES.values())}"  # of data

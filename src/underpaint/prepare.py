@@ -271,6 +271,7 @@ def load_data(recipe: Recipe, opened: Opened, shout: Any) -> tuple[ImageSet, Pro
             workers=settings.workers,
             scaling=scaling,
             nodata=settings.nodata,
+            window=settings.window,
         )
 
     images = load(source, indices)

@@ -75,7 +75,7 @@ def pretrain(
     """Pretrain an encoder on the images in `data`; where `out` holds a run, go on with it.
 
     Args:
-        data: a folder, archive, parquet file, `hf:NAME[:SPLIT]` or `wds:PATTERN`.
+        data: a folder, archive, parquet file, `hf:NAME[:SPLIT]`, `parquet:PATTERN` or `wds:PATTERN`.
         out: the run folder.
         recipe: every setting, as `underpaint.recipe` gives them to be changed; the name of a shipped recipe, or a YAML
             file (that of a run repeats it). That of the run where None, else one that is planned for these images,

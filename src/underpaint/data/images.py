@@ -29,6 +29,7 @@ from underpaint.data.decode import (
 )
 from underpaint.data.parallel import WorkerLost, ordered_map, spare_workers
 from underpaint.data.scaling import KINDS, Scaling, robust_range, stored_scaling, told_of_channel
+from underpaint.data.shuffle import Windows
 from underpaint.data.sources.base import Source, cache_root
 from underpaint.data.sources.index import Indices, Names
 from underpaint.errors import InputError
@@ -41,6 +42,7 @@ VERIFIED = (
 )
 SAMPLED_HEADERS = 512  # read to estimate sizes and to choose the data set's type
 SAMPLED_IMAGES = 2_000  # decoded for mean, std and range; a quarter of it where nothing is cached
+SAMPLED_PIECES = 32  # of which images are sampled where pieces are brought as a whole
 CHUNK = 32  # images a worker decodes at a time
 STRIP = 2**24  # values that are resized at a time, at least a row of them
 SAMPLED_PIXELS = 2_000_000  # of which a range is measured, equally many an image
@@ -138,6 +140,11 @@ class ImageSet:
         self.pixels = pixels
         self._source = source
         self._decoding = decoding
+        if (size := self._encoded(len(self))) is not None:
+            self.notes.append(
+                f"read in windows of about {source.window / size:,.0f} images ({source.window / 2**30:.3g} GiB, data.window), "
+                "each shuffled by itself; their pieces come in another order in each pass"
+            )
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -179,6 +186,37 @@ class ImageSet:
         decoding = self._decoding
         return Pending((header.height, header.width), lambda reduce_to: decode_as(data, decoding, reduce_to))
 
+    def _encoded(self, count: int) -> float | None:
+        """Bytes of an encoded image where `count` of them are more than one window has room for; None where they are not, or
+        lie in no pieces."""
+        pieces = self._source.pieces
+        if self.cached or pieces is None:
+            return None
+        size = float(pieces.sizes.sum() / pieces.starts[-1])
+        return size if size * count > self._source.window else None
+
+    def windows(self, chosen: np.ndarray, batch_size: int, seed: int) -> Windows | None:
+        """The order in which training goes over the images `chosen` where they are read in windows; None where they are
+        permuted all together."""
+        size = self._encoded(len(chosen))
+        if size is None or len(chosen) < batch_size:
+            return None
+        pieces = self._source.pieces
+        assert pieces is not None
+        entries = self._indices[chosen]
+        if (np.diff(entries) < 0).any():
+            order = np.argsort(entries, kind="stable")
+            chosen, entries = chosen[order], entries[order]
+        counts = np.diff(np.searchsorted(entries, pieces.starts))
+        held = np.flatnonzero(counts)
+        batches = max(1, round(self._source.window / (size * batch_size)))
+        return Windows(chosen, held, counts[held], batch_size, batches, seed)
+
+    def ahead(self, pieces: Sequence[int]) -> None:
+        """Have pieces of the source read before their images are asked for."""
+        for piece in pieces:
+            self._source.ahead(piece)
+
 
 def load_images(
     source: Source,
@@ -191,6 +229,7 @@ def load_images(
     workers: int | None = None,
     scaling: Scaling | None = None,
     nodata: float | None = None,
+    window: float | None = None,
 ) -> ImageSet:
     """Make the entries `indices` of a source ready for training and evaluation at `size`.
 
@@ -203,6 +242,7 @@ def load_images(
         scaling: that of the images that an encoder was pretrained on, for all that it meets later; measured on these
             images where None.
         nodata: where it is measured, a value that stands for missing pixels.
+        window: GiB of encoded images that are shuffled together, where they are streamed from pieces; 2 where None.
 
     Raises:
         InputError: no image at all could be read.
@@ -210,6 +250,8 @@ def load_images(
     if not len(indices):
         raise InputError(f"{source.location}: no images to load")
     indices = np.asarray(indices, np.int64)
+    if window is not None:
+        source.set_window(window * 2**30)
     workers = workers or spare_workers(len(indices))
     limit = 2 * min(size)
     root = cache_root()
@@ -366,10 +408,22 @@ def _spread(indices: Indices, count: int) -> list[int]:
     return np.asarray(indices)[places].tolist()
 
 
+def _sampled(source: Source, indices: np.ndarray, count: int) -> list[int]:
+    """At most `count` of the indices, evenly spaced; of no more than `SAMPLED_PIECES` pieces where each is brought as a whole."""
+    if source.pieces is None or not source.pieces.brought:
+        return _spread(indices, count)
+    numbers = np.searchsorted(source.pieces.starts, indices, side="right") - 1
+    pieces = np.unique(numbers)
+    if len(pieces) <= SAMPLED_PIECES:
+        return _spread(indices, count)
+    chosen = (np.flatnonzero(numbers == piece) for piece in _spread(pieces, SAMPLED_PIECES))
+    return [i for within in chosen for i in _spread(indices[within], max(1, count // SAMPLED_PIECES))]
+
+
 def _headers(source: Source, indices: np.ndarray, max_pixels: int) -> list[Header]:
     """Of a sample of the images, those that can be read."""
     headers: list[Header] = []
-    for i in _spread(indices, SAMPLED_HEADERS):
+    for i in _sampled(source, indices, SAMPLED_HEADERS):
         try:
             headers.append(read_header(source.read(i), max_pixels=max_pixels))
         except Unreadable:
@@ -389,7 +443,7 @@ def _measure(
     """Type, colour behind alpha and range of a set; the pixels that a range was measured on; and notes for the user."""
     total, weight = np.zeros(channels), 0.0
     if any(header.alpha for header in headers):
-        for i in _spread(indices, SAMPLED_HEADERS // 4):
+        for i in _sampled(source, indices, SAMPLED_HEADERS // 4):
             try:
                 part, alpha = alpha_weighted_sum(source.read(i), channels=channels, max_pixels=max_pixels)
             except Unreadable:
@@ -423,7 +477,7 @@ def _named(channel: int, channels: int) -> str:
 
 def _pixel_sample(source: Source, indices: np.ndarray, decoding: Decoding) -> list[np.ndarray]:
     """Pixels [k, c] drawn from each of some images, NaN where there is no value; the same at every call."""
-    chosen = _spread(indices, SAMPLED_IMAGES // 4)
+    chosen = _sampled(source, indices, SAMPLED_IMAGES // 4)
     generator = np.random.default_rng(0)
     sample = []
     for i in chosen:
@@ -561,7 +615,7 @@ def _stream(
     """Measure a sample; its statistics are kept, so that a second run starts at once."""
     skipped: list[dict[str, str]] = []
     sample: list[np.ndarray] = []
-    for i in _spread(indices, SAMPLED_IMAGES // 4):
+    for i in _sampled(source, indices, SAMPLED_IMAGES // 4):
         try:
             sample.append(_reduced(decode_as(source.read(i), decoding, decoding.limit), decoding.limit))
         except Unreadable as error:

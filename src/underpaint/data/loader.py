@@ -235,9 +235,12 @@ class Crops:
         each = self.batch_size // self.world
         self._rows = slice(self.rank * each, (self.rank + 1) * each)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._windows = self.images.windows(self._chosen, self.batch_size, self.seed)
 
     def __call__(self, batch: int, rows: slice = slice(None)) -> _Cutouts:
         epochs, samples = (each[rows] for each in self._samples(batch))
+        if self._windows is not None:
+            self.images.ahead(self._windows.ahead(batch, self._rows))
 
         def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return draw_crops(
@@ -270,6 +273,8 @@ class Crops:
 
     def _permuted(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """The samples at some places of an epoch's order."""
+        if self._windows is not None:
+            return self._windows(epoch, places)
         if len(self._chosen) > LARGE:
             return self._chosen[shuffled(places, len(self._chosen), self.seed, epoch)]
         if self._order[0] != epoch:

@@ -5,6 +5,7 @@ import operator
 import os
 import re
 import tempfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,9 +19,14 @@ import pyarrow.compute as pc
 
 from underpaint.data.decode import Unreadable
 from underpaint.data.sources.index import STRETCH, Entries, Entry
+from underpaint.data.sources.pieces import Pieces
+from underpaint.errors import InputError
 from underpaint.files import replacing, write_text
 
 LARGEST_FILE = 2**30  # bytes of one file of an archive when unpacked
+WINDOW = 2.0 * 2**30  # bytes of images that are shuffled together, of a set that is read in pieces
+OPEN = 256  # files that a process holds open
+AHEAD = 2**19  # bytes that the system is asked to read ahead at a time; of more it takes a part alone
 
 
 @runtime_checkable
@@ -47,6 +53,8 @@ class Source:
         self.notes = listing.notes
         self.skipped = listing.skipped
         self.kind = listing.kind
+        self.pieces = listing.pieces  # how it is read best, where it may be large
+        self.window: float = WINDOW
         self._place = listing.place
         self._stamps: Any = listing.stamps
         self._fingerprint = ""
@@ -61,7 +69,7 @@ class Source:
         """
         try:
             return self._reader.read(operator.index(index))
-        except Unreadable:
+        except (Unreadable, InputError):  # the latter where going on without the image would be wrong
             raise
         # Archives and file systems fail in many ways (OSError, BadZipFile, RuntimeError for encryption, zlib.error).
         except Exception as error:
@@ -79,6 +87,25 @@ class Source:
             return measure(operator.index(index)) if measure is not None else len(self.read(index))
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror}") from error
+
+    def ahead(self, piece: int) -> None:
+        """Have a piece read (`pieces`) before its images are asked for.
+
+        Raises:
+            InputError: it is far away and cannot be reached.
+        """
+        assert self.pieces is not None
+        read = getattr(self._reader, "ahead", None)
+        if read is not None:
+            with suppress(Unreadable, OSError):  # said of each image, when it is read
+                read(*self.pieces.starts[piece : piece + 2].tolist())
+
+    def set_window(self, size: float) -> None:
+        """Read the set in windows of so many bytes where it is larger than one, and let four of them stay on this machine's
+        disk where its pieces are brought there."""
+        self.window = size
+        if self.pieces is not None and self.pieces.brought:
+            self._reader.limit = int(4 * size)  # type: ignore[attr-defined]
 
     def fingerprint(self) -> str:
         """sha256 over the kind, the resolved place, and the names, sizes and modification times of the files."""
@@ -181,10 +208,11 @@ class Listing:
     skipped: list[dict[str, str]]
     seen: int = 0
     number: str | None = None
+    pieces: Pieces | None = None
 
 
 class RangeReader:
-    """Entries are stretches of flat files: members of tar files, or rows copied out of large parquet files.
+    """Entries are stretches of flat files: members of tar files.
 
     Args:
         paths: of the files.
@@ -195,30 +223,44 @@ class RangeReader:
         self._paths = paths
         self._ranges = np.asarray(ranges, np.int64).reshape(-1, 3)
         self._keep = keep  # a temporary folder that must live as long as the reader
-        self._files: dict[tuple[int, int], int] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()  # descriptors, which a forked process may use too
 
     def read(self, index: int) -> bytes:
         number, offset, size = self._ranges[index].tolist()
         if size > LARGEST_FILE:
             raise Unreadable(f"has more than {LARGEST_FILE:,} bytes")
-        key = (os.getpid(), number)
-        if key not in self._files:
-            self._files[key] = os.open(self._paths[number], os.O_RDONLY)
-        data = os.pread(self._files[key], size, offset)
+        data = os.pread(self._descriptor(number), size, offset)
         if len(data) < size:
             raise Unreadable(f"truncated: its archive ends {size - len(data)} bytes too early")
         return data
+
+    def ahead(self, first: int, stop: int) -> None:
+        """Have the system read the entries from `first` to `stop`, of one file, in one go; nobody waits for it."""
+        if hasattr(os, "posix_fadvise"):
+            number, start, _ = self._ranges[first].tolist()
+            end = int(self._ranges[stop - 1, 1:].sum())
+            for offset in range(start, end, AHEAD):
+                os.posix_fadvise(
+                    self._descriptor(number), offset, min(AHEAD, end - offset), os.POSIX_FADV_WILLNEED
+                )
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self._files:
+            self._files[number] = os.open(self._paths[number], os.O_RDONLY)
+        self._files.move_to_end(number)
+        while len(self._files) > OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        return self._files[number]
 
     def size(self, index: int) -> int:
         return int(self._ranges[index, 2])
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}, "_keep": None}
+        return {**self.__dict__, "_files": OrderedDict(), "_keep": None}
 
     def __del__(self) -> None:
-        for (process, _), descriptor in self._files.items():
-            if process == os.getpid():
-                os.close(descriptor)
+        for descriptor in self.__dict__.get("_files", {}).values():
+            os.close(descriptor)
 
 
 def flat_copy(key: str, suffix: str, write: Any) -> tuple[Path, Any]:

@@ -1,4 +1,4 @@
-"""Images of Hugging Face datasets: hf:NAME[:SPLIT]."""
+"""Images of Hugging Face datasets: hf:NAME[:SPLIT], which is downloaded, and hf://datasets/NAME, which is streamed."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from underpaint.data.sources.base import Listing
 from underpaint.data.sources.columns import LABELS, column_labels
 from underpaint.data.sources.index import Entries
 from underpaint.data.sources.names import first_word
+from underpaint.data.sources.parquet import list_pattern
 from underpaint.errors import InputError
 
 
@@ -28,6 +29,8 @@ class _HubReader:
 
 
 def list_hub(text: str) -> Listing:
+    if text.startswith("hf://"):
+        return list_pattern(text)
     name, _, split = text.removeprefix("hf:").partition(":")
     try:
         import datasets
