@@ -12,7 +12,9 @@ from conftest import write_pictures
 
 import underpaint
 from underpaint.data import ImageSet, Indices, Source, load_images, open_source, pretraining_indices
+from underpaint.evaluation import probes as probes_module
 from underpaint.evaluation.probes import ProbeSuite
+from underpaint.evaluation.visualizations import write_visualizations
 from underpaint.patches import Standardize
 
 SIZE = (16, 16)
@@ -37,7 +39,8 @@ STANDARDIZE = Standardize([0.5] * 3, [0.25] * 3)
 
 
 def test_a_copy_of_the_untrained_weights_gains_exactly_nothing(pictures: Path, encoder: Any) -> None:
-    found = judge_of(pictures).final(encoder, copy.deepcopy(encoder), STANDARDIZE)
+    judge = judge_of(pictures)
+    found = judge.final(judge.see(encoder, STANDARDIZE), judge.see(copy.deepcopy(encoder), STANDARDIZE), STANDARDIZE)
     for gain in found["gain"].values():
         assert gain == {"difference": 0.0, "standard_error": 0.0}
     assert found["encoder"] == found["untrained"]
@@ -64,9 +67,11 @@ def test_the_test_part_is_neither_trained_on_nor_chosen_by(pictures: Path, encod
     assert judge.splits is not None
     train, test = judge.splits
     assert not {train.images.names[k] for k in train.indices} & {test.images.names[k] for k in test.indices}
-    before = judge.final(encoder, encoder, STANDARDIZE)
+    seen = judge.see(encoder, STANDARDIZE)
+    before = judge.final(seen, seen, STANDARDIZE)
     test.images.labels[:] = list(reversed(test.images.labels))
-    after = judge.final(encoder, encoder, STANDARDIZE)
+    seen = judge.see(encoder, STANDARDIZE)
+    after = judge.final(seen, seen, STANDARDIZE)
     for kind in ("linear", "attentive", "knn"):
         assert after["encoder"][kind]["chosen"] == before["encoder"][kind]["chosen"]
 
@@ -97,3 +102,28 @@ def test_images_of_one_patient_are_judged_as_one(tmp_path: Path, encoder: Any) -
         for probes in worth.probes.values():
             assert (probes[0].groups == np.unique(names, return_inverse=True)[1]).all()
     assert judge_of(folder).pool.groups is None
+
+
+def test_the_last_probe_the_judgement_and_the_pictures_share_one_pass(
+    tmp_path: Path, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_pictures(tmp_path / "pictures", 120)
+    judge = judge_of(folder)
+    monkeypatch.setattr(probes_module, "QUICK_TRAIN", 40)
+    monkeypatch.setattr(probes_module, "QUICK_TEST", 15)
+    monkeypatch.setattr(probes_module, "ATTENTIVE_TRAIN", 60)
+    alone = judge.quick(encoder, STANDARDIZE), judge.worth(encoder, STANDARDIZE)
+    counts: list[int] = []
+    encoder.register_forward_hook(lambda module, given, made: counts.append(len(given[0])))
+    seen = judge.see(encoder, STANDARDIZE)
+    shared = judge.quick(encoder, STANDARDIZE, seen), judge.worth(encoder, STANDARDIZE, seen=seen)
+    assert sum(counts) == 120
+    assert shared[0] == pytest.approx(alone[0], abs=1e-3)  # other batches, other rounding
+    assert shared[1].counts == alone[1].counts
+    for name, (probe,) in alone[1].probes.items():
+        assert (shared[1].probes[name][0].correct != probe.correct).mean() < 0.05, name
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(seen.known(judge.splits),) * 2)
+    assert sum(counts) - 120 == 2 * (96 + 6)  # the colours of patches alone, of the pool and of what is shown
+    looks = (tmp_path / "out" / "looks.json").read_text()
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "again")
+    assert (tmp_path / "again" / "looks.json").read_text() == looks

@@ -40,7 +40,7 @@ from underpaint.data import (
     train_batches,
 )
 from underpaint.errors import InputError
-from underpaint.evaluation.probes import ProbeSuite
+from underpaint.evaluation.probes import ProbeSuite, Seen
 from underpaint.methods import METHODS, Method
 from underpaint.methods.method import freeze, freeze_unreached
 from underpaint.patches import Standardize
@@ -75,6 +75,8 @@ class Session:
         matched: what `--init` matched, as text.
         clock: seconds, by which everything in the run is timed.
         shout: says what a person should know.
+        last: the step at whose end the encoder is judged; None where a comparison does that.
+        seen: what was seen of the encoder there.
     """
 
     fabric: Fabric
@@ -88,6 +90,8 @@ class Session:
     provenance: dict[str, Any]
     clock: Callable[[], float] = time.perf_counter
     shout: Shout = say
+    last: int | None = None
+    seen: Seen | None = None
 
     def batches(
         self, first: int, seed: int, on_skip: Callable[[dict[str, str]], None] | None = None

@@ -248,6 +248,7 @@ def _train(session: Session, stepper: Stepper, resumed: bool, stop_at: float | N
     duration = Duration(measured["steps"], None if stop_at is None else recipe.run.minutes)
     if session.fabric.is_global_zero:
         run.write_recipe(recipe)
+    session.last = measured["steps"] if stop_at is None else None
     every = (measured["log_every"], measured["probe_every"], measured["checkpoint_every"])
     plan = Plan(duration, schedule_of(recipe), *every, stop_at)
     training = Training(stepper, plan, run, _watch(session, stepper), session.clock)
@@ -349,7 +350,9 @@ def _look(session: Session, step: int) -> dict[str, float]:
             session.run.path / "pictures" / f"restore-{step:08d}.webp",
             largest=PICTURED_SIDE,
         )
-    return session.suite.quick(method.encoder, standardize)
+    if step == session.last:
+        session.seen = session.suite.see(method.encoder, standardize)
+    return session.suite.quick(method.encoder, standardize, session.seen)
 
 
 def _judge(session: Session, untrained: Backbone) -> None:
@@ -361,12 +364,13 @@ def _judge(session: Session, untrained: Backbone) -> None:
             f"judging the encoder, {'what it started from' if session.recipe.init else 'the untrained one'}, raw pixels and HOG ..."
         )
     report = {"restoration": by_first(lambda: suite.restoration(session.method, standardize))}
-    report |= suite.final(encoder, untrained, standardize)
+    seen, start = session.seen or suite.see(encoder, standardize), suite.see(untrained, standardize)
+    report |= suite.final(seen, start, standardize)
 
     def write() -> None:
         run.write_json("probes.json", report)
-        mine, other = (recalibrated(session, each) for each in (encoder, untrained))
-        write_visualizations(mine, other, suite, standardize, run.path / "pictures", before)
+        known = seen.known(suite.splits), start.known(suite.splits)
+        write_visualizations(seen.encoder, start.encoder, suite, standardize, run.path / "pictures", before, known)
         for line in run_text(run.path):
             session.shout(line)
 

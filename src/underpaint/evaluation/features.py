@@ -6,7 +6,7 @@ memory of a few.
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from underpaint.backbones import protocols as backbones
 from underpaint.computing import autocast, best_precision
 from underpaint.console import Going, quiet, say
-from underpaint.data import Batch, eval_batches
+from underpaint.data import Batch, ImageSet, eval_batches
 from underpaint.data.sources.base import cache_root
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import EncoderBundle
@@ -52,11 +52,16 @@ class Images(Protocol):
     def images(self) -> Tensor: ...
 
 
+# of which images the patch tokens are kept: all, none, or those with these numbers in their set
+Chosen = bool | Int[np.ndarray, "k"]
+
+
 class Features(NamedTuple):
     """One vector an image, and one a location of its grid; on the CPU."""
 
     pooled: Float[Tensor, "n d"]  # float32
-    patches: Float[Tensor, "n t d"]  # float32; float16 on disk and beyond 1 GB; t is 0 where none were asked for
+    # of all, or of those that were asked for; float32; float16 on disk and beyond 1 GB; t is 0 where none were asked for
+    patches: Float[Tensor, "k t d"]
     samples: Int[np.ndarray, "n"]  # numbers in the image set of those that could be read
 
 
@@ -65,7 +70,7 @@ def extract(
     batches: Iterable[Images],
     *,
     transform: Callable[[Tensor], Tensor] | None = None,
-    with_patches: bool = True,
+    with_patches: Chosen = True,
     folder: Path | None = None,
 ) -> Features:
     """Run `encoder` over `batches`, in eval mode and without gradients.
@@ -75,6 +80,7 @@ def extract(
     Args:
         batches: with `samples`, the numbers of their images, where they have some.
         transform: standardises images.
+        with_patches: of which images the patch tokens are kept: all, none, or those with these numbers.
         folder: where features are kept, in place of memory; to be read by `stored`.
 
     Raises:
@@ -96,7 +102,10 @@ def extract(
                     found = encoder(images)
                 pooled.append(found.pooled.float().cpu())
                 samples += getattr(batch, "samples", ())
-                if with_patches:
+                if isinstance(with_patches, np.ndarray):
+                    rows = np.flatnonzero(np.isin(np.asarray(getattr(batch, "samples", ())), with_patches))
+                    tokens.add(found.patches[torch.from_numpy(rows).to(found.patches.device)])
+                elif with_patches:
                     tokens.add(found.patches)
     finally:
         for module, flag in zip(modules, training, strict=True):
@@ -118,6 +127,20 @@ def counted(batches: Iterable[Batch], what: str, total: int) -> Generator[Batch,
         for batch in batches:
             yield batch
             going.advance(len(batch.samples))
+
+
+class Known(NamedTuple):
+    """Pooled features that an encoder made of some images of a set."""
+
+    images: ImageSet
+    features: Features
+
+    def of(self, images: ImageSet, samples: Sequence[int]) -> Float[Tensor, "n d"] | None:
+        """Those of the images with these numbers; None where they are not all known."""
+        places = {sample: row for row, sample in enumerate(self.features.samples.tolist())}
+        if images is not self.images or any(sample not in places for sample in samples):
+            return None
+        return self.features.pooled[[places[sample] for sample in samples]]
 
 
 class _Tokens:
@@ -182,7 +205,7 @@ def features_of(
     split: Split,
     size: tuple[int, int],
     *,
-    with_patches: bool,
+    with_patches: Chosen,
     folder: Path | None = None,
 ) -> Features:
     """The features of a split's images, whole and in order, at a size in pixels.
@@ -202,7 +225,7 @@ def shared_features(
     split: Split,
     size: tuple[int, int],
     *,
-    with_patches: bool,
+    with_patches: Chosen,
 ) -> Features | None:
     """The same, in the first process of several, which extract them together, in the batches that one would make; None in
     the others.

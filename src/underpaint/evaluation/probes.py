@@ -20,7 +20,7 @@ from underpaint.data import ImageSet, Indices, Source, eval_batches, fair_batche
 from underpaint.errors import InputError
 from underpaint.evaluation.attentive import attentive
 from underpaint.evaluation.baselines import hog, majority, raw_pixels
-from underpaint.evaluation.features import Features, counted, pixel_features, shared_features
+from underpaint.evaluation.features import Features, Known, counted, pixel_features, shared_features
 from underpaint.evaluation.knn import knn
 from underpaint.evaluation.linear import linear
 from underpaint.evaluation.rank import effective_rank
@@ -53,6 +53,43 @@ class Labelled(NamedTuple):
     def of(cls, features: Features, split: Split) -> "Labelled":
         samples = features.samples.tolist()
         return cls(features, split.labels_of(samples), split.groups_of(samples))
+
+    def part(self, split: Split) -> "Labelled":
+        """Those of a part of the images."""
+        samples = self.features.samples
+        rows = np.flatnonzero(np.isin(samples, split.indices))
+        if len(rows) == len(samples):
+            return self
+        pooled, patches = (tensor[torch.from_numpy(rows)] for tensor in self.features[:2])
+        return Labelled.of(Features(pooled, patches, samples[rows]), split)
+
+
+class Sides(NamedTuple):
+    """The images that probes are fitted to, and those that test them."""
+
+    train: Labelled
+    test: Labelled
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the probes at the end see of an encoder, made in one pass over the images.
+
+    Attributes:
+        encoder: as it is judged (`recalibrate_bn`).
+        sides: with pooled features; None without labels, and in a process that only helps the first one.
+        tokens: of fewer images, with patch tokens too.
+    """
+
+    encoder: Backbone
+    sides: Sides | None = None
+    tokens: Sides | None = None
+
+    def known(self, parts: tuple[Split, Split] | None) -> list[Known]:
+        """The pooled features, for pictures."""
+        if self.sides is None or parts is None:
+            return []
+        return [Known(part.images, side.features) for part, side in zip(parts, self.sides, strict=True)]
 
 
 def probe_features(train: Labelled, test: Labelled, *, seed: int = 0, kinds: Sequence[str] = KINDS) -> dict[str, Probe]:
@@ -184,16 +221,37 @@ class ProbeSuite:
             found[name] = {"error": ratio, "standard_error": float(spread) / len(left) ** 0.5}
         return found
 
-    def quick(self, encoder: Backbone, standardize: Standardize) -> dict[str, float]:
-        """Named numbers for a line of metrics; of several processes, which share the work, the first has them."""
+    def see(self, encoder: Backbone, standardize: Standardize) -> Seen:
+        """An encoder's features of the labelled images, for `quick` and `worth`: patch tokens of as many as fit."""
         encoder = self.recalibrate_bn(encoder, standardize)
+        if self.splits is None:
+            return Seen(encoder)
+        pooled, tokens = [], []
+        for split, most in zip(self.full(), (ATTENTIVE_TRAIN, FULL_TEST), strict=True):
+            chosen = split.subset(self._most(encoder, most), SUBSET)
+            found = shared_features(encoder, standardize, split, self.size, with_patches=np.asarray(chosen.indices))
+            if found is not None:
+                rows = np.flatnonzero(np.isin(found.samples, chosen.indices))
+                without = found.pooled.new_empty(len(found.pooled), 0, found.pooled.shape[1])
+                pooled.append(Labelled.of(found._replace(patches=without), split))
+                some = Features(found.pooled[torch.from_numpy(rows)], found.patches, found.samples[rows])
+                tokens.append(Labelled.of(some, chosen))
+        return Seen(encoder, Sides(*pooled), Sides(*tokens)) if pooled else Seen(encoder)
+
+    def quick(self, encoder: Backbone, standardize: Standardize, seen: Seen | None = None) -> dict[str, float]:
+        """Named numbers for a line of metrics, of what was `seen` of the encoder where that is given; of several processes,
+        which share the work, the first has them."""
+        encoder = self.recalibrate_bn(encoder, standardize) if seen is None else seen.encoder
         if self.splits is None:
             few = Split(self.pool, evenly(len(self.pool), QUICK_TEST).tolist())
             found = shared_features(encoder, standardize, few, self.size, with_patches=False)
             return {} if found is None else {"rank": effective_rank(found.pooled)}
         train = self.splits[0].subset(self._most(encoder, QUICK_TRAIN), SUBSET)
         test = self.splits[1].subset(self._most(encoder, QUICK_TEST), SUBSET)
-        x, y = (self._labelled(encoder, standardize, split, True) for split in (train, test))
+        if seen is None:
+            x, y = (self._labelled(encoder, standardize, split, True) for split in (train, test))
+        else:
+            x, y = (None, None) if seen.tokens is None else (seen.tokens.train.part(train), seen.tokens.test.part(test))
         if x is None or y is None:
             return {}
         numbers = {"rank": _rank(x.features.pooled)}
@@ -201,19 +259,14 @@ class ProbeSuite:
             numbers |= {name: probe.accuracy, f"{name}_error": probe.standard_error}
         return numbers
 
-    def final(
-        self,
-        encoder: Backbone,
-        untrained: Backbone,
-        standardize: Standardize,
-    ) -> dict[str, Any]:
-        """What `probes.json` holds: all probes in full, of the encoder, of what it started from, and of the baselines; of
-        several processes, which share the work, the first has them."""
+    def final(self, encoder: Seen, untrained: Seen, standardize: Standardize) -> dict[str, Any]:
+        """What `probes.json` holds: all probes in full, of what was seen of the encoder and of what it started from, and of the
+        baselines; of several processes, which share the work, the first has them."""
         found = {
-            "encoder": self.worth(encoder, standardize),
-            "untrained": self.worth(untrained, standardize),
+            "encoder": self.worth(encoder.encoder, standardize, seen=encoder),
+            "untrained": self.worth(untrained.encoder, standardize, seen=untrained),
         }
-        return self.summary({**found, **self.baselines()}, encoder) if first() else {}
+        return self.summary({**found, **self.baselines()}, encoder.encoder) if first() else {}
 
     def summary(self, found: dict[str, Worth], encoder: Backbone) -> dict[str, Any]:
         """What `probes.json` keeps of an encoder, the untrained one and the baselines, by those names."""
@@ -298,23 +351,19 @@ class ProbeSuite:
         parts = [Split(part.images, np.asarray(part.indices)[draw]) for draw in chosen]
         return FewLabels(parts, float(np.mean(shared)) if shared else 0.0, "")
 
-    def worth(self, encoder: Backbone, standardize: Standardize, draws: int = 0) -> Worth:
-        """All probes of an encoder; with `draws`, also probes of `SHOTS` labels a class, drawn so many times.
+    def worth(self, encoder: Backbone, standardize: Standardize, draws: int = 0, seen: Seen | None = None) -> Worth:
+        """All probes of an encoder; with `draws`, also probes of `SHOTS` labels a class, drawn so many times. `seen` is what was
+        seen of it already.
 
         Without labels there is the effective rank alone.
         """
         if self.splits is None:
-            return Worth({}, self.quick(encoder, standardize).get("rank", math.nan))
-        encoder = self.recalibrate_bn(encoder, standardize)
-        train, test = self.full()
-        x, y = (self._labelled(encoder, standardize, split, False) for split in (train, test))
-        most, some = (
-            train.subset(self._most(encoder, ATTENTIVE_TRAIN), SUBSET),
-            test.subset(self._most(encoder, FULL_TEST), SUBSET),
-        )
-        tokens, test_tokens = (self._labelled(encoder, standardize, split, True) for split in (most, some))
-        if x is None or y is None or tokens is None or test_tokens is None:
+            return Worth({}, self.quick(encoder, standardize, seen).get("rank", math.nan))
+        seen = self.see(encoder, standardize) if seen is None else seen
+        encoder = seen.encoder
+        if seen.sides is None or seen.tokens is None:
             return Worth({}, math.nan)
+        (x, y), (tokens, test_tokens) = seen.sides, seen.tokens
         found = {
             **probe_features(x, y, seed=self.seed, kinds=["linear"]),
             **probe_features(tokens, test_tokens, seed=self.seed, kinds=["attentive"]),
@@ -322,7 +371,6 @@ class ProbeSuite:
         }
         probes = {name: [probe] for name, probe in found.items()}
         counts = {"attentive_train": len(tokens.labels), "attentive_test": len(test_tokens.labels)}
-        del tokens
         fewest = []
         for split in self.few(draws).draws if draws else []:
             # tokens of one draw at a time, and none where half precision would not make them fit

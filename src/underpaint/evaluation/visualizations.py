@@ -4,7 +4,7 @@ Nothing random is left: the same encoder and images give the same files. Where f
 pictures, and of constant ones there is no map.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from underpaint.backbones import Backbone
 from underpaint.data import ImageSet, eval_batches
-from underpaint.evaluation.features import extract
+from underpaint.evaluation.features import Known, extract
 from underpaint.evaluation.probes import ProbeSuite
 from underpaint.evaluation.splits import Split, stratified
 from underpaint.files import replacing, write_json
@@ -40,9 +40,10 @@ def write_visualizations(
     standardize: Standardize,
     folder: Path,
     before: str = "untrained",
+    known: tuple[Sequence[Known], Sequence[Known]] = ((), ()),
 ) -> None:
     """Write features.png, neighbours.png, map.png and looks.json; older ones are replaced or removed. `before` is what the
-    encoder before training is called on them.
+    encoder before training is called on them, `known` what both encoders made of images already.
 
     looks.json: `images` (how many were compared), `queries`, `neighbours` (of each query), and with labels
     `same_label`: the share of nearest neighbours with the query's label, "pretrained", "untrained" and their
@@ -54,17 +55,17 @@ def write_visualizations(
         (folder / name).unlink(missing_ok=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         _write_features({before: untrained, "pretrained": encoder}, suite, standardize, folder / "features.png")
-        compared = _Compared.of(encoder, untrained, suite, standardize)
-        known: dict[str, object] = {"images": len(compared.tiles)}
+        compared = _Compared.of(encoder, untrained, suite, standardize, known)
+        looks: dict[str, object] = {"images": len(compared.tiles)}
         if compared.finite and compared.count:
             after, earlier = compared.neighbours(compared.pretrained), compared.neighbours(compared.untrained)
-            known |= {"queries": len(compared.queries), "neighbours": compared.count}
+            looks |= {"queries": len(compared.queries), "neighbours": compared.count}
             if compared.labels is not None:
-                known["same_label"] = same_label(compared.labels, compared.queries, compared.candidates, after, earlier)
+                looks["same_label"] = same_label(compared.labels, compared.queries, compared.candidates, after, earlier)
             _write_neighbours(compared, {"pretrained": after, before: earlier}, folder / "neighbours.png")
         if compared.finite:
             _write_map(compared, folder / "map.png")
-    write_json(folder / "looks.json", known)
+    write_json(folder / "looks.json", looks)
 
 
 # -- patches by colour --------------------------------------------------------------------------------------------------
@@ -156,7 +157,14 @@ class _Compared:
     seed: int
 
     @classmethod
-    def of(cls, encoder: Backbone, untrained: Backbone, suite: ProbeSuite, standardize: Standardize) -> "_Compared":
+    def of(
+        cls,
+        encoder: Backbone,
+        untrained: Backbone,
+        suite: ProbeSuite,
+        standardize: Standardize,
+        known: tuple[Sequence[Known], Sequence[Known]],
+    ) -> "_Compared":
         if suite.splits is None:
             parts = [Split(suite.pool, _some(suite.pool, QUERIES + CANDIDATES, suite.seed))]
         else:
@@ -169,8 +177,11 @@ class _Compared:
             for batch in eval_batches(part.images, size=suite.size, indices=indices, device=standardize.mean.device):
                 tiles += small(batch.images, TILE)
                 seen += batch.samples
-                for network, kept in ((encoder, pretrained), (untrained, before)):
-                    kept.append(extract(network, [batch], transform=standardize, with_patches=False).pooled)
+                for network, kept, those in ((encoder, pretrained, known[0]), (untrained, before, known[1])):
+                    found = next((x for one in those if (x := one.of(part.images, batch.samples)) is not None), None)
+                    if found is None:
+                        found = extract(network, [batch], transform=standardize, with_patches=False).pooled
+                    kept.append(found)
             counts.append(len(seen))
             if suite.splits is not None:
                 labels.append(part.labels_of(seen))
