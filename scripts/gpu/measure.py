@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from step import counted_flops, interleaved, matrix_rate, training_step  # noqa: E402
 
 import underpaint  # noqa: E402
+from underpaint.computing import repeatable  # noqa: E402
 from underpaint.data import Crops, load_images, open_source, train_batches  # noqa: E402
 from underpaint.demo_images import write_demo_images  # noqa: E402
 from underpaint.methods import METHODS  # noqa: E402
@@ -75,7 +76,12 @@ def trained(folder: Path, name: str, precision: str, compiled: bool, count: int,
         "run": {"precision": precision, **run},
     }
     recipe = checked(settings)
-    fabric = make_fabric(recipe)
+    with repeatable(recipe.run.deterministic):
+        return losses_of(recipe, folder, compiled, count)
+
+
+def losses_of(recipe: Any, folder: Path, compiled: bool, count: int) -> list[float]:
+    fabric, batch = make_fabric(recipe), recipe.optimiser.batch_size
     source = open_source(str(folder))
     images = load_images(source, range(len(source.entries)), size=(32, 32), channels=3)
     method, standardize = build(recipe, images)

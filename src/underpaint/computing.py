@@ -1,7 +1,7 @@
 """In which numbers a device computes, and how a network lies in its memory.
 
 A precision is that of a network's products: "32" (float32), "bf16" (bfloat16), "16" (float16, under which a loss is scaled).
-All else is float32 whatever the precision: images, what is drawn, targets, losses, norms, samplers (decision 21).
+All else is float32 whatever the precision: images, what is drawn, targets, losses, norms, samplers (decision 22).
 """
 
 import os
