@@ -1,8 +1,8 @@
 """Every method on every encoder family, and every shipped recipe, as a user runs them: the command line from a folder of
 images to a judged encoder that loads into timm.
 
-For each: three steps; the same killed in the second and started again, bit for bit the same; `restore`, `score`, `embed`
-(against features from timm and PIL alone) and `evaluate`. What a method does not take is refused in one line.
+For each: three steps. For one of each method and family, and for all in `make test-slow`: the same killed in the second and
+started again, bit for bit the same; `restore`, `score`, `embed` (against features from timm and PIL alone) and `evaluate`. What a method does not take is refused in one line.
 """
 
 import csv
@@ -116,7 +116,8 @@ class Case(NamedTuple):
     flags: tuple[str, ...]
     settings: tuple[str, ...]
     labelled: bool  # whether it sees the labels of its images
-    used: bool = False  # whether its run is used, too: of each method and of each family one; all others are slow
+    # whether its run is killed and goes on, and is used: of each method and of each family one; all others in the slow test
+    used: bool = False
 
 
 def cases() -> Iterator[Case]:
@@ -236,9 +237,18 @@ def check_training(server: CommandLine, case: Case, run: Path, tmp_path: Path, a
             other["terms"],
             other["gradient_norm"],
         )
-    assert len({line["loss"] for line in again}) == len(again)  # it does learn something, be it wrong
     assert (unbroken / "encoder.safetensors").read_bytes() == (run / "encoder.safetensors").read_bytes()
     assert (unbroken / "encoder.json").read_text() == (run / "encoder.json").read_text()
+    check_run(run, case)
+
+
+def check_run(run: Path, case: Case) -> None:
+    """That a run came to its end."""
+    losses = [line["loss"] for line in lines(run)[1:]]
+    assert len(losses) == STEPS
+    assert all(math.isfinite(loss) for loss in losses)
+    assert len(set(losses)) == STEPS  # it does learn something, be it wrong
+    load_file(run / "encoder.safetensors")
     assert "</html>" in (run / "report.html").read_text()
     probes = json.loads((run / "probes.json").read_text())
     assert 1 <= probes["rank"]["encoder"] <= probes["rank"]["dim"]
@@ -307,10 +317,13 @@ def check_uses(server: CommandLine, run: Path, tmp_path: Path, labelled: Path, t
 def test_from_images_to_a_judged_encoder_by_commands(
     case: Case, server: CommandLine, labelled: Path, unlabelled: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    check_training(server, case, run, tmp_path, told(case, labelled, unlabelled))
+    run, arguments = tmp_path / "run", told(case, labelled, unlabelled)
     if case.used:
+        check_training(server, case, run, tmp_path, arguments)
         check_uses(server, run, tmp_path, labelled, tasks_of(case))
+    else:
+        worked(server(*arguments, "--out", run))
+        check_run(run, case)
 
 
 def tasks_of(case: Case) -> list[str]:
@@ -320,11 +333,11 @@ def tasks_of(case: Case) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases() if not case.used])
-def test_the_runs_of_all_others_are_used(
+def test_the_runs_of_all_others_are_killed_and_used(
     case: Case, server: CommandLine, labelled: Path, unlabelled: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    worked(server(*told(case, labelled, unlabelled), "--out", run))
+    check_training(server, case, run, tmp_path, told(case, labelled, unlabelled))
     check_uses(server, run, tmp_path, labelled, tasks_of(case))
 
 
