@@ -161,7 +161,9 @@ def ours(images: Path, out: Path, setting: Setting, epochs: int) -> list[str]:
     line = [sys.executable, "-m", "underpaint.cli", "pretrain", images, "--out", out, "--method", "mae", "--all-images"]
     line += ["--encoder", "vit_tiny_patch16_224", "--image-size", setting.image, "--patch-size", setting.patch]
     line += ["--batch-size", setting.batch, "--lr", "1.5e-4", "--epochs", epochs]
-    return [str(word) for word in (*line, *(part for name, value in words.items() for part in ("--set", f"{name}={value}")))]
+    return [
+        str(word) for word in (*line, *(part for name, value in words.items() for part in ("--set", f"{name}={value}")))
+    ]
 
 
 def theirs(who: str, images: Path, out: Path, setting: Setting, epochs: int, work: Path) -> list[str]:
@@ -177,10 +179,16 @@ def timed(who: str, images: Path, setting: Setting, epochs: int, work: Path) -> 
     shutil.rmtree(out, ignore_errors=True)
     if who == "ours, cold":
         shutil.rmtree(cache, ignore_errors=True)
-    line = ours(images, out, setting, epochs) if who.startswith("ours") else theirs(who, images, out, setting, epochs, work)
+    line = (
+        ours(images, out, setting, epochs)
+        if who.startswith("ours")
+        else theirs(who, images, out, setting, epochs, work)
+    )
     began = time.time()
     with (work / "output.txt").open("w") as output:
-        subprocess.run(line, check=True, stdout=output, stderr=output, env={**os.environ, "UNDERPAINT_CACHE": str(cache)})
+        subprocess.run(
+            line, check=True, stdout=output, stderr=output, env={**os.environ, "UNDERPAINT_CACHE": str(cache)}
+        )
     ended = time.time()
     names = ("encoder.safetensors", "model.safetensors", "encoder.pt")
     written = max(path.stat().st_mtime for path in (out / name for name in names) if path.is_file())
@@ -193,7 +201,9 @@ def main() -> None:
     given.add_argument("--setting", choices=SETTINGS, default="tiny")
     given.add_argument("--epochs", type=int, default=3)
     given.add_argument("--rounds", type=int, default=2)
-    given.add_argument("--only", default=",".join(WHO).replace(", ", ":"), help="of " + ",".join(WHO).replace(", ", ":"))
+    given.add_argument(
+        "--only", default=",".join(WHO).replace(", ", ":"), help="of " + ",".join(WHO).replace(", ", ":")
+    )
     given.add_argument("--work", type=Path, default=ROOT / "runs" / "end-to-end")
     asked = given.parse_args()
     work = asked.work.resolve()

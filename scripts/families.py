@@ -81,7 +81,10 @@ def measured(data: Path, work: Path, family: str, minutes: float, tuning: float)
     tasks = ("--task", "finetune", "--label-fraction", "0.1", "--set", "layer_decay=1", "--minutes", f"{tuning:g}")
     underpaint("evaluate", first, *beside, "--data", data, *tasks, "--out", out / "tuned")
     tuned = json.loads((out / "tuned" / "results.json").read_text())["tasks"]["finetune"]
-    return {"compare": found, "finetune": {"rows": tuned["rows"], "gains": tuned.get("gains"), "verdict": tuned.get("verdict")}}
+    return {
+        "compare": found,
+        "finetune": {"rows": tuned["rows"], "gains": tuned.get("gains"), "verdict": tuned.get("verdict")},
+    }
 
 
 def main() -> None:

@@ -15,7 +15,10 @@ from underpaint.train.speed import Cost
 
 RATE = 790e12  # FLOP/s of a large bfloat16 matrix product on an H200, as read on one (its data sheet says 989 without sparsity)
 MEMORY = 139 * 2**30  # bytes of an H200 that can be used
-INSIDE, BETWEEN = 450e9, 50e9  # bytes a second and direction of a GPU: NVLink within a machine, 400 Gb/s InfiniBand between
+INSIDE, BETWEEN = (
+    450e9,
+    50e9,
+)  # bytes a second and direction of a GPU: NVLink within a machine, 400 Gb/s InfiniBand between
 KILOBYTES = 110  # of an ImageNet JPEG
 BATCH = 4096  # images, as in the papers
 METHODS = {
@@ -38,7 +41,9 @@ class Step(NamedTuple):
 
 
 def cost(encoder: str, method: str) -> Cost:
-    recipe = checked({"method": METHODS[method], "encoder": {"name": ENCODERS[encoder]}, "data": {"image_size": [224, 224]}})
+    recipe = checked(
+        {"method": METHODS[method], "encoder": {"name": ENCODERS[encoder]}, "data": {"image_size": [224, 224]}}
+    )
     return cost_of(recipe)[0]
 
 

@@ -45,7 +45,9 @@ def stepper(fabric: Fabric, name: str, settings: dict[str, Any], accumulation: i
     """Of a small method with random weights, the same in every process."""
     from test_methods import small
 
-    recipe = checked({"method": {"name": name, **settings}, "optimiser": {"batch_size": BATCH, "accumulation": accumulation}})
+    recipe = checked(
+        {"method": {"name": name, **settings}, "optimiser": {"batch_size": BATCH, "accumulation": accumulation}}
+    )
     recipe.measured["precision"] = "32"
     method = small(name, **settings)
     generator = torch.Generator().manual_seed(3)
@@ -57,7 +59,9 @@ def stepper(fabric: Fabric, name: str, settings: dict[str, Any], accumulation: i
 
 def gradients(current: Stepper, images: Tensor) -> dict[str, Tensor]:
     """After the way back, before anything is clipped; of all weights that are trained."""
-    rows = slice(current.fabric.global_rank * current.local_batch, (current.fabric.global_rank + 1) * current.local_batch)
+    rows = slice(
+        current.fabric.global_rank * current.local_batch, (current.fabric.global_rank + 1) * current.local_batch
+    )
     current._backward(images[rows], current.noise(images[rows], 0))
     found = {}
     for key, parameter in current.task.named_parameters():

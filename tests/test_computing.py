@@ -42,10 +42,33 @@ HALF = (torch.bfloat16, torch.float16)
 each_method = pytest.mark.parametrize("name", sorted(METHODS))
 each_served = pytest.mark.parametrize(("name", "kind"), SERVED)
 # what gets images, draws or targets, by which names; and what must come out in float32
-WATCHED = ("forward", "predict", "targets", "corrupt", "words", "spoken", "sample_tokens", "losses", "levels", "painting")
+WATCHED = (
+    "forward",
+    "predict",
+    "targets",
+    "corrupt",
+    "words",
+    "spoken",
+    "sample_tokens",
+    "losses",
+    "levels",
+    "painting",
+)
 WATCHED += ("target", "energy", "enhance", "errors_at", "left", "nearest", "terms", "aligned_to")
 GIVEN = {"images", "noise", "mask", "uniform", "golden", "target", "state", "restored", "slopes", "energy", "corrupted"}
-FOUND = {"targets", "words", "spoken", "losses", "levels", "painting", "target", "energy", "left", "errors_at", "enhance"}
+FOUND = {
+    "targets",
+    "words",
+    "spoken",
+    "losses",
+    "levels",
+    "painting",
+    "target",
+    "energy",
+    "left",
+    "errors_at",
+    "enhance",
+}
 
 
 def halves(values: Any) -> list[torch.dtype]:
@@ -481,9 +504,7 @@ class Line(Trainable):
         return Objective(full(said).square().mean(), {})
 
 
-@pytest.mark.parametrize(
-    ("asked", "kind"), [(None, torch.bfloat16), ("32", torch.float32), ("16", torch.float16)]
-)
+@pytest.mark.parametrize(("asked", "kind"), [(None, torch.bfloat16), ("32", torch.float32), ("16", torch.float16)])
 def test_what_is_trained_beside_has_the_best_precision_or_that_of_its_run(
     asked: str | None, kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

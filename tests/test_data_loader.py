@@ -631,7 +631,9 @@ def test_an_input_error_of_a_worker_is_one_line(tmp_path):
 
 def test_want_of_shared_memory_is_one_line(monkeypatch):
     def no_room(tensor: torch.Tensor) -> None:
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+        )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
     with pytest.raises(WorkerLost, match=r"^a process that .* for want of shared memory \(/dev/shm\); fewer --workers"):

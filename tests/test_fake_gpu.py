@@ -74,8 +74,6 @@ def there(module: Any, mode: FakeTensorMode) -> Any:
     return module
 
 
-
-
 @pytest.mark.parametrize(("name", "kind"), FORWARD)
 def test_a_method_computes_on_a_gpu_in_bfloat16_and_says_float32(name: str, kind: str, gpu: FakeTensorMode) -> None:
     method, images = made(name, kind), photographs()

@@ -16,7 +16,9 @@ ASKED = {1: {"tests", "steps", "precision"}, 2: {"peak", "loader", "ranks"}, 3: 
 @pytest.mark.timeout(1200)
 def test_the_plan_runs_to_its_end(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable, "PACK": str(tmp_path / "none")}
-    found = subprocess.run([SCRIPTS / "run.sh", "dry", tmp_path / "out"], env=environment, capture_output=True, text=True)
+    found = subprocess.run(
+        [SCRIPTS / "run.sh", "dry", tmp_path / "out"], env=environment, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     for number, names in ASKED.items():
         told = json.loads((tmp_path / "out" / f"part{number}.json").read_text())

@@ -253,7 +253,9 @@ def reads(function: ast.AST) -> list[str]:
                 continue  # of a comparison, which may well stay a tensor
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("bool", "float", "int"):
             inner = ast.unparse(node.args[0]) if node.args else ""
-            if any(word in inner for word in (".sum()", ".mean()", ".any()", ".all()", ".max()", ".min()", ".square()")):
+            if any(
+                word in inner for word in (".sum()", ".mean()", ".any()", ".all()", ".max()", ".min()", ".square()")
+            ):
                 found.append(f"{node.lineno}: {node.func.id}({inner})")
         tests = [node.test] if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert) else []
         for test in tests:
@@ -299,6 +301,8 @@ def test_words_that_read_a_device_are_found(source: str) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("source", ["x[-1]", "x[..., :-1]", "torch.zeros(3)", "(x > 0).any()", "len(x) if x.ndim else 1"])
+@pytest.mark.parametrize(
+    "source", ["x[-1]", "x[..., :-1]", "torch.zeros(3)", "(x > 0).any()", "len(x) if x.ndim else 1"]
+)
 def test_words_that_read_none_are_let_be(source: str) -> None:
     assert not reads(ast.parse(source))

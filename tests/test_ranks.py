@@ -304,7 +304,10 @@ def test_slurm_queues_a_job_again_after_a_checkpoint(
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     assert "step-000000004" in (tmp_path / "found").read_text().split()
     queued = "job 4711 is queued again" if works else "job 4711 could not be queued again (not allowed)"
-    assert told.errors[0] == f"underpaint: interrupted; the checkpoint of step 4 is kept; {queued}: the same command goes on\n"
+    assert (
+        told.errors[0]
+        == f"underpaint: interrupted; the checkpoint of step 4 is kept; {queued}: the same command goes on\n"
+    )
     if works:
         done = server(*run(out, plain), environments=[{**each, "PATH": tasks[0]["PATH"]} for each in srun(2)])
         assert done.status == 0, done.errors
@@ -330,7 +333,10 @@ def test_probes_of_two_processes_are_those_of_one(pictures: Path, tmp_path: Path
     assert [line.get("probe", {}).keys() for line in metrics(tmp_path / "one")] == [
         line.get("probe", {}).keys() for line in metrics(tmp_path / "two")
     ]
-    names = [sorted(str(file.relative_to(tmp_path / name)) for file in (tmp_path / name).rglob("*")) for name in ("one", "two")]
+    names = [
+        sorted(str(file.relative_to(tmp_path / name)) for file in (tmp_path / name).rglob("*"))
+        for name in ("one", "two")
+    ]
     assert [name for name in names[0] if not re.search("tfevents|step-", name)] == [
         name for name in names[1] if not re.search("tfevents|step-", name)
     ]
@@ -361,7 +367,16 @@ def test_compare_is_refused_under_several_processes(
     write_pictures(tmp_path / "images", 2, size=8)
     for name, value in ({} if several else torchrun(2)[0]).items():
         monkeypatch.setenv(name, value)
-    command = ["compare", str(tmp_path / "images"), "--methods", "mae", "--minutes", "1", "--out", str(tmp_path / "out")]
+    command = [
+        "compare",
+        str(tmp_path / "images"),
+        "--methods",
+        "mae",
+        "--minutes",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     for path, value in (several or {}).items():
         command += ["--set", f"{path}={value}"]
     assert main(command) == 2

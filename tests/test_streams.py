@@ -214,7 +214,9 @@ def test_a_process_needs_the_pieces_of_its_rows_alone_and_reads_them_ahead(world
             places = np.arange(window * steps * batch, (window + 1) * steps * batch).reshape(steps, batch)[:, rows]
             pieces.append(set((windows(epoch, places.reshape(-1)) // 10 + 7).tolist()))
         for number in range(31):
-            steps_of = [windows.ahead(batch_number, rows) for batch_number in range(number * steps, (number + 1) * steps)]
+            steps_of = [
+                windows.ahead(batch_number, rows) for batch_number in range(number * steps, (number + 1) * steps)
+            ]
             assert set(itertools.chain(*steps_of)) == pieces[number + 1]
             assert max(map(len, steps_of)) <= len(pieces[number + 1]) // steps + 1
         needed += sum(len(each) for each in pieces[:16])
@@ -246,12 +248,18 @@ def test_local_shards_are_opened_once_and_no_file_is_looked_at_for_an_image(
     images = loaded(here(tmp_path / "set"))
     assert any(note.startswith("read in windows of about 2") for note in images.notes), images.notes
     opens, looks = [], []
-    monkeypatch.setattr(os, "open", lambda path, *a, _open=os.open, **k: (opens.append(str(path)), _open(path, *a, **k))[1])
-    monkeypatch.setattr(os, "stat", lambda path, *a, _stat=os.stat, **k: (looks.append(str(path)), _stat(path, *a, **k))[1])
+    monkeypatch.setattr(
+        os, "open", lambda path, *a, _open=os.open, **k: (opens.append(str(path)), _open(path, *a, **k))[1]
+    )
+    monkeypatch.setattr(
+        os, "stat", lambda path, *a, _stat=os.stat, **k: (looks.append(str(path)), _stat(path, *a, **k))[1]
+    )
     images._source._reader._files.clear()  # pyright: ignore[reportAttributeAccessIssue]
     epoch = batches(images, 11)
     assert len({k for batch in epoch for k in batch.samples}) == 66
-    assert sorted(path for path in opens if path.endswith(".tar")) == sorted(f"{tmp_path}/set/{name}" for name in shards())
+    assert sorted(path for path in opens if path.endswith(".tar")) == sorted(
+        f"{tmp_path}/set/{name}" for name in shards()
+    )
     assert not [path for path in looks if path.endswith(".tar")]
 
 

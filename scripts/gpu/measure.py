@@ -183,7 +183,9 @@ def loader(given: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "jpeg"
         folder.mkdir()
-        for number, small in enumerate(sorted(flat_images(Path(place), given.dry).iterdir())[: 16 if given.dry else 1000]):
+        for number, small in enumerate(
+            sorted(flat_images(Path(place), given.dry).iterdir())[: 16 if given.dry else 1000]
+        ):
             with Image.open(small) as image:
                 image.resize((533, 400)).save(folder / f"{number:05d}.jpg", quality=90)
         source = open_source(str(folder))
@@ -205,7 +207,16 @@ def ranks(given: argparse.Namespace) -> bool:
     """One rank under torchrun has the losses of a run without it; a run that goes on has those of one that never stopped."""
     with tempfile.TemporaryDirectory() as place:
         folder = flat_images(Path(place), given.dry)
-        words = ["pretrain", folder, "--recipe", "mae-tiny-32", "--set", "run.deterministic=true", "--set", "run.log_every=1"]
+        words = [
+            "pretrain",
+            folder,
+            "--recipe",
+            "mae-tiny-32",
+            "--set",
+            "run.deterministic=true",
+            "--set",
+            "run.log_every=1",
+        ]
         words += ["--batch-size", "8" if given.dry else "64", "--precision", "32"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "underpaint.cli"]
         plain = [sys.executable, "-m", "underpaint.cli"]
@@ -227,7 +238,12 @@ def ranks(given: argparse.Namespace) -> bool:
             lines = (Path(place) / name / "metrics.jsonl").read_text().splitlines()
             losses[name] = [json.loads(line)["loss"] for line in lines]
         same = all(found == losses["plain"] for found in losses.values())
-        tell(what="losses are the same bits", same=same, losses=losses["plain"][-1], **({} if same else {"failed": losses}))
+        tell(
+            what="losses are the same bits",
+            same=same,
+            losses=losses["plain"][-1],
+            **({} if same else {"failed": losses}),
+        )
     return same
 
 
@@ -242,8 +258,20 @@ def compare(given: argparse.Namespace) -> bool:
     encoder = [word for name, value in TINY.items() if name != "name" for word in ("--set", f"encoder.{name}={value}")]
     names = ("mae", "localmim") if given.dry else sorted(METHODS)
     line = ["compare", data, "--methods", ",".join(names), "--minutes", f"{given.minutes:g}", "--seeds", "1"]
-    line += ["--image-size", "32", "--encoder", TINY["name"], *encoder, "--batch-size", "16" if given.dry else "256", "--lr", "2e-3"]
-    status = subprocess.run([sys.executable, "-m", "underpaint.cli", *map(str, line), "--out", out], check=False).returncode
+    line += [
+        "--image-size",
+        "32",
+        "--encoder",
+        TINY["name"],
+        *encoder,
+        "--batch-size",
+        "16" if given.dry else "256",
+        "--lr",
+        "2e-3",
+    ]
+    status = subprocess.run(
+        [sys.executable, "-m", "underpaint.cli", *map(str, line), "--out", out], check=False
+    ).returncode
     if (out / "compare.json").is_file():
         found = json.loads((out / "compare.json").read_text())
         tell(rows=found["rows"], verdict=found["verdict"])

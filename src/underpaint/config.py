@@ -77,7 +77,10 @@ class Data:
     flip: bool = setting(True, "mirror half of the crops")
     cache_limit: float = setting(2.0, "up to which a set is kept decoded", unit="GiB", low=0)
     window: float = setting(
-        2.0, "of encoded images that are shuffled together, where a large set lies in shards or row groups", unit="GiB", above=0
+        2.0,
+        "of encoded images that are shuffled together, where a large set lies in shards or row groups",
+        unit="GiB",
+        above=0,
     )
     max_pixels: int = setting(200_000_000, "larger images are skipped", unit="pixels", low=1)
     nodata: float | None = setting(None, "value of missing pixels, beside NaN and what files say themselves")
@@ -133,7 +136,8 @@ class Length:
         False, "on a GPU, only kernels that give the same numbers each time, which are slower; a CPU's always do"
     )
     recompute: bool = setting(
-        False, "keep what is between blocks alone and compute their inside again on the way back: less memory, more time"
+        False,
+        "keep what is between blocks alone and compute their inside again on the way back: less memory, more time",
     )
     devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1, high=1_024)
     nodes: int = setting(1, "machines", low=1, high=65_536)
