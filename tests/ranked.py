@@ -13,7 +13,6 @@ from lightning_fabric.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from underpaint.config import Recipe
-from underpaint.data import Batch
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
 from underpaint.prepare import stepper_for

@@ -32,17 +32,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "rotary": {"name": "vit_small_patch16_dinov3", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "swin": {
         "name": "swin_tiny_patch4_window7_224",
-        **{"patch_size": 2, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)},
+        "patch_size": 2, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8),
     },
     "swinv2": {
         "name": "swinv2_tiny_window8_256",
-        **{"patch_size": 2, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)},
+        "patch_size": 2, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8),
     },
     "hiera": {"name": "hiera_tiny_224", "patch_size": 2, "embed_dim": 16, "stages": (1, 1, 1, 1)},
     "resnet": {"name": "resnet10t", "output_stride": 8, "channels": (16, 16, 32, 32), "stem_width": 8},
     "convnext": {
         "name": "convnext_atto",
-        **{"output_stride": 8, "depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)},
+        "output_stride": 8, "depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32),
     },
 }
 

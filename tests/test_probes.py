@@ -122,7 +122,8 @@ def test_the_last_probe_the_judgement_and_the_pictures_share_one_pass(
     assert shared[1].counts == alone[1].counts
     for name, (probe,) in alone[1].probes.items():
         assert (shared[1].probes[name][0].correct != probe.correct).mean() < 0.05, name
-    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(seen.known(judge.splits),) * 2)
+    known = seen.known(judge.splits)
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(known, known))
     assert sum(counts) - 120 == 2 * (96 + 6)  # the colours of patches alone, of the pool and of what is shown
     looks = (tmp_path / "out" / "looks.json").read_text()
     write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "again")

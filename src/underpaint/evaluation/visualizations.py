@@ -163,7 +163,7 @@ class _Compared:
         untrained: Backbone,
         suite: ProbeSuite,
         standardize: Standardize,
-        known: tuple[Sequence[Known], Sequence[Known]],
+        known: tuple[Sequence[Known], Sequence[Known]] = ((), ()),
     ) -> "_Compared":
         if suite.splits is None:
             parts = [Split(suite.pool, _some(suite.pool, QUERIES + CANDIDATES, suite.seed))]

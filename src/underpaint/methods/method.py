@@ -11,8 +11,8 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from underpaint.backbones import Backbone
-from underpaint.draws import Draws
 from underpaint.blocks import MaskedDecoder
+from underpaint.draws import Draws
 from underpaint.patches import Standardize
 from underpaint.tokenizers import Tokenizer
 from underpaint.trainable import Noise, Objective, Same, Trainable

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from underpaint.console import Going
 from underpaint.data.decode import Unreadable
-from underpaint.data.sources.base import Listing, Reader, stamp_of
+from underpaint.data.sources.base import Listing, stamp_of
 from underpaint.data.sources.columns import LABELS, column_labels, numbers_of
 from underpaint.data.sources.index import Entries
 from underpaint.data.sources.names import split_folders, split_of_file
