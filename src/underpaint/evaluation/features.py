@@ -173,7 +173,7 @@ class _Tokens:
             self.precision = torch.float16
             self.parts = [_kept(part, self.precision) for part in self.parts]
 
-    def joined(self, pooled: Float[Tensor, "n e"]) -> Float[Tensor, "n t d"]:
+    def joined(self, pooled: Float[Tensor, "n e"]) -> Float[Tensor, "k t d"]:
         return torch.cat(self.parts) if self.parts else pooled.new_empty(len(pooled), 0, pooled.shape[1])
 
 

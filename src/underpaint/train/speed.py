@@ -93,7 +93,8 @@ class _Counter(TorchDispatchMode):
 @contextmanager
 def _faked(mode: FakeTensorMode, module: nn.Module) -> Iterator[None]:
     """Inside, weights and buffers are fakes, which hold no numbers."""
-    places = [(held, name) for each in module.modules() for held in (each._parameters, each._buffers) for name in held]
+    holders: list[dict[str, Any]] = [held for each in module.modules() for held in (each._parameters, each._buffers)]
+    places = [(held, name) for held in holders for name in held]
     before = [held[name] for held, name in places]
     fakes: dict[int, Tensor] = {}  # a weight may be in two places
     try:
