@@ -20,7 +20,7 @@ INSIDE, BETWEEN = (
     50e9,
 )  # bytes a second and direction of a GPU: NVLink within a machine, 400 Gb/s InfiniBand between
 KILOBYTES = 110  # of an ImageNet JPEG
-BATCH = 4096  # images, as in the papers
+BATCH, LARGE = 4096, 32_768  # images: as in the papers, and what 512 GPUs need to be busy
 METHODS = {
     "MAE": {"name": "mae", "decoder_dim": 512, "decoder_depth": 8},
     "LocalMIM": {"name": "localmim"},
@@ -29,7 +29,7 @@ METHODS = {
     "energy": {"name": "energy"},
 }
 ENCODERS = {"ViT-B/16": "vit_base_patch16_224", "ViT-L/16": "vit_large_patch16_224"}
-GPUS = {"1": 1, "8": 8, "64 x 8": 512}
+GPUS = {"1": (1, BATCH), "8": (8, BATCH), "64 x 8": (512, BATCH), "64 x 8, batch 32,768": (512, LARGE)}
 SETS = {"ImageNet-1k, 800 passes": 1_281_167 * 800, "100 M images, 10 passes": 100_000_000 * 10}
 
 
@@ -47,10 +47,10 @@ def cost(encoder: str, method: str) -> Cost:
     return cost_of(recipe)[0]
 
 
-def step(one: Cost, gpus: int, share: float) -> Step:
+def step(one: Cost, gpus: int, batch: int, share: float) -> Step:
     """Gradients go round a ring: each GPU sends 2 (n - 1) / n of them, in float32, while the way back (two thirds of a step)
     is computed."""
-    computing = one.flops * BATCH / gpus / (RATE * share)
+    computing = one.flops * batch / gpus / (RATE * share)
     link = INSIDE if gpus <= 8 else BETWEEN
     sending = 0.0 if gpus == 1 else 2 * (gpus - 1) / gpus * 4 * one.weights / link
     return Step(computing, max(0.0, sending - computing * 2 / 3))
@@ -77,13 +77,13 @@ def main() -> None:
     print("\n| encoder, method | GPUs | images/s | gradients | cores to decode | read | " + " | ".join(SETS) + " |")
     print("|---|---|---|---|---|---|" + "---|" * len(SETS))
     for (encoder, method), one in costs.items():
-        for name, gpus in GPUS.items():
-            took = step(one, gpus, asked.share)
-            speed = BATCH / (took.computing + took.waiting)
+        for name, (gpus, batch) in GPUS.items():
+            took = step(one, gpus, batch, asked.share)
+            speed = batch / (took.computing + took.waiting)
             waits = took.waiting / (took.computing + took.waiting)
             times = " | ".join(lasting(images / speed) for images in SETS.values())
             print(
-                f"| {encoder}, {method} | {name} | {speed:,.0f} | {4 * one.weights / 2**20:,.0f} MiB, {waits:.0%} waiting | "
+                f"| {encoder}, {method} | {name} | {speed:,.0f} | {4 * one.weights / 2**20:,.0f} MiB, {100 * waits:.0f} % waiting | "
                 f"{speed / asked.decode:,.0f} | {speed * KILOBYTES / 1e6:.2g} GB/s | {times} |"
             )
 
