@@ -42,10 +42,33 @@ HALF = (torch.bfloat16, torch.float16)
 each_method = pytest.mark.parametrize("name", sorted(METHODS))
 each_served = pytest.mark.parametrize(("name", "kind"), SERVED)
 # what gets images, draws or targets, by which names; and what must come out in float32
-WATCHED = ("forward", "predict", "targets", "corrupt", "words", "spoken", "sample_tokens", "losses", "levels", "painting")
+WATCHED = (
+    "forward",
+    "predict",
+    "targets",
+    "corrupt",
+    "words",
+    "spoken",
+    "sample_tokens",
+    "losses",
+    "levels",
+    "painting",
+)
 WATCHED += ("target", "energy", "enhance", "errors_at", "left", "nearest", "terms", "aligned_to")
 GIVEN = {"images", "noise", "mask", "uniform", "golden", "target", "state", "restored", "slopes", "energy", "corrupted"}
-FOUND = {"targets", "words", "spoken", "losses", "levels", "painting", "target", "energy", "left", "errors_at", "enhance"}
+FOUND = {
+    "targets",
+    "words",
+    "spoken",
+    "losses",
+    "levels",
+    "painting",
+    "target",
+    "energy",
+    "left",
+    "errors_at",
+    "enhance",
+}
 
 
 def halves(values: Any) -> list[torch.dtype]:
@@ -265,9 +288,13 @@ def test_crops_are_whole_numbers_whatever_is_set_and_leave_it_so(monkeypatch: py
 def test_products_are_put_back_after_an_error_too() -> None:
     state = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     for exact, wanted in ((True, ("highest", False)), (False, ("high", True))):
-        with pytest.raises(KeyError), products(exact):
+
+        def fail(wanted: Any = wanted) -> None:
             assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == wanted
             raise KeyError
+
+        with pytest.raises(KeyError), products(exact):
+            fail()
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == state
 
 
@@ -289,6 +316,10 @@ REPEATABLE = (":4096:8", True, False, False, True, False)
 
 @pytest.mark.quick
 def test_what_makes_kernels_repeatable_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        assert process_state()[:6] == REPEATABLE
+        raise KeyError
+
     for own in (None, ":16:8"):
         if own is not None:
             monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", own)
@@ -296,8 +327,7 @@ def test_what_makes_kernels_repeatable_is_put_back(monkeypatch: pytest.MonkeyPat
         with repeatable(False):
             assert process_state() == before
         with pytest.raises(KeyError), repeatable(True):
-            assert process_state()[:6] == REPEATABLE
-            raise KeyError
+            fail()
         assert process_state() == before
 
 
@@ -481,9 +511,7 @@ class Line(Trainable):
         return Objective(full(said).square().mean(), {})
 
 
-@pytest.mark.parametrize(
-    ("asked", "kind"), [(None, torch.bfloat16), ("32", torch.float32), ("16", torch.float16)]
-)
+@pytest.mark.parametrize(("asked", "kind"), [(None, torch.bfloat16), ("32", torch.float32), ("16", torch.float16)])
 def test_what_is_trained_beside_has_the_best_precision_or_that_of_its_run(
     asked: str | None, kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -446,8 +446,6 @@ def test_compiling_is_no_part_of_the_time_of_any_turn(
     assert last["step"] >= 19
 
 
-
-
 def test_float16_trains_leaves_out_what_is_not_finite_and_keeps_its_scale(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,9 @@ def gray(images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height
     """
     channels = images.shape[1]
     shares = LUMA if channels == 3 else [1 / channels] * channels
-    weights = torch.stack([images.new_full((), share) for share in shares])  # made there: a copy would wait for the device
+    weights = torch.stack(
+        [images.new_full((), share) for share in shares]
+    )  # made there: a copy would wait for the device
     return (images * weights.view(1, -1, 1, 1)).sum(1, keepdim=True).expand(-1, channels, -1, -1)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from underpaint.evaluation.attentive import AttentiveHead, attentive_head
 from underpaint.computing import autocast, full, in_full
+from underpaint.evaluation.attentive import AttentiveHead, attentive_head
 from underpaint.evaluation.base import ENCODER, PIXELS, Kept, Row
 from underpaint.evaluation.baselines import majority
 from underpaint.evaluation.bundle import EncoderBundle

@@ -3,7 +3,6 @@
 import os
 import time
 from datetime import timedelta
-from typing import Any
 
 import torch
 from jaxtyping import Float
