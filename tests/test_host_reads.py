@@ -265,7 +265,7 @@ def reads(function: ast.AST) -> list[str]:
         tests = [node.test] if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert) else []
         for test in tests:
             if any(part in ast.unparse(test) for part in (".any()", ".all()", ".item()", "isfinite(")):
-                found.append(f"{node.lineno}: if {ast.unparse(test)}")
+                found.append(f"{test.lineno}: if {ast.unparse(test)}")
         if isinstance(node, ast.Subscript):
             index = node.slice
             if isinstance(index, ast.Compare) or (isinstance(index, ast.UnaryOp) and isinstance(index.op, ast.Invert)):
