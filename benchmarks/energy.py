@@ -21,6 +21,7 @@ import torch
 from step import BATCHES, ENCODERS, counted_flops, interleaved, matrix_rate
 
 import underpaint
+from underpaint.computing import autocast
 from underpaint.train.speed import peak, restart_peak
 
 SMALL = "ViT-128x4/4, 32 px"
@@ -70,7 +71,7 @@ def make(way: str, shape: str, device: torch.device) -> tuple[Callable[[], None]
         optimiser.zero_grad(set_to_none=True)
         values = losses()
         while True:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with autocast(device):
                 value = next(values, None)
             if value is None:
                 break

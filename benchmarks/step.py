@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import underpaint
+from underpaint.computing import autocast
 from underpaint.methods import CIM, METHODS
 from underpaint.methods.words import WordMethod, cross_entropies
 from underpaint.train.run_folder import environment
@@ -113,7 +114,7 @@ def training_step(model: torch.nn.Module, loss: Callable[[], Tensor], device: to
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             value = loss()
         value.backward()
         optimiser.step()
@@ -196,7 +197,7 @@ def cim_parts(device: torch.device, seconds: float, encoder_name: str) -> dict[s
 
     def part(work: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with autocast(device):
                 value = work()
             if isinstance(value, Tensor) and value.requires_grad:
                 value.backward()

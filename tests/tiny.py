@@ -17,7 +17,11 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "vit": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
     "swin": {
         "name": "swin_tiny_patch4_window7_224",
-        "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 2, 1), "num_heads": (1, 2, 4),
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (1, 2, 1),
+        "num_heads": (1, 2, 4),
     },
     "resnet": {"name": "resnet10t", "output_stride": 8, "channels": (16, 16, 32, 32), "stem_width": 8},
 }

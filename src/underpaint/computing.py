@@ -7,6 +7,7 @@ All else is float32 whatever the precision: images, what is drawn, targets, loss
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,17 +72,18 @@ def repeatable(wanted: bool) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in WORKSPACE}
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, deterministic = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     try:
         os.environ.update(WORKSPACE)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+        memory.fill_uninitialized_memory = False  # nothing here reads what was not written
         yield
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warns)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = benchmark, deterministic
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -90,12 +92,11 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 
 def channels_last(network: nn.Module, device: torch.device) -> bool:
-    """Whether the weights of a network lie with their channels last: where most are of convolutions, on a GPU, whose tensor
-    cores want them so."""
+    """Whether the weights of a network lie with their channels last: on a GPU, whose tensor cores want them so, where more
+    than one convolution looks beyond its place (that of patches is one, and is none here)."""
     kinds = (nn.Conv2d, nn.ConvTranspose2d)
-    convolved = {weight for part in network.modules() if isinstance(part, kinds) for weight in part.parameters(False)}
-    every = sum(weight.numel() for weight in network.parameters())
-    return device.type == "cuda" and 2 * sum(weight.numel() for weight in convolved) > every
+    wide = [part for part in network.modules() if isinstance(part, kinds) and tuple(part.kernel_size) != (1, 1)]
+    return device.type == "cuda" and len(wide) > 1
 
 
 def lay_out(network: nn.Module, device: torch.device) -> None:

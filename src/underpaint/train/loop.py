@@ -100,8 +100,7 @@ class Training:
             self.meter.load(tensors, numbers["window"], self.stepper.fabric.device)
             self.at = Progress(**{name: numbers[name] for name in asdict(self.at)})
             self.plan.logged = self.plan.saved = self.at.seconds
-            if self.stepper.scaler is not None and numbers.get("scaler"):
-                self.stepper.scaler.load_state_dict(numbers["scaler"])
+            self.stepper.renew_scaler(numbers.get("scaler"))
         meet()
         if self.main:
             self.run.drop_after("metrics.jsonl", -1 if found is None else self.at.step)

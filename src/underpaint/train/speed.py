@@ -226,18 +226,13 @@ class _throwaway:
 
     def __enter__(self) -> None:
         self.weights = copy.deepcopy(self.current.task.state_dict())
-        self.scaler = self.current.scaler
-        if self.scaler:
-            self.scaler.scale(torch.zeros(1, device=self.current.fabric.device))  # it makes its scale when first used
-            self.scale = self.scaler.state_dict()
+        self.scale = None if self.current.scaler is None else self.current.scaler.state_dict()
 
     def __exit__(self, *_: Any) -> None:
         self.current.task.load_state_dict(self.weights)
         self.current.optimiser.state.clear()
         self.current.optimiser.zero_grad(set_to_none=True)
-        if self.scaler:
-            self.scaler.update(self.scale["scale"])  # forgets a step that memory cut short, too
-            self.scaler.load_state_dict(self.scale)
+        self.current.renew_scaler(self.scale)
 
 
 def _fit(current: Stepper, batch: Batch) -> None:

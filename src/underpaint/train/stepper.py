@@ -57,12 +57,18 @@ class Stepper:
     scaler: torch.amp.GradScaler | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.fabric.device.type) if self.precision == "16" else None
+        self.renew_scaler(None)
         model: Any = torch.compile(self.task) if self.compiled else self.task
         self.model, self.wrapped = self.fabric.setup(model, self.optimiser)
         self.peaks = [group["lr"] * group.get("lr_scale", 1.0) for group in self.optimiser.param_groups]
         norms: list[Any] = batch_norms(self.task)
         self.statistics: list[Tensor] = [each for norm in norms for each in (norm.running_mean, norm.running_var)]
+
+    def renew_scaler(self, state: dict[str, Any] | None) -> None:
+        """A scaler as it was; what a step that was cut short had told it is forgotten."""
+        self.scaler = torch.amp.GradScaler(self.fabric.device.type) if self.precision == "16" else None
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)
 
     def compile(self) -> "Stepper":
         """The same, compiled."""
