@@ -33,6 +33,7 @@ from underpaint.demo_images import write_demo_images  # noqa: E402
 from underpaint.methods import METHODS  # noqa: E402
 from underpaint.prepare import build, stepper_for  # noqa: E402
 from underpaint.recipes.recipe import checked  # noqa: E402
+from underpaint.tokenizers import KMeansPatches  # noqa: E402
 from underpaint.train.devices import make_fabric  # noqa: E402
 from underpaint.train.run_folder import environment  # noqa: E402
 
@@ -87,8 +88,9 @@ def losses_of(recipe: Any, folder: Path, compiled: bool, count: int) -> list[flo
     method, standardize = build(recipe, images)
     if (tokenizer := method.prepare(standardize)) is not None:
         tokenizer.ready = True  # words of an untrained tokenizer are as good to compare by
-        for buffer in tokenizer.buffers():
-            buffer.copy_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(0)))
+        if isinstance(tokenizer, KMeansPatches):
+            centres = torch.rand(tokenizer.centres.shape, generator=torch.Generator().manual_seed(0))
+            tokenizer.centres.copy_(centres)
     stepper = stepper_for(fabric, recipe, method, standardize, compiled)
     crops = Crops(images, (32, 32), batch, recipe.run.seed)
     losses = []
