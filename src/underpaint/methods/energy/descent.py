@@ -9,8 +9,8 @@ For n = 0 .. N-1, from x_0 = corrupt(x):
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -116,8 +116,7 @@ class Descent(MaskedMethod[N]):
             energy = self.energy(*changed, given=given)
             return energy.sum(), energy
 
-        # the fused attention kernels have no second derivative
-        with sdpa_kernel(SDPBackend.MATH) if self.slope == "exact" else nullcontext():
+        with plain_attention() if self.slope == "exact" else nullcontext():
             return torch.func.grad(summed, argnums=tuple(range(len(state))), has_aux=True)(*state)
 
     def recompute_blocks(self) -> None:
@@ -297,6 +296,23 @@ class Descent(MaskedMethod[N]):
         bright = change / change.amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
         frames["unusual"] = (4 * bright - 2).expand_as(images)  # about black to white of standardised images
         return frames
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Inside, attention is torch's plain one, since the fused kernels have no second derivative. It makes float32 of bfloat16,
+    which autocast undoes in its two products: that is left out."""
+    with sdpa_kernel(SDPBackend.MATH):
+        if torch.compiler.is_compiling():  # into which such a setting does not reach
+            yield
+            return
+        cuda: Any = torch.backends.cuda
+        before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+        cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        try:
+            yield
+        finally:
+            cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def detached(state: State) -> State:
