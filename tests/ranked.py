@@ -13,7 +13,6 @@ from lightning_fabric.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from underpaint.config import Recipe
-from underpaint.data import Batch
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
 from underpaint.prepare import stepper_for
@@ -45,7 +44,9 @@ def stepper(fabric: Fabric, name: str, settings: dict[str, Any], accumulation: i
     """Of a small method with random weights, the same in every process."""
     from test_methods import small
 
-    recipe = checked({"method": {"name": name, **settings}, "optimiser": {"batch_size": BATCH, "accumulation": accumulation}})
+    recipe = checked(
+        {"method": {"name": name, **settings}, "optimiser": {"batch_size": BATCH, "accumulation": accumulation}}
+    )
     recipe.measured["precision"] = "32"
     method = small(name, **settings)
     generator = torch.Generator().manual_seed(3)
@@ -57,7 +58,9 @@ def stepper(fabric: Fabric, name: str, settings: dict[str, Any], accumulation: i
 
 def gradients(current: Stepper, images: Tensor) -> dict[str, Tensor]:
     """After the way back, before anything is clipped; of all weights that are trained."""
-    rows = slice(current.fabric.global_rank * current.local_batch, (current.fabric.global_rank + 1) * current.local_batch)
+    rows = slice(
+        current.fabric.global_rank * current.local_batch, (current.fabric.global_rank + 1) * current.local_batch
+    )
     current._backward(images[rows], current.noise(images[rows], 0))
     found = {}
     for key, parameter in current.task.named_parameters():
@@ -131,15 +134,19 @@ def shared_probe(data: str, file: str) -> None:
     fabric = make_fabric(Recipe())
     with ranks.together(fabric):
         with ranks.node_first():
-            images = load_images(open_source(data), size=(16, 16))
+            source = open_source(data)
+            images = load_images(source, np.arange(len(source.entries)), size=(16, 16))
         encoder, split = small("mae").encoder, Split(images, np.arange(len(images))[3:77])
         given: Any = (encoder, Standardize([0.5] * 3, [0.25] * 3), split, (16, 16))
         for limit in (1e9, 1.0):
             features.FULL_PRECISION_BYTES = limit
             shared = features.shared_features(*given, with_patches=True)
             assert (shared is None) == (fabric.global_rank > 0)
-            alone = ranks.by_first(lambda: _equal(shared, features.features_of(*given, with_patches=True)))
-            assert alone == [74, limit == 1.0]
+
+            def alone(shared: Any = shared) -> list[Any]:
+                return _equal(shared, features.features_of(*given, with_patches=True))
+
+            assert ranks.by_first(alone) == [74, limit == 1.0]
         few = Split(images, np.arange(5))  # fewer than processes have batches
         shared = features.shared_features(*given[:2], few, (16, 16), with_patches=False)
         assert fabric.global_rank > 0 or (shared is not None and shared.pooled.shape == (5, 32))

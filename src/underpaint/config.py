@@ -123,7 +123,8 @@ class Length:
     precision: Literal["auto", "32", "bf16", "16"] = setting("auto", "of the numbers")
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile")
     recompute: bool = setting(
-        False, "keep what is between blocks alone and compute their inside again on the way back: less memory, more time"
+        False,
+        "keep what is between blocks alone and compute their inside again on the way back: less memory, more time",
     )
     devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1, high=1_024)
     nodes: int = setting(1, "machines", low=1, high=65_536)

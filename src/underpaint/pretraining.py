@@ -173,7 +173,9 @@ def _session(
 ) -> Session:
     """Images, what they are judged by, and the untrained method; makes the run folder. What needs no image comes first, so
     that a mistake is answered before any is decoded."""
-    parts = 1 if "accumulation" in recipe.measured else recipe.optimiser.accumulation  # measured ones follow the processes
+    parts = (
+        1 if "accumulation" in recipe.measured else recipe.optimiser.accumulation
+    )  # measured ones follow the processes
     if recipe.optimiser.batch_size % (fabric.world_size * parts):
         raise InputError(
             f"optimiser.batch_size: {recipe.optimiser.batch_size} does not divide among "

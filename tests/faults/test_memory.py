@@ -82,7 +82,8 @@ def test_every_image_is_in_a_part_with_another_number_of_processes_too(
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("before", "had", "now", "parts"), [(4, 1, 2, 2), (2, 2, 1, 4), (1, 4, 4, 1), (1, 4, 8, 1), (3, 1, 2, 2), (2, 3, 3, 2)]
+    ("before", "had", "now", "parts"),
+    [(4, 1, 2, 2), (2, 2, 1, 4), (1, 4, 4, 1), (1, 4, 8, 1), (3, 1, 2, 2), (2, 3, 3, 2)],
 )
 def test_as_many_images_are_computed_at_once_with_another_number_of_processes(
     before: int, had: int, now: int, parts: int

@@ -131,4 +131,6 @@ def test_only_sigusr1_has_a_job_of_slurm_queued_again(monkeypatch: pytest.Monkey
     assert kept(signal.SIGUSR1, SLURM_JOB_ID="12", SLURM_PROCID="0") == "all is kept; job 12 is queued again"
     assert asked.read_text() == "requeue 12\n"
     (tmp_path / "scontrol").unlink()
-    assert kept(signal.SIGUSR1, SLURM_JOB_ID="12").startswith("all is kept; job 12 could not be queued again ([Errno 2]")
+    assert kept(signal.SIGUSR1, SLURM_JOB_ID="12").startswith(
+        "all is kept; job 12 could not be queued again ([Errno 2]"
+    )

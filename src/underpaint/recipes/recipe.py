@@ -179,7 +179,10 @@ def method_options(recipe: Recipe, tokenizer: Path | None = None) -> dict[str, A
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """What two recipes differ in, a line each, except what may change when a run goes on."""
-    free = {"run": {"epochs", "steps", "minutes", "devices", "nodes", "loggers", "recompute"}, "data": {"workers", "changed"}}
+    free = {
+        "run": {"epochs", "steps", "minutes", "devices", "nodes", "loggers", "recompute"},
+        "data": {"workers", "changed"},
+    }
     lines = []
     before, after = plain(old), plain(new)
     for section in ("method", "encoder", "data", "optimiser", "run"):

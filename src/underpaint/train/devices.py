@@ -30,8 +30,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
         accelerator="cuda" if cuda else "cpu",
         devices=devices,
         num_nodes=nodes,
-        # statistics of batch norms are averaged (Stepper), not those of the first process sent out in each step
-        strategy=DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False) if several else "auto",
+        strategy=DDPStrategy(timeout=TIMEOUT) if several else "auto",
         precision=PRECISIONS[precision],
     )
     fabric.launch()

@@ -91,7 +91,9 @@ class Training:
         meet()
         found = self.run.load()
         if not same(-1 if found is None else found[1]["step"]):
-            raise InputError(f"--out {self.run.path}: processes see unlike checkpoints; it must lie where all machines see it")
+            raise InputError(
+                f"--out {self.run.path}: processes see unlike checkpoints; it must lie where all machines see it"
+            )
         if found is not None:
             tensors, numbers = found
             restore_state(self.stepper.task, self.stepper.optimiser, tensors)

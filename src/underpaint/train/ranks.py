@@ -176,7 +176,9 @@ def _of_others(error: BaseException) -> bool:
     text = str(error).lower()
     if not isinstance(error, RuntimeError) or "out of memory" in text:
         return isinstance(error, _Ended)
-    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "nccl", "by peer", "process group"))
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("gloo", "nccl", "by peer", "process group")
+    )
 
 
 @contextmanager

@@ -118,7 +118,9 @@ class Descent(MaskedMethod[N]):
             return torch.func.grad(summed, argnums=tuple(range(len(state))), has_aux=True)(*state)
 
     def recompute_blocks(self) -> None:
-        raise ValueError("run.recompute: the gradient inside the energy cannot be computed again; a smaller batch needs less")
+        raise ValueError(
+            "run.recompute: the gradient inside the energy cannot be computed again; a smaller batch needs less"
+        )
 
     def step_sizes(self) -> list[Tensor]:
         return [value.clamp(min=math.log(SMALLEST_STEP)).exp() for value in self.log_step_sizes]
