@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
 from underpaint.config import Recipe
-from underpaint.train.ranks import TIMEOUT
+from underpaint.train.ranks import TIMEOUT, join, kept_by_torchrun
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
@@ -33,6 +33,11 @@ def make_fabric(recipe: Recipe) -> Fabric:
         strategy=DDPStrategy(timeout=TIMEOUT) if several else "auto",
         precision=PRECISIONS[precision],
     )
+    if several and kept_by_torchrun():
+        local = int(os.environ["LOCAL_RANK"])
+        if cuda:
+            torch.cuda.set_device(local)
+        join(torch.device("cuda", local) if cuda else torch.device("cpu"))
     fabric.launch()
     return fabric
 
