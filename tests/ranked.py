@@ -148,7 +148,7 @@ def shared_probe(data: str, file: str) -> None:
 
             assert ranks.by_first(alone) == [74, limit == 1.0]
         few = Split(images, np.arange(5))  # fewer than processes have batches
-        shared = features.shared_features(*given[:2], few, (16, 16), with_patches=False)
+        shared = features.shared_features(given[0], given[1], few, (16, 16), with_patches=False)
         assert fabric.global_rank > 0 or (shared is not None and shared.pooled.shape == (5, 32))
     Path(f"{file}-{fabric.global_rank}").write_text("done")
 

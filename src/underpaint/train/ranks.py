@@ -51,7 +51,7 @@ class _Meeting:
         self.node, self.local = fabric.node_rank, fabric.local_rank
         store: Any = dist.distributed_c10d._get_default_store()
         self.store = dist.PrefixStore(f"underpaint/{next(_meetings)}", store)
-        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self.control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.numbers = itertools.count()
         self.alone = False  # while one process works for all
         self.ended = threading.Event()
