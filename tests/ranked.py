@@ -134,17 +134,21 @@ def shared_probe(data: str, file: str) -> None:
     fabric = make_fabric(Recipe())
     with ranks.together(fabric):
         with ranks.node_first():
-            images = load_images(open_source(data), size=(16, 16))
+            source = open_source(data)
+            images = load_images(source, np.arange(len(source.entries)), size=(16, 16))
         encoder, split = small("mae").encoder, Split(images, np.arange(len(images))[3:77])
         given: Any = (encoder, Standardize([0.5] * 3, [0.25] * 3), split, (16, 16))
         for limit in (1e9, 1.0):
             features.FULL_PRECISION_BYTES = limit
             shared = features.shared_features(*given, with_patches=True)
             assert (shared is None) == (fabric.global_rank > 0)
-            alone = ranks.by_first(lambda: _equal(shared, features.features_of(*given, with_patches=True)))
-            assert alone == [74, limit == 1.0]
+
+            def alone(shared: Any = shared) -> list[Any]:
+                return _equal(shared, features.features_of(*given, with_patches=True))
+
+            assert ranks.by_first(alone) == [74, limit == 1.0]
         few = Split(images, np.arange(5))  # fewer than processes have batches
-        shared = features.shared_features(*given[:2], few, (16, 16), with_patches=False)
+        shared = features.shared_features(given[0], given[1], few, (16, 16), with_patches=False)
         assert fabric.global_rank > 0 or (shared is not None and shared.pooled.shape == (5, 32))
     Path(f"{file}-{fabric.global_rank}").write_text("done")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from underpaint.computing import autocast, best_precision, products
 from underpaint.config import Recipe
-from underpaint.train.ranks import TIMEOUT
+from underpaint.train.ranks import TIMEOUT, join, kept_by_torchrun
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
@@ -27,10 +27,14 @@ def make_fabric(recipe: Recipe) -> Fabric:
         accelerator="cuda" if cuda else "cpu",
         devices=devices,
         num_nodes=nodes,
-        # statistics of batch norms are averaged (Stepper), not those of the first process sent out in each step
-        strategy=DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False) if several else "auto",
+        strategy=DDPStrategy(timeout=TIMEOUT) if several else "auto",
         precision="32-true",  # a step casts by itself, around the network alone (`Stepper`)
     )
+    if several and kept_by_torchrun():
+        local = int(os.environ["LOCAL_RANK"])
+        if cuda:
+            torch.cuda.set_device(local)
+        join(torch.device("cuda", local) if cuda else torch.device("cpu"))
     fabric.launch()
     return fabric
 

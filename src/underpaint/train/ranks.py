@@ -6,6 +6,7 @@ process gives signs of life; a collective has a limit (`TIMEOUT`). A process tha
 find it there, when a collective fails or while they wait, and end with that line.
 """
 
+import atexit
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from secrets import token_hex
 from typing import Any, TypeVar
 
 import torch
@@ -157,7 +159,7 @@ class _Meeting:
             elif error is not None:
                 known = isinstance(error, InputError | Stopped)
                 self.announce(self.rank, _line(error) if known else f"{type(error).__name__}: {_line(error)}")
-            if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            if self.rank == 0 and not kept_by_torchrun():
                 self.left(rank for rank in range(1, self.world) if rank not in gone)
             else:  # who starts processes may end them all with the first that ends: a checkpoint is written, a job queued
                 self.left([0] if self.rank and isinstance(error, Interrupted) else [])
@@ -165,6 +167,11 @@ class _Meeting:
 
 
 _met: _Meeting | None = None
+
+
+def kept_by_torchrun() -> bool:
+    """Whether the store lives in torchrun, and not in the first process."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _line(error: BaseException) -> str:
@@ -207,6 +214,42 @@ def together(fabric: Fabric) -> Iterator[None]:
 
 
 # --- one works for all ------------------------------------------------------------------------------------------------
+
+
+def join(device: torch.device) -> None:
+    """Make the process group of processes that torchrun started, so that it may start them again.
+
+    torchrun has one store for all its starts, in which the addresses of processes that are gone still stand: whoever reads
+    one before it is written anew waits for a process that never answers. So the processes of each start meet in a part of
+    the store that has a name of its own. The first one makes it up; it takes away what others left, and tells it to those
+    who say again that they are here.
+    """
+    found: Any = dist.rendezvous("env://", timeout=TIMEOUT)
+    store, rank, world = next(found)
+    mine, began = token_hex(8), time.monotonic()
+    keys = [f"underpaint/here/{other}" for other in range(1, world)] if rank == 0 else [f"underpaint/start/{mine}"]
+    for key in keys:
+        store.delete_key(key)
+    while not store.check(keys):
+        if rank:
+            store.set(f"underpaint/here/{rank}", mine)
+        if time.monotonic() - began > TIMEOUT.total_seconds():
+            raise Stopped(f"rank {rank}: the other processes did not come within {TIMEOUT}")
+        time.sleep(0.05)
+    for key in keys if rank == 0 else []:
+        store.set(f"underpaint/start/{store.get(key).decode()}", mine)
+    name = mine if rank == 0 else store.get(keys[0]).decode()
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=dist.PrefixStore(name, store),
+        rank=rank,
+        world_size=world,
+        timeout=TIMEOUT,
+        device_id=device if cuda else None,
+    )
+    if cuda:
+        atexit.register(dist.destroy_process_group)
 
 
 def several() -> bool:

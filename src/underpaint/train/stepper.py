@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from underpaint.backbones.norms import batch_norms
 from underpaint.computing import autocast, products
@@ -61,6 +62,9 @@ class Stepper:
         model: Any = torch.compile(self.task) if self.compiled else self.task
         self.model, self.wrapped = self.fabric.setup(model, self.optimiser)
         self.peaks = [group["lr"] * group.get("lr_scale", 1.0) for group in self.optimiser.param_groups]
+        for module in self.model.modules():
+            if isinstance(module, DistributedDataParallel):  # else the first process's buffers go to all in each step
+                module.broadcast_buffers = False
         norms: list[Any] = batch_norms(self.task)
         self.statistics: list[Tensor] = [each for norm in norms for each in (norm.running_mean, norm.running_var)]
 
