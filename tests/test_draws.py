@@ -18,7 +18,7 @@ from underpaint.masking import block_mask, each_tensor
 from underpaint.methods import MAE
 from underpaint.patches import Standardize
 from underpaint.prepare import stepper_for
-from underpaint.recipes import checked
+from underpaint.recipes.recipe import checked
 
 pytestmark = pytest.mark.quick
 COUNT = 2**20
@@ -27,7 +27,7 @@ COUNT = 2**20
 def fair(counts: np.ndarray) -> bool:
     """By the chi-square statistic of bins that are equally likely: neither too uneven nor too even."""
     expected = counts.sum() / len(counts)
-    return 1e-4 < stats.chi2.cdf(((counts - expected) ** 2 / expected).sum(), len(counts) - 1) < 1 - 1e-4
+    return 1e-4 < float(stats.chi2.cdf(((counts - expected) ** 2 / expected).sum(), len(counts) - 1)) < 1 - 1e-4
 
 
 def related(left: Tensor, right: Tensor) -> float:
@@ -119,7 +119,7 @@ def parts_of(noise: Any) -> list[Tensor]:
 @each_method
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_process_draws_what_one_would(name: str, world: int) -> None:
-    settings = {"corruption": "mixture"} if name == "energy" else {}
+    settings: dict[str, Any] = {"corruption": "mixture"} if name == "energy" else {}
     method, each = small(name, **settings), 8 // world
     whole = parts_of(method.sample(8, 16, 16, Draws.of(5, 8)))
     ranks = [parts_of(method.sample(each, 16, 16, Draws.of(5, each, rank * each))) for rank in range(world)]
