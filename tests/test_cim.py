@@ -15,10 +15,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import underpaint
-from underpaint.draws import Draws
 from underpaint.backbones.norms import settled
 from underpaint.cli import main
 from underpaint.data import Batch
+from underpaint.draws import Draws
 from underpaint.inference import load_method
 from underpaint.methods import CIM
 from underpaint.methods.cim import Corruption, auroc

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from underpaint.draws import Draws
 from underpaint.corruptions import add_noise, downsample, gray, mask_cells, shuffle_patches
+from underpaint.draws import Draws
 from underpaint.masking import random_mask
 from underpaint.patches import patchify
 

@@ -18,7 +18,7 @@ from underpaint.masking import block_mask, each_tensor
 from underpaint.methods import MAE
 from underpaint.patches import Standardize
 from underpaint.prepare import stepper_for
-from underpaint.recipes import checked
+from underpaint.recipes.recipe import checked
 
 pytestmark = pytest.mark.quick
 COUNT = 2**20
@@ -134,9 +134,7 @@ def test_every_process_draws_what_one_would(name: str, world: int) -> None:
 def test_a_stepper_draws_for_its_own_images(mask: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = checked({"method": {"name": "mae", "mask": mask}, "optimiser": {"batch_size": 16}})
     recipe.measured["precision"] = "32"
-    stepper = stepper_for(
-        Fabric(accelerator="cpu"), recipe, small("mae", mask=mask), Standardize([0.0] * 3, [1.0] * 3)
-    )
+    stepper = stepper_for(Fabric(accelerator="cpu"), recipe, small("mae", mask=mask), Standardize([0.0] * 3, [1.0] * 3))
     whole = stepper.noise(photographs(16), 3)
     drawn: list[int] = []
     keys = Draws.keys

@@ -10,10 +10,10 @@ from test_methods import photographs, small
 from torch import Tensor
 
 import underpaint
-from underpaint.draws import Draws
 from underpaint.backbones import create_arguments, from_arguments
 from underpaint.corruptions import Corruption, Downsample, downsample
 from underpaint.data import Batch
+from underpaint.draws import Draws
 from underpaint.masking import each_tensor
 from underpaint.methods.energy import CORRUPTIONS, Energy
 from underpaint.patches import Standardize

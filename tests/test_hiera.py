@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import underpaint
-from underpaint.draws import Draws
 from underpaint.backbones.hiera import Hiera
+from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking, hidden_map
 from underpaint.methods import MAE, BEiT, Energy, LocalMIM, SimMIM
 from underpaint.patches import take

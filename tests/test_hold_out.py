@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from underpaint import prepare
-from underpaint.draws import Draws
 from underpaint.backbones import Backbone, create_arguments, from_arguments
 from underpaint.backbones.build import save_encoder
 from underpaint.backbones.protocols import Features
 from underpaint.cli import main
 from underpaint.data import Crops, ImageSet, Indices, Source, load_images, open_source, pretraining_indices
+from underpaint.draws import Draws
 from underpaint.evaluation import probes as probes_module
 from underpaint.evaluation.base import Context
 from underpaint.evaluation.baselines import raw_pixels

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 import underpaint
-from underpaint.draws import Draws
 from underpaint.data import load_images, open_source, pretraining_indices
+from underpaint.draws import Draws
 from underpaint.inference import load_method
 from underpaint.masking import Mask, random_mask
 from underpaint.methods.localmim import LocalMIM, Tap

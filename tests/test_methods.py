@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import underpaint
-from underpaint.draws import Draws
 from underpaint.backbones import Backbone, create_arguments, from_arguments, load_encoder, save_encoder, standardize_for
 from underpaint.data import Batch
+from underpaint.draws import Draws
 from underpaint.masking import MASKS, Mask, hidden_map, hide_highest
 from underpaint.methods import METHODS
 from underpaint.methods.masked import MaskedMethod

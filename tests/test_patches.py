@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from underpaint.draws import Draws
 from underpaint.blocks import sincos_positions
 from underpaint.corruptions import mask_cells
+from underpaint.draws import Draws
 from underpaint.masking import hidden_count, hidden_map, hide_highest, random_mask
 from underpaint.patches import Standardize, patchify, put, standardize, take, unpatchify, weighted_mean
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import underpaint
-from underpaint.draws import Draws
 from underpaint.backbones import TokenBackbone, create_arguments, from_arguments, load_encoder, save_encoder
 from underpaint.backbones.build import create_model
 from underpaint.blocks import sincos_positions
+from underpaint.draws import Draws
 from underpaint.errors import InputError
 from underpaint.evaluation.bundle import open_bundle
 from underpaint.evaluation.finetune import classifier

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from underpaint.draws import Draws
 from underpaint.backbones import create_arguments, from_arguments, save_encoder
 from underpaint.data import Crops, load_images, open_source, train_batches
 from underpaint.data.annotations import Instances
+from underpaint.draws import Draws
 from underpaint.errors import InputError
 from underpaint.evaluation.base import Context
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle

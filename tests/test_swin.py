@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import underpaint
-from underpaint.draws import Draws
 from underpaint.backbones.swin import MaskPool, PooledMask, Swin, SwinV2
+from underpaint.draws import Draws
 from underpaint.masking import Mask, Masking, hidden_map, random_mask, refine
 from underpaint.methods import MAE, BEiT, LocalMIM, SimMIM
 from underpaint.patches import take

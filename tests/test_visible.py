@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import underpaint
-from underpaint.draws import Draws
 from underpaint.backbones.maps import MapBackbone, tell_once
 from underpaint.backbones.visible import VisibleOnly
+from underpaint.draws import Draws
 from underpaint.masking import hidden_map
 from underpaint.methods import MAE, BEiT, LocalMIM, SimMIM
 from underpaint.methods.method import Method

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import underpaint
 from underpaint import tokenizers
-from underpaint.draws import Draws
 from underpaint.backbones import TokenBackbone
 from underpaint.cli import main
 from underpaint.config import Data
 from underpaint.data import Crops, load_images, open_source, train_batches
+from underpaint.draws import Draws
 from underpaint.errors import InputError
 from underpaint.evaluation.pyramid import Pyramid
 from underpaint.inference import load_method

@@ -113,7 +113,7 @@ class Shuffle(Corruption):
         if height % self.patch[0] or width % self.patch[1]:
             raise ValueError(f"patches of {self.patch} px do not divide an image of {height}x{width}")
         count = (height // self.patch[0]) * (width // self.patch[1])
-        return Draws.some_or_new(draws, batch).uniform(count).argsort(1, stable=True)
+        return Draws.some_or_new(draws, batch).uniform(count).argsort(dim=1, stable=True)
 
     def apply(self, images: Float[Tensor, "b c height width"], noise: Tensor) -> Float[Tensor, "b c height width"]:
         return shuffle_patches(images, noise, self.patch)

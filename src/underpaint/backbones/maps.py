@@ -28,9 +28,7 @@ class Stages(Walk):
         super().__init__()
         self.masking, self.taken, self.layers, self.sound = masking, taken, layers, sound
 
-    def sample(
-        self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False
-    ) -> Mask:
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False) -> Mask:
         return self.masking(batch, height, width, draws)
 
     def mask(self, noise: Mask, number: int) -> Mask:

@@ -22,9 +22,7 @@ class Blocks(Walk):
         super().__init__()
         self.masking, self.taps, self.layers = masking, list(taps), [layer] * len(taps)
 
-    def sample(
-        self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False
-    ) -> Mask:
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False) -> Mask:
         return self.masking(batch, height, width, draws)
 
     def mask(self, noise: Mask, number: int) -> Mask:

@@ -69,9 +69,7 @@ class Walk(nn.Module):
     layers: list[Layer]
     by_layer = True  # whether a layer is computed from the one before it, and not all at once
 
-    def sample(
-        self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False
-    ) -> Any:
+    def sample(self, batch: int, height: int, width: int, draws: Draws | None = None, alone: bool = False) -> Any:
         """Masks for a batch, on the CPU; each image has its own where `alone`."""
         raise NotImplementedError
 

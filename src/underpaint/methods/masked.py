@@ -122,9 +122,7 @@ class WalkedMethod(MaskedMethod[Sampled]):
         return super().hidden(images, self.mask_at(mask))
 
     @torch.no_grad()
-    def held_out(
-        self, images: Float[Tensor, "b c height width"], draws: Draws
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def held_out(self, images: Float[Tensor, "b c height width"], draws: Draws) -> dict[str, tuple[Tensor, Tensor]]:
         """Each image under a mask of its own: they share some for speed alone."""
         noise = self.walk.sample(len(images), images.shape[2], images.shape[3], draws, alone=True)
         return self.errors(images, noise.to(images.device))

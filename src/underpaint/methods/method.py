@@ -132,9 +132,7 @@ class Method(Trainable, Generic[N]):
         raise NotImplementedError
 
     @torch.no_grad()
-    def held_out(
-        self, images: Float[Tensor, "b c height width"], draws: Draws
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def held_out(self, images: Float[Tensor, "b c height width"], draws: Draws) -> dict[str, tuple[Tensor, Tensor]]:
         """The errors of images that were not trained on, corrupted by draws of their own."""
         return self.errors(images, self.sample_for(images, draws))
 
