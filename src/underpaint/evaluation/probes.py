@@ -16,6 +16,7 @@ from torch import Tensor
 from underpaint.backbones import Backbone
 from underpaint.backbones.norms import settled
 from underpaint.data import ImageSet, Indices, Source, eval_batches, fair_batches, labelled_indices
+from underpaint.draws import Draws
 from underpaint.errors import InputError
 from underpaint.evaluation.attentive import attentive
 from underpaint.evaluation.baselines import hog, majority, raw_pixels
