@@ -27,7 +27,7 @@ COUNT = 2**20
 def fair(counts: np.ndarray) -> bool:
     """By the chi-square statistic of bins that are equally likely: neither too uneven nor too even."""
     expected = counts.sum() / len(counts)
-    return 1e-4 < float(stats.chi2.cdf(((counts - expected) ** 2 / expected).sum(), len(counts) - 1)) < 1 - 1e-4
+    return bool(1e-4 < stats.chi2.cdf(((counts - expected) ** 2 / expected).sum(), len(counts) - 1) < 1 - 1e-4)
 
 
 def related(left: Tensor, right: Tensor) -> float:
@@ -225,3 +225,11 @@ def test_a_gpu_makes_the_same_numbers() -> None:
     assert torch.equal(uniform(keys.cuda(), 3, 100).cpu(), uniform(keys, 3, 100))
     assert torch.equal(integers(keys.cuda(), 1000, 100).cpu(), integers(keys, 1000, 100))
     torch.testing.assert_close(normal(keys.cuda(), 3, 100).cpu(), normal(keys, 3, 100), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.unhooked
+def test_noise_is_made_in_a_compiled_region() -> None:
+    """Whole, without a break: what a compiled step does to noisy images."""
+    keys = Draws.of(0, 4).keys()
+    compiled = torch.compile(normal, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(keys, 3, 5, 7), normal(keys, 3, 5, 7))

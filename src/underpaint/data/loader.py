@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
@@ -21,9 +21,12 @@ from underpaint.data.sources.index import Indices
 from underpaint.errors import InputError
 
 REPLACEMENTS = 100  # other samples tried in place of one that cannot be decoded
-# a side of a cut-out of more than this times the target's is reduced before it is padded into the batch; JPEGs are decoded at no
+# a cut-out of more than this times the target is reduced before it is padded into the batch; JPEGs are decoded at no
 # less, so that a box, which is rounded to what was decoded, is at most a quarter of a pixel of the target off
 OVERSIZE = 2
+# the longer side of a crop is up to a third longer than the shorter one, in sides of the target; what is longer all the same
+# is reduced to this many sides, so that no cut-out, and no batch that is padded to it, is larger
+LONGEST = 2.75
 # bytes of cut-outs that are handed over at once, at most: a batch of more comes in parts. More would be too much where many
 # are read ahead, fewer would be too many small copies
 PART = 2**25
@@ -43,8 +46,10 @@ class _Cutouts(NamedTuple):
     """What a worker hands over: stretches of images padded to one size, and the boxes still to be cut from them."""
 
     pixels: Tensor  # [b, height, width, c] in the data set's type
-    boxes: Tensor  # [b, 4] within `pixels`
-    flips: Tensor  # [b]
+    boxes: Float[
+        np.ndarray, "b 4"
+    ]  # within `pixels`; small, and so no tensors, each of which would be handed over by itself
+    flips: Bool[np.ndarray, "b"]
     samples: list[int]
     skipped: list[dict[str, str]]
     last: bool = True  # of its batch
@@ -128,7 +133,7 @@ def part_rows(images: ImageSet, size: tuple[int, int]) -> int:
 
 def cutout_bytes(images: ImageSet, size: tuple[int, int]) -> int:
     """What a cut-out takes at most."""
-    height, width = (OVERSIZE * side for side in size)
+    height, width = longest(size)
     if images.pixels is not None:
         tall, wide = images.pixels.shapes[:, :2].max(axis=0).tolist()
         # images of one size are handed over whole
@@ -180,7 +185,8 @@ def _batches(
                     on_skip(skip)
                 told.add(skip["path"])
             if cutouts.samples:
-                pixels, boxes, flips = (part.to(device, non_blocking=True) for part in cutouts[:3])
+                parts = (cutouts.pixels, torch.from_numpy(cutouts.boxes), torch.from_numpy(cutouts.flips))
+                pixels, boxes, flips = (part.to(device, non_blocking=True) for part in parts)
                 cropped = crop_resize(pixels.permute(0, 3, 1, 2), boxes, flips, size)
                 made.append(images.scaling.unit(cropped))
                 samples += cutouts.samples
@@ -314,7 +320,7 @@ def _cut(
         boxes, flips = draw(slice(None), samples, pixels.shapes[samples, :2])
         if pixels.uniform:
             whole = torch.from_numpy(pixels.gather(samples))
-            return _Cutouts(whole, torch.from_numpy(boxes), torch.from_numpy(flips), samples.tolist(), [])
+            return _Cutouts(whole, boxes, flips, samples.tolist(), [])
         pieces = [_piece(pixels[int(s)], box, None, target) for s, box in zip(samples, boxes, strict=True)]
         return _padded(pieces, flips, samples.tolist(), [])
     pieces, mirrored, used, skipped = [], [], [], []
@@ -336,28 +342,35 @@ def _cut(
     return _padded(pieces, np.asarray(mirrored, dtype=bool), used, skipped)
 
 
+def longest(target: tuple[int, int]) -> tuple[int, int]:
+    """Height and width that no cut-out is beyond."""
+    return math.ceil(LONGEST * target[0]), math.ceil(LONGEST * target[1])
+
+
 def _piece(
     array: np.ndarray, box: np.ndarray, full_size: tuple[int, int] | None, target: tuple[int, int]
 ) -> np.ndarray:
-    """The part of `array` in a box, which is given in pixels of the full size; no side more than OVERSIZE times the target's."""
+    """The part of `array` in a box, which is given in pixels of the full size; not much larger than the target, and no side
+    more than LONGEST times as long."""
     height, width, _ = array.shape
     scale = (height / full_size[0], width / full_size[1]) if full_size else (1.0, 1.0)
     top, left = round(box[0] * scale[0]), round(box[1] * scale[1])
     bottom = min(height, max(top + 1, round((box[0] + box[2]) * scale[0])))
     right = min(width, max(left + 1, round((box[1] + box[3]) * scale[1])))
     piece = array[min(top, bottom - 1) : bottom, min(left, right - 1) : right]
-    reduced = (min(piece.shape[0], OVERSIZE * target[0]), min(piece.shape[1], OVERSIZE * target[1]))
-    return piece if reduced == piece.shape[:2] else resize(piece, reduced)
+    reduction = max(1.0, min(piece.shape[0] / target[0], piece.shape[1] / target[1]) / OVERSIZE)
+    height, width = (min(math.ceil(a / reduction), b) for a, b in zip(piece.shape[:2], longest(target), strict=True))
+    return piece if (height, width) == piece.shape[:2] else resize(piece, (height, width))
 
 
 def _padded(pieces: list[np.ndarray], flips: np.ndarray, samples: list[int], skipped: list[dict[str, str]]) -> _Cutouts:
     """Pieces of unlike sizes in one zero-padded array; the boxes say how far each one goes."""
     if not pieces:
-        return _Cutouts(torch.empty(0), torch.empty(0), torch.empty(0), [], skipped)
+        return _Cutouts(torch.empty(0), np.empty((0, 4), np.float32), flips, [], skipped)
     sizes = np.asarray([piece.shape[:2] for piece in pieces])
     height, width = sizes.max(axis=0)
     padded = np.zeros((len(pieces), height, width, pieces[0].shape[2]), dtype=pieces[0].dtype)
     for row, piece in enumerate(pieces):
         padded[row, : piece.shape[0], : piece.shape[1]] = piece
     boxes = np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.float32)
-    return _Cutouts(torch.from_numpy(padded), torch.from_numpy(boxes), torch.from_numpy(flips), samples, skipped)
+    return _Cutouts(torch.from_numpy(padded), boxes, flips, samples, skipped)
