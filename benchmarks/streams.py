@@ -117,7 +117,9 @@ def main() -> None:
     url = f"wds:http://127.0.0.1:{here.recv()}/{{0000..{last:04}}}.tar"
     began = time.perf_counter()
     local, far = open_source(f"wds:{given.folder}/*.tar"), open_source(url)
-    print(f"{len(local.entries):,} images of {len(local.pieces.sizes)} pieces; listed in {time.perf_counter() - began:.1f} s")  # pyright: ignore
+    print(
+        f"{len(local.entries):,} images of {len(local.pieces.sizes)} pieces; listed in {time.perf_counter() - began:.1f} s"
+    )  # pyright: ignore
     print(f"the index again: {timed(lambda: open_source(url)):.2f} s")
     everything = range(len(local.entries))
     load = {"size": SIZE, "cache_limit": 0.0}

@@ -77,7 +77,10 @@ class Data:
     flip: bool = setting(True, "mirror half of the crops")
     cache_limit: float = setting(2.0, "up to which a set is kept decoded", unit="GiB", low=0)
     window: float = setting(
-        2.0, "of encoded images that are shuffled together, where a large set lies in shards or row groups", unit="GiB", above=0
+        2.0,
+        "of encoded images that are shuffled together, where a large set lies in shards or row groups",
+        unit="GiB",
+        above=0,
     )
     max_pixels: int = setting(200_000_000, "larger images are skipped", unit="pixels", low=1)
     nodata: float | None = setting(None, "value of missing pixels, beside NaN and what files say themselves")

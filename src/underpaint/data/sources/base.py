@@ -240,9 +240,7 @@ class RangeReader:
             number, start, _ = self._ranges[first].tolist()
             end = int(self._ranges[stop - 1, 1:].sum())
             for offset in range(start, end, AHEAD):
-                os.posix_fadvise(
-                    self._descriptor(number), offset, min(AHEAD, end - offset), os.POSIX_FADV_WILLNEED
-                )
+                os.posix_fadvise(self._descriptor(number), offset, min(AHEAD, end - offset), os.POSIX_FADV_WILLNEED)
 
     def _descriptor(self, number: int) -> int:
         if number not in self._files:

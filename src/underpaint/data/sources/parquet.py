@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from underpaint.console import Going
 from underpaint.data.decode import Unreadable
-from underpaint.data.sources.base import Listing, Reader, stamp_of
+from underpaint.data.sources.base import Listing, stamp_of
 from underpaint.data.sources.columns import LABELS, column_labels, numbers_of
 from underpaint.data.sources.index import Entries
 from underpaint.data.sources.names import split_folders, split_of_file
@@ -238,7 +238,9 @@ def _list(files: list[Found], places: list[str]) -> Listing:
     column = tables[0].column
     for file, table in zip(files, tables, strict=True):
         if table.column != column:
-            raise InputError(f"{file.place}: its image column is {table.column!r}, that of {files[0].place} is {column!r}")
+            raise InputError(
+                f"{file.place}: its image column is {table.column!r}, that of {files[0].place} is {column!r}"
+            )
     folders = split_folders(places)
     rows = [(number, row) for number, table in enumerate(tables) for row in range(len(table.names))]
     fallbacks = [f"{PurePosixPath(places[number]).with_suffix('')}/{row}" for number, row in rows]
@@ -256,7 +258,9 @@ def _list(files: list[Found], places: list[str]) -> Listing:
     splits = [split_of_file(place, folders) for place in places]
     entries = Entries.of(names, [splits[file] for file, _ in rows], labels, numbers)
     place = "\n".join(file.place if remote else str(Path(file.place).resolve()) for file in files)
-    groups = [(file, n, *group) for file, table in enumerate(tables) for n, group in enumerate(table.groups) if group[0]]
+    groups = [
+        (file, n, *group) for file, table in enumerate(tables) for n, group in enumerate(table.groups) if group[0]
+    ]
     known = np.asarray(groups, np.int64).reshape(-1, 4)
     pieces, reader = None, None
     if remote or known[:, 3].sum() > IN_MEMORY:
@@ -267,9 +271,7 @@ def _list(files: list[Found], places: list[str]) -> Listing:
         reader = _RowReader([file.place for file in files], column, np.asarray(rows, np.int64).reshape(-1, 2))
     kind = "parquet file" if len(files) == 1 else f"{len(files)} parquet files"
     stamps = [files[file].stamp for file, _ in rows]
-    return Listing(
-        *(kind, place, entries, stamps, reader, classes, notes, [], len(files), number, pieces)
-    )
+    return Listing(*(kind, place, entries, stamps, reader, classes, notes, [], len(files), number, pieces))
 
 
 def _fields(field: pa.Field) -> list[str]:

@@ -21,7 +21,17 @@ TRIES, PAUSE = 4, 1.0  # of what fails on the way; seconds before the second try
 BLOCK = 2**22  # bytes that are asked for at a time where a file is gone through
 EXTRAS = {"hf": "hub"}  # that install what a scheme needs; of all others `webdataset`
 # what file systems call the version of a file, the surest first
-VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "Last-Modified", "LastModified", "last_modified", "mtime")
+VERSIONS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "generation",
+    "blob_id",
+    "Last-Modified",
+    "LastModified",
+    "last_modified",
+    "mtime",
+)
 T, U = TypeVar("T"), TypeVar("U")
 
 

@@ -51,7 +51,9 @@ class _Shard(NamedTuple):
     """What is known of a shard."""
 
     images: pa.RecordBatch  # `COLUMNS`; labels as JSON
-    facts: dict[str, Any]  # `place`, `stamp`, `seen` (files), `skipped`, `ranged` (whether it has random access), `cut` (short)
+    facts: dict[
+        str, Any
+    ]  # `place`, `stamp`, `seen` (files), `skipped`, `ranged` (whether it has random access), `cut` (short)
 
 
 def list_shards(text: str) -> Listing:
@@ -65,7 +67,11 @@ def list_shards(text: str) -> Listing:
         packed = [_flat(file) for file in files]
         flats, keep = [str(flat) for flat, _ in packed], [kept for _, kept in packed]
     shards = _index(text, files, flats, remote)
-    notes = [f"{_name(f)} is cut short; what comes before is read" for f, s in zip(files, shards, strict=True) if s.facts["cut"]]
+    notes = [
+        f"{_name(f)} is cut short; what comes before is read"
+        for f, s in zip(files, shards, strict=True)
+        if s.facts["cut"]
+    ]
     counts = np.array([len(shard.images) for shard in shards], np.int64)
     number = np.repeat(np.arange(len(files)), counts)
     table = pa.Table.from_batches([shard.images for shard in shards], COLUMNS)
@@ -84,7 +90,9 @@ def list_shards(text: str) -> Listing:
     reader: Reader
     if remote:
         bring = _Bring([(file.place, file.size) for file in files], ranges, starts, whole)
-        reader = PieceReader("\n".join([place, *(file.stamp for file in files)]), starts, bring, bring.alone, ranges[:, 2])
+        reader = PieceReader(
+            "\n".join([place, *(file.stamp for file in files)]), starts, bring, bring.alone, ranges[:, 2]
+        )
     else:
         reader = RangeReader(flats, ranges, keep)
     stamps = _Stamps(files, counts)
@@ -152,9 +160,7 @@ def _index(text: str, files: list[Found], flats: list[str], remote: bool) -> lis
     with _alone(stored, remote):
         known = {shard.facts["place"]: shard for shard in _load(stored)}
         shards = [known.get(_place(file)) for file in files]
-        missing = [
-            k for k, shard in enumerate(shards) if shard is None or shard.facts["stamp"] != files[k].stamp
-        ]
+        missing = [k for k, shard in enumerate(shards) if shard is None or shard.facts["stamp"] != files[k].stamp]
         asked = [(files[k], flats[k]) for k in missing]
         with Going("reading the headers of shards", len(missing)) as going:
             for k, shard in zip(missing, together(_read, asked) if remote else map(_read, asked), strict=True):
@@ -226,19 +232,23 @@ def _read(what: tuple[Found, str]) -> _Shard:
     file, flat = what
     if not is_remote(file.place):
         with open(flat, "rb") as local:
-            return _walk(file, local, True)
+            return _walk(file, local, True, os.fstat(local.fileno()).st_size)
     if file.place.lower().rpartition(".")[2] in ("gz", "tgz", "bz2", "xz"):
-        raise InputError(f"{file.place}: a compressed shard has no random access, and images are compressed already; use .tar")
+        raise InputError(
+            f"{file.place}: a compressed shard has no random access, and images are compressed already; use .tar"
+        )
 
     def walk() -> _Shard:
         with opened(file.place, file.size) as (remote, ranged):
-            return _walk(file, remote, ranged)
+            return _walk(file, remote, ranged, file.size)
 
     return tried(file.place, walk)
 
 
-def _walk(file: Found, opened: Any, ranged: bool) -> _Shard:
-    images: dict[str, tuple[int, int, str]] = {}  # offset, size and sample by name; of a name that occurs twice, the last
+def _walk(file: Found, opened: Any, ranged: bool, size: int | None) -> _Shard:
+    images: dict[
+        str, tuple[int, int, str]
+    ] = {}  # offset, size and sample by name; of a name that occurs twice, the last
     labels: dict[str, str] = {}
     skipped: list[dict[str, str]] = []
     used: dict[str, str] = {}  # the image of each sample
@@ -260,6 +270,8 @@ def _walk(file: Found, opened: Any, ranged: bool) -> _Shard:
                 elif used.setdefault(key, name) == name:
                     images.pop(name, None)
                     images[name] = (member.offset_data, member.size, key)
+            # two empty blocks are the end of a whole one
+            cut_short = size is not None and size - archive.offset < tarfile.BLOCKSIZE
     # beside TarError: ValueError of numbers, UnicodeDecodeError of names, OverflowError of sizes, ...
     except Exception as error:
         if remote and not isinstance(error, tarfile.TarError | ValueError | OverflowError | EOFError):
@@ -267,15 +279,20 @@ def _walk(file: Found, opened: Any, ranged: bool) -> _Shard:
         if not seen:
             raise InputError(f"{file.place} is not a readable tar file: {' '.join(str(error).split())}") from error
         cut_short = True  # what was listed before is still there
-    if file.size is not None and remote:
-        cut_short = cut_short or any(offset + size > file.size for offset, size, _ in images.values())
     columns = [
         pa.array([f"{_name(file)}/{name}".encode("utf-8", "surrogateescape") for name in images], pa.large_binary()),
         pa.array([offset for offset, _, _ in images.values()], pa.int64()),
         pa.array([size for _, size, _ in images.values()], pa.int64()),
         pa.array([labels.get(key) for _, _, key in images.values()], pa.large_string()),
     ]
-    facts = {"place": _place(file), "stamp": file.stamp, "seen": seen, "skipped": skipped, "ranged": ranged, "cut": cut_short}
+    facts = {
+        "place": _place(file),
+        "stamp": file.stamp,
+        "seen": seen,
+        "skipped": skipped,
+        "ranged": ranged,
+        "cut": cut_short,
+    }
     return _Shard(pa.RecordBatch.from_arrays(columns, schema=COLUMNS), facts)
 
 
@@ -308,9 +325,7 @@ def _sample_key(name: str) -> tuple[str, str]:
 class _Bring:
     """The encoded images of the n-th piece of remote shards; of a shard without random access, that is all of it."""
 
-    def __init__(
-        self, files: list[tuple[str, int | None]], ranges: np.ndarray, starts: np.ndarray, whole: np.ndarray
-    ):
+    def __init__(self, files: list[tuple[str, int | None]], ranges: np.ndarray, starts: np.ndarray, whole: np.ndarray):
         self._files = files
         self._ranges = ranges
         self._starts = starts
