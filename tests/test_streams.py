@@ -611,7 +611,11 @@ TINY = [
 
 @pytest.mark.parametrize(
     ("kind", "processes", "workers"),
-    [("https", 2, 1), pytest.param("file://", 1, 2, marks=pytest.mark.slow), pytest.param("https", 1, 0, marks=pytest.mark.slow)],
+    [
+        ("https", 2, 1),
+        pytest.param("file://", 1, 2, marks=pytest.mark.slow),
+        pytest.param("https", 1, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_on_shards_goes_on_in_the_middle_of_an_epoch(
     tmp_path: Path, web: Callable[..., Web], server: CommandLine, kind: str, processes: int, workers: int

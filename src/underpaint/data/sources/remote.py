@@ -32,7 +32,8 @@ VERSIONS = (
     "last_modified",
     "mtime",
 )
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Found(NamedTuple):
