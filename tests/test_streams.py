@@ -179,6 +179,15 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
     )
 
 
+def elsewhere(source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The reader of a source as on another machine, where no piece is yet."""
+    reader: Any = source._reader
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(dir=folder))
+    reader.__dict__.update(_made=None, _asked=set())
+    reader._files.clear()
+    return reader
+
+
 # The order
 
 
@@ -322,9 +331,7 @@ def test_what_is_read_of_remote_shards(tmp_path: Path, monkeypatch: pytest.Monke
 
     def asked(first: int, count: int) -> list[tuple[str, int, int]]:
         log.write_text("")
-        monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(dir=tmp_path))  # as on another machine
-        reader.__dict__.update(_made=None, _asked=set())
-        reader._files.clear()
+        elsewhere(source, tmp_path, monkeypatch)
         batches(images, count, first=first, workers=workers)
         lines = [line.split() for line in log.read_text().splitlines()]
         return [(url, int(start), int(end)) for url, start, end in lines]
@@ -351,7 +358,6 @@ def test_what_is_read_of_remote_shards(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_stays_on_the_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces_module, "PIECE", 4096)
     images = loaded(in_memory(), window=6_000)
-    images._source.set_window(6_000)
     most = 0
     for number in range(22):
         batches(images, 1, first=number)
@@ -392,22 +398,29 @@ def test_the_index_is_kept_and_only_what_changed_is_read_again(tmp_path: Path, m
 
 
 @pytest.mark.quick
-def test_a_shard_that_is_cut_short_is_read_up_to_there(web: Callable[..., Web]) -> None:
+@pytest.mark.parametrize(("place", "broken"), [("header", 0), ("image", 1)])
+def test_a_shard_that_is_cut_short_is_read_up_to_there(
+    tmp_path: Path, web: Callable[..., Web], place: str, broken: int
+) -> None:
     files = shards()
-    files["train-001.tar"] = files["train-001.tar"][:9_000]
-    for data in (f"wds:{web(files).url}/{NAMES}", f"wds:{web(files, ranges=False).url}/{NAMES}"):
-        source = open_source(data)
+    with tarfile.open(fileobj=io.BytesIO(files["train-001.tar"])) as archive:
+        fifth = archive.getmembers()[4]
+    files["train-001.tar"] = files["train-001.tar"][: (fifth.offset_data if place == "image" else fifth.offset) + 100]
+    (tmp_path / "set").mkdir()
+    for name, data in files.items():
+        (tmp_path / "set" / name).write_bytes(data)
+    for start in (f"{tmp_path}/set", web(files).url, web(files, ranges=False).url):
+        source = open_source(f"wds:{start}/{NAMES}")
         assert "train-001.tar is cut short; what comes before is read" in source.notes
-        assert 56 <= len(source.entries) < 66
-        broken = []
+        assert len(source.entries) == 66 - EACH + 4 + broken
+        found = []
         for k, name in enumerate(source.entries.names):
             try:
                 assert source.read(k) == PICTURES[int(name[-8:-4])]
             except Unreadable as error:
-                broken.append(f"{name}: {error}")
-        assert len(broken) == 1
-        assert broken[0].startswith("train-001.tar/")
-        assert "truncated: its archive ends" in broken[0]
+                found.append(f"{name}: {error}")
+        assert len(found) == broken
+        assert all(each.startswith("train-001.tar/0015.png: truncated: its archive ends") for each in found)
 
 
 @pytest.mark.quick
@@ -445,7 +458,9 @@ def test_errors_of_remote_shards_are_one_line(
 
 @pytest.mark.quick
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bucket_that_goes_away_ends_the_run_with_a_line(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+def test_a_bucket_that_goes_away_ends_the_run_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     images = loaded(in_memory())
     tries: list[int] = []
 
@@ -453,6 +468,7 @@ def test_a_bucket_that_goes_away_ends_the_run_with_a_line(monkeypatch: pytest.Mo
         tries.append(1)
         raise ConnectionResetError("the connection\nwas reset")
 
+    elsewhere(images._source, tmp_path, monkeypatch)
     batches(images, 1)
     MemoryFileSystem.cat_file, real = gone, MemoryFileSystem.cat_file
     try:
@@ -548,14 +564,16 @@ MEASURE = """
 import sys
 from pathlib import Path
 from underpaint.data import open_source
+from underpaint.data.sources import parquet
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+parquet.IN_MEMORY = 2**20
 source = open_source(sys.argv[1])
-source.set_window(2**25)
+source.set_window(2.0**23)
 before, total, most = peak(), 0, 0
 for k in range(len(source.entries)):
     total += len(source.read(k))
-    if k % 20 == 0:
+    if k % 5 == 0:
         most = max(most, sum(path.stat().st_size for path in Path(sys.argv[2]).rglob("*.p*")))
 print(total, peak() - before, most / 2**20)
 """
@@ -563,22 +581,21 @@ print(total, peak() - before, most / 2**20)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_large_parquet_file_is_neither_held_nor_copied_whole(tmp_path: Path) -> None:
-    """600 MiB in row groups of 60: the memory that reading all of it takes, and what lies on the disk meanwhile."""
+    """200 MiB in row groups of 10, each a single page: the memory that reading all of it takes, and what lies on the disk meanwhile."""
     noise = np.random.default_rng(0).integers(0, 256, 2**20, dtype=np.uint8).tobytes()
     file = tmp_path / "a.parquet"
     schema = pa.schema([("image", pa.binary())])
     with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
-        for group in range(10):
-            rows = [noise[k:] + noise[:k] for k in range(group, group + 60)]
+        for group in range(20):
+            rows = [noise[k:] + noise[:k] for k in range(group, group + 10)]
             writer.write_table(pa.table({"image": rows}, schema=schema))
-    assert file.stat().st_size > parquet_module.IN_MEMORY
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     command = [sys.executable, "-c", MEASURE, str(file), str(tmp_path / "tmp")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     total, grown, most = map(float, done.stdout.split())
-    assert total == 600 * 2**20
-    assert grown < 100  # MiB
-    assert 60 < most <= 4 * 32 + 60  # four windows and a piece
+    assert total == 200 * 2**20
+    assert grown < 60  # MiB
+    assert 30 < most <= 4 * 8 + 10  # four windows and a piece
     assert not list((tmp_path / "cache").rglob("flat-*"))
 
 
@@ -592,17 +609,24 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "processes", "workers"), [("file://", 2, 0), ("https", 1, 2), ("https", 2, 1)])
+@pytest.mark.parametrize(
+    ("kind", "processes", "workers"),
+    [
+        ("https", 2, 1),
+        pytest.param("file://", 1, 2, marks=pytest.mark.slow),
+        pytest.param("https", 1, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_on_shards_goes_on_in_the_middle_of_an_epoch(
     tmp_path: Path, web: Callable[..., Web], server: CommandLine, kind: str, processes: int, workers: int
 ) -> None:
-    """Killed at its 9th step and, gone on from the 6th, at the 16th, of 11 an epoch; the images that its steps were given, and the images themselves."""
+    """Killed at its 9th step, of 11 an epoch; the images that its steps were given, and the images themselves."""
     here(tmp_path / "set")
     data = f"wds:file://{tmp_path}/set/{NAMES}" if kind == "file://" else f"wds:{web(shards()).url}/{NAMES}"
     command = ["pretrain", data, *TINY, "--steps", "22", "--workers", workers]
     command += ["--devices", processes] if processes > 1 else []
     given: list[dict[tuple[int, int], list[int]]] = []
-    for name, deaths in (("whole", [None]), ("broken", [9, 10, None])):
+    for name, deaths in (("whole", [None]), ("broken", [9, None])):
         seen: dict[tuple[int, int], list[int]] = {}
         for turn, count in enumerate(deaths):
             record = tmp_path / f"{name}-{turn}"

@@ -232,7 +232,7 @@ def _read(what: tuple[Found, str]) -> _Shard:
     file, flat = what
     if not is_remote(file.place):
         with open(flat, "rb") as local:
-            return _walk(file, local, True)
+            return _walk(file, local, True, os.fstat(local.fileno()).st_size)
     if file.place.lower().rpartition(".")[2] in ("gz", "tgz", "bz2", "xz"):
         raise InputError(
             f"{file.place}: a compressed shard has no random access, and images are compressed already; use .tar"
@@ -240,12 +240,12 @@ def _read(what: tuple[Found, str]) -> _Shard:
 
     def walk() -> _Shard:
         with opened(file.place, file.size) as (remote, ranged):
-            return _walk(file, remote, ranged)
+            return _walk(file, remote, ranged, file.size)
 
     return tried(file.place, walk)
 
 
-def _walk(file: Found, opened: Any, ranged: bool) -> _Shard:
+def _walk(file: Found, opened: Any, ranged: bool, size: int | None) -> _Shard:
     images: dict[
         str, tuple[int, int, str]
     ] = {}  # offset, size and sample by name; of a name that occurs twice, the last
@@ -270,6 +270,8 @@ def _walk(file: Found, opened: Any, ranged: bool) -> _Shard:
                 elif used.setdefault(key, name) == name:
                     images.pop(name, None)
                     images[name] = (member.offset_data, member.size, key)
+            # two empty blocks are the end of a whole one
+            cut_short = size is not None and size - archive.offset < tarfile.BLOCKSIZE
     # beside TarError: ValueError of numbers, UnicodeDecodeError of names, OverflowError of sizes, ...
     except Exception as error:
         if remote and not isinstance(error, tarfile.TarError | ValueError | OverflowError | EOFError):
@@ -277,8 +279,6 @@ def _walk(file: Found, opened: Any, ranged: bool) -> _Shard:
         if not seen:
             raise InputError(f"{file.place} is not a readable tar file: {' '.join(str(error).split())}") from error
         cut_short = True  # what was listed before is still there
-    if file.size is not None and remote:
-        cut_short = cut_short or any(offset + size > file.size for offset, size, _ in images.values())
     columns = [
         pa.array([f"{_name(file)}/{name}".encode("utf-8", "surrogateescape") for name in images], pa.large_binary()),
         pa.array([offset for offset, _, _ in images.values()], pa.int64()),
