@@ -236,6 +236,24 @@ def test_float16_from_the_command_line(plain: Path, tmp_path: Path, capsys: Any)
     assert found[1]["scaler"]["scale"] >= 1
 
 
+@pytest.mark.slow
+@pytest.mark.unhooked
+@each_method
+def test_what_is_compiled_computes_in_bfloat16_too(name: str) -> None:
+    """In one piece, with what stays in float32 inside it."""
+    method, images = made(name), photographs()
+    noise = drawn(method, images)
+    method.calibrate(images, noise)
+    compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
+    with autocast(images.device, "bf16"):
+        eager = method(images, noise)
+        found = compiled(images, noise)
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, eager.loss, rtol=0.01, atol=0)
+    assert not halves((found.loss, found.terms))
+    torch.testing.assert_close(found.terms["baseline"], eager.terms["baseline"], rtol=0.01, atol=0)
+
+
 class Steep(Trainable):
     """Its loss is 0, and its gradient infinite."""
 

@@ -25,8 +25,8 @@ def best_precision(device: torch.device) -> str:
 def autocast(device: torch.device, precision: str | None = None) -> torch.autocast:
     """Inside, the products of networks are computed in this precision, the best of the device where None.
 
-    Weights are cast where they are used, and casts not kept: one that was made without gradient, or inside `torch.func`,
-    would be taken where a gradient is needed.
+    Weights are cast where they are used, and casts not kept: gradients of one that is used twice are then added up in float32,
+    and earlier versions of torch hand on a cast that was made without gradient.
     """
     half = PRECISIONS[precision or best_precision(device)]
     return torch.autocast(device.type, half, enabled=half is not None, cache_enabled=False)
