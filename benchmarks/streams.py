@@ -48,7 +48,7 @@ def make(images: str, folder: Path, size: float) -> None:
 class Answer(BaseHTTPRequestHandler):
     """Ranges of the files of a folder."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     folder = Path()
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from safetensors.torch import load_file
@@ -156,6 +157,10 @@ def web() -> Iterator[Callable[..., Web]]:
         return servers[-1]
 
     yield start
+    for system in list(HTTPFileSystem._cache.values()):  # connections that nobody closes are warnings at the end
+        if system._session is not None:
+            HTTPFileSystem.close_session(system.loop, system._session)
+    HTTPFileSystem.clear_instance_cache()
     for server in servers:
         server.close()
 

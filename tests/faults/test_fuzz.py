@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from underpaint.backbones import create_arguments, from_arguments, load_encoder, save_encoder
 from underpaint.data import Unreadable, decode
 from underpaint.data.open import open_source
-from underpaint.data.sources import webdataset
+from underpaint.data.sources import remote
 from underpaint.errors import InputError
 from underpaint.evaluation.keep import kept
 from underpaint.files import refuse_inside
@@ -129,7 +129,7 @@ def test_a_parquet_file_with_text_that_is_none(place: str, tmp_path: Path) -> No
 
 @pytest.mark.quick
 def test_braces_that_are_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webdataset, "LARGEST_PATTERN", 1_000)
+    monkeypatch.setattr(remote, "LARGEST_PATTERN", 1_000)
     with pytest.raises(InputError, match=r"wds:\{1\.\.: Unbalanced braces"):
         open_source("wds:{1..")
     with pytest.raises(InputError, match="stands for more than 1,000 shards"):
