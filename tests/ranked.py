@@ -99,7 +99,7 @@ def statistics_of_batch_norms(file: str) -> None:
             super().__init__()
             self.norm, self.linear = nn.BatchNorm1d(3), nn.Linear(3, 1)
 
-        def noise_for(self, inputs: Any, count: int, generator: Any) -> None:
+        def noise_for(self, inputs: Any, draws: Any) -> None:
             return None
 
         def clip_groups(self) -> list[Any]:

@@ -7,6 +7,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 import underpaint
+from underpaint.draws import Draws
 from underpaint.methods import METHODS
 from underpaint.patches import Standardize
 from underpaint.prepare import stepper_for
@@ -64,4 +65,4 @@ def stepping(method: Any, precision: str = "32", batch: int = 4, **optimiser: An
 
 
 def drawn(method: Any, images: Tensor, seed: int = 0) -> Any:
-    return method.sample(len(images), *images.shape[-2:], torch.Generator().manual_seed(seed)).to(images.device)
+    return method.sample(len(images), *images.shape[-2:], Draws.of(seed, len(images))).to(images.device)
