@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import signal
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from underpaint.evaluation.probes import ProbeSuite
 from underpaint.methods.method import Method
+from underpaint.train.loop import _Writing
 from underpaint.train.run_folder import Run
 from underpaint.train.speed import TINY_FACTOR
 from underpaint.train.stepper import Stepper
@@ -67,6 +69,13 @@ def failing(function: Any, count: int) -> Any:
     return wrapped
 
 
+def written(*_: Any) -> None:
+    """Until the checkpoint that is written beside the training is there, so that a test knows which one is the last."""
+    for thread in threading.enumerate():
+        if type(thread) is _Writing:
+            thread.join()
+
+
 def half_a_checkpoint(run: Run, step: int, *_: Any) -> None:
     part = run.path / "checkpoints" / f"step-{step:09d}.0.part"
     part.mkdir()
@@ -108,7 +117,7 @@ def arm(moment: str, count: int) -> None:
         calling = dying if how == "kill" else told
         setattr(owner, last, calling(getattr(owner, last), count))
     elif moment == "step":
-        Stepper.step = stepping(dying(Stepper.step, count))
+        Stepper.step = stepping(dying(Stepper.step, count, written))
     elif moment == "save":
         Run.save = dying(Run.save, count, half_a_checkpoint)
     elif moment == "probe":
