@@ -40,7 +40,7 @@ lowest:
 	@echo "no Python 3.12 here: the oldest torch is not tried"
 else
 lowest: $(LOWEST)/.installed
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 --dist loadgroup -m "quick and not slow and not unhooked" tests/test_methods.py tests/test_train.py tests/test_plain.py tests/test_swin.py tests/test_visible.py tests/test_data_loader.py
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 --dist loadgroup -W "ignore:This DataLoader will create" -m "quick and not slow and not unhooked" tests/test_methods.py tests/test_train.py tests/test_plain.py tests/test_swin.py tests/test_visible.py tests/test_data_loader.py tests/test_draws.py tests/test_computing.py
 
 $(LOWEST)/.installed: install pyproject.toml constraints.txt
 	$(BIN)/uv venv --quiet --clear --no-python-downloads --python $(PYTHON312) $(LOWEST)
