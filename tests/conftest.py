@@ -11,6 +11,7 @@ from forked import CommandLine
 from PIL import Image
 
 os.environ.setdefault("WANDB_MODE", "offline")
+SCRATCH = tempfile.TemporaryDirectory(prefix="up-")  # a short path: sockets of processes that decode lie there
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -24,8 +25,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    (folder := tmp_path_factory.getbasetemp() / "tmp").mkdir(exist_ok=True)
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # where pieces of data lie that were brought
+    monkeypatch.setattr(tempfile, "tempdir", SCRATCH.name)  # where pieces of data lie that were brought
 
 
 def made_picture(rng: np.random.Generator, label: int, size: int = 32) -> Image.Image:

@@ -49,7 +49,7 @@ class CommandLine:
     """`underpaint ARGUMENTS` as a user runs it, in a fork of a process that has torch imported."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.scratch = folder, tempfile.TemporaryDirectory(prefix="up-")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -83,7 +83,7 @@ class CommandLine:
             "record": record and str(record),
             "environments": environments or (torchrun(processes) if processes > 1 else [{}]),
             "cache": str(self.folder / "cache"),
-            "scratch": str(self.folder / "scratch"),
+            "scratch": self.scratch.name,
         }
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -103,6 +103,7 @@ class CommandLine:
         self.server.kill()  # it waits for requests; a process that a test left behind may hold its pipe open
         self.server.wait(60)
         self.server.stdout.close()
+        self.scratch.cleanup()
 
 
 def said(file: str, rank: int) -> str:
