@@ -112,7 +112,7 @@ def test_masks_that_are_no_longer_black_and_white_are_named(tmp_path: Path) -> N
 
 
 @pytest.mark.quick
-def test_a_hundred_thousand_names_are_matched_in_seconds() -> None:
+def test_a_hundred_thousand_names_are_matched_in_a_second() -> None:
     import time
 
     from underpaint.data.sources.beside import beside, masks_beside
@@ -130,7 +130,7 @@ def test_a_hundred_thousand_names_are_matched_in_seconds() -> None:
 
     began = time.process_time()
     assert len(masks_beside(names, read, [])) == 50_000
-    assert time.process_time() - began < 3  # 0.7 on an idle core, 1.4 beside other work; one by one it would be minutes
+    assert time.process_time() - began < 1
     assert len(reads) < 50
     assert beside([name for name in names if name.endswith("jpg")]) == []
 
