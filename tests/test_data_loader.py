@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -664,3 +665,20 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(images):
             assert found.samples == wanted.samples
             assert found.images.is_cuda
             torch.testing.assert_close(found.images.cpu(), wanted.images, atol=1e-3, rtol=0)
+
+
+@pytest.mark.quick
+def test_a_long_path_of_temporary_files_is_said(tmp_path, monkeypatch):
+    """Sockets below it could not be made, and the results of workers would never come."""
+    for length in (75, 76):
+        (folder := Path("/tmp") / ("u" * (length - 5))).mkdir(exist_ok=True)
+        monkeypatch.setattr(parallel_module.tempfile, "tempdir", str(folder))
+        try:
+            found = ordered_map(lambda k: torch.full((3,), k), range(4), 2)
+            if length == 75:
+                assert [int(value[0]) for value in found] == [0, 1, 2, 3]
+            else:
+                with pytest.raises(InputError, match=r"^TMPDIR: /tmp/u+ is too long a path .* at most 75 bytes serve"):
+                    next(found)
+        finally:
+            shutil.rmtree(folder)

@@ -49,9 +49,10 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Caches and pieces of one's own, nothing in memory://, and no waiting between tries."""
     monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(remote, "PAUSE", 0.0)
-    yield
+    with tempfile.TemporaryDirectory(prefix="up-", dir="/tmp") as short:  # sockets of processes that decode lie there
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        yield
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
@@ -184,10 +185,10 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
     )
 
 
-def elsewhere(source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def elsewhere(source: Source, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The reader of a source as on another machine, where no piece is yet."""
     reader: Any = source._reader
-    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(dir=folder))
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp())
     reader.__dict__.update(_made=None, _asked=set())
     reader._files.clear()
     return reader
@@ -336,7 +337,7 @@ def test_what_is_read_of_remote_shards(tmp_path: Path, monkeypatch: pytest.Monke
 
     def asked(first: int, count: int) -> list[tuple[str, int, int]]:
         log.write_text("")
-        elsewhere(source, tmp_path, monkeypatch)
+        elsewhere(source, monkeypatch)
         batches(images, count, first=first, workers=workers)
         lines = [line.split() for line in log.read_text().splitlines()]
         return [(url, int(start), int(end)) for url, start, end in lines]
@@ -366,9 +367,9 @@ def test_what_stays_on_the_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.M
     most = 0
     for number in range(22):
         batches(images, 1, first=number)
-        most = max(most, sum(path.stat().st_size for path in (tmp_path / "tmp").rglob("*.piece")))
+        most = max(most, sum(path.stat().st_size for path in Path(tempfile.gettempdir()).rglob("*.piece")))
     assert 12_000 < most <= 4 * 6_000 + 8_000  # a piece brought since it was last looked through
-    (folder,) = (path.parent for path in list((tmp_path / "tmp").rglob("*.piece"))[:1])
+    (folder,) = (path.parent for path in list(Path(tempfile.gettempdir()).rglob("*.piece"))[:1])
     for path in folder.glob("*.piece"):
         path.write_bytes(path.read_bytes()[:-9])  # as a machine that went down leaves it
     images._source._reader._files.clear()  # pyright: ignore[reportAttributeAccessIssue]
@@ -473,7 +474,7 @@ def test_a_bucket_that_goes_away_ends_the_run_with_a_line(
         tries.append(1)
         raise ConnectionResetError("the connection\nwas reset")
 
-    elsewhere(images._source, tmp_path, monkeypatch)
+    elsewhere(images._source, monkeypatch)
     batches(images, 1)
     MemoryFileSystem.cat_file, real = gone, MemoryFileSystem.cat_file
     try:

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import connection
@@ -21,6 +22,7 @@ MOST = 8  # processes that read ahead, where nobody says how many
 EACH = 4  # results of one pass that a process must have to make, or starting it does not pay
 IN_FLIGHT = 2**30  # bytes of results that a process's workers may be ahead, with their pinned copies
 SHARED_MEMORY = "/dev/shm"  # through which results travel
+LONGEST = 75  # bytes of a path below which Python puts sockets, whose own paths may have 107
 SHARE = 4  # all local processes together take at most a quarter of it: others of the same run read, too
 # forked processes share the index of the images, start at once, and run no script of the user's a second time; they must
 # not touch the GPU, which a forked process cannot
@@ -176,10 +178,17 @@ def ordered_map(
 
     Raises:
         WorkerLost: a worker process has ended, some seconds ago, or shared memory did not suffice.
+        InputError: the folder of temporary files has too long a path.
     """
     if workers == 0:
         yield from map(function, keys)
         return
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST:  # else results are lost in a thread, and nobody hears of it
+        raise InputError(
+            f"TMPDIR: {folder} is too long a path for the sockets of processes that decode; at most {LONGEST} bytes "
+            "serve, or --workers 0"
+        )
     import torch  # here: where one process does it all, nothing needs it
     from torch.utils.data import DataLoader
 
