@@ -5,8 +5,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# here: where a module under the shape-checking hook is the first to import them, they are compiled anew in each process
+import lightning_fabric  # noqa: F401
 import numpy as np
 import pytest
+import sklearn.linear_model  # noqa: F401
+import timm  # noqa: F401
+import torch._dynamo  # noqa: F401
+import torchvision  # noqa: F401
 from forked import CommandLine
 from PIL import Image
 

@@ -361,7 +361,9 @@ def test_what_is_read_of_remote_shards(tmp_path: Path, monkeypatch: pytest.Monke
     # single images of the first window are asked for by each process, and pieces that need one image alone by one
     assert len(brought) >= len(pieces) - 4
     # which process comes to a piece before it is brought depends on their speed; none asks for two of its images alone
-    alone = [(process, piece_of[request]) for process, request in zip(processes, epoch, strict=True) if request not in pieces]
+    alone = [
+        (process, piece_of[request]) for process, request in zip(processes, epoch, strict=True) if request not in pieces
+    ]
     assert len(alone) == len(set(alone))
     if not workers:
         assert len(epoch) < 1.5 * len(source.pieces.sizes)

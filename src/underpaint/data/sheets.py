@@ -72,7 +72,7 @@ def sheet(pictures: Sequence[tuple[str, Image.Image]], path: Path, legend: dict[
             pen.rectangle((x, top + 2, x + 10, top + 12), fill=colour_of(number))
             pen.text((x + 14, top), name, fill="black", font=font)
     with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG", optimize=True)
+        canvas.save(temporary, format="PNG")
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

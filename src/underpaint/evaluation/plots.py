@@ -82,7 +82,7 @@ def contact_sheet(tiles: list[tuple[UInt8[np.ndarray, "h w 3"], str]], path: Pat
             text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-2] + "…"
         pen.text((x, y + TILE + 2), text, fill="black", font=font)
     with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG", optimize=True)
+        canvas.save(temporary, format="PNG")
 
 
 def _save(figure: Figure, path: Path) -> None:

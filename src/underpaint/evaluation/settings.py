@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -197,10 +198,8 @@ def changed(settings: Settings, given: Mapping[str, object], what: str) -> Setti
     for name, value in given.items():
         if name not in types:
             raise InputError(f"--set {name}: a setting of {what} is one of {', '.join(sorted(types))}")
-        parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(kind, "set")
         try:
-            parsed = parser.parse_object({"set": {name: value}}, defaults=True).as_dict()["set"]
+            parsed = _parser(kind).parse_object({"set": {name: value}}, defaults=True).as_dict()["set"]
         except Exception as error:  # jsonargparse's, of several kinds
             raise InputError(f"--set {name}={value}: it must be {_words(types[name])}") from error
         if value is None and type(None) not in get_args(types[name]):  # which jsonargparse takes for anything
@@ -208,6 +207,13 @@ def changed(settings: Settings, given: Mapping[str, object], what: str) -> Setti
         made = replace(made, **{name: parsed[name]})  # pyright: ignore[reportArgumentType, reportCallIssue]
     check_bounds(made, kind, "--set {}")
     return made
+
+
+@cache
+def _parser(kind: type) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "set")
+    return parser
 
 
 def _words(kind: Any) -> str:

@@ -329,4 +329,4 @@ def _some(images: ImageSet, count: int, seed: int) -> list[int]:
 
 def _save(canvas: Image.Image, path: Path) -> None:
     with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG", optimize=True)
+        canvas.save(temporary, format="PNG")

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -67,10 +68,6 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
         )
     method, encoder = names_known(settings)
     _only_known(f"method {method['name']}", method, ["name", *method_settings(method["name"])])
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    for section, kind in SECTIONS.items():
-        parser.add_class_arguments(kind, section)
-    parser.add_class_arguments(METHODS[method["name"]], "method", skip={"encoder"})
     given = {section: _worded(section, settings.get(section) or {}, kind) for section, kind in SECTIONS.items()}
     if isinstance(side := given["data"].get("image_size"), int):
         given["data"]["image_size"] = (side, side)
@@ -78,7 +75,7 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
         "method", {key: value for key, value in method.items() if key != "name"}, METHODS[method["name"]].__init__
     )
     try:
-        parsed = parser.parse_object(given, defaults=True).as_dict()
+        parsed = _parser(method["name"]).parse_object(given, defaults=True).as_dict()
     except Exception as error:
         raise InputError(f"recipe: {one_line(error)}") from error
     recipe = Recipe(
@@ -93,6 +90,16 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
     recipe.data.image_size = tuple(recipe.data.image_size)  # pyright: ignore[reportAttributeAccessIssue]
     check(recipe)
     return recipe
+
+
+@cache
+def _parser(method: str) -> jsonargparse.ArgumentParser:
+    """Of the sections of a recipe; to make one takes as long as to read ten recipes."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    for section, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, section)
+    parser.add_class_arguments(METHODS[method], "method", skip={"encoder"})
+    return parser
 
 
 def names_known(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -47,7 +47,7 @@ def sheet(
             canvas.paste(tile, (left, top + row * (height + gap)))
     if legend:
         canvas = _with_legend(canvas, legend)
-    kind = {"format": "WEBP", "quality": 85} if path.suffix == ".webp" else {"format": "PNG", "optimize": True}
+    kind = {"format": "WEBP", "quality": 85} if path.suffix == ".webp" else {"format": "PNG"}
     with replacing(path) as temporary:
         canvas.save(temporary, **kind)
 
