@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # two processes of one thread each: on two cores, threads of two processes would wait for each other
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+# bytecode is kept: without it each process compiles the checked modules and the rewritten tests anew
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 # without the shape-checking hook, under which nothing compiles
 UNHOOKED := -o addopts="-q --strict-markers -p no:cacheprovider"
 

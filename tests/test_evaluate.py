@@ -416,7 +416,6 @@ def test_the_error_of_a_mean_and_of_a_paired_difference_is_that_of_its_images():
     assert means({"accuracy": hits}).numbers()["accuracy_error"] == pytest.approx(math.sqrt(share * (1 - share) / 50))
 
 
-@pytest.mark.quick
 def test_a_bootstrap_redraws_whole_groups():
     rng = np.random.default_rng(0)
     scores = np.repeat(rng.normal(size=25), 16)  # 16 equal images of each of 25 patients

@@ -104,7 +104,6 @@ def test_what_is_taken_trains_or_says_why_not(path: str, few: Path, server: Comm
         assert ended.status != 2 or name in ended.error.replace("_", "").replace("-", ""), ended.error
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_numbers_of_a_method_are_taken_or_refused(name: str) -> None:
     """In the way that a run makes a method: what it raises is told in one line."""

@@ -127,7 +127,6 @@ def test_what_is_said_is_kept(said: dict[str, Any], family: str, machine: Machin
         )
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("method", "said"),
     [

@@ -636,7 +636,6 @@ def test_positions_of_a_rectangle_are_known_for_what_they_are(tmp_path: Path) ->
 # -- which network -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     "name",
     [

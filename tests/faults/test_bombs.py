@@ -345,7 +345,6 @@ def test_a_file_of_a_tar_that_claims_gigabytes_is_left_out(
         source.read(1)
 
 
-@pytest.mark.quick
 def test_rows_that_share_their_bytes_fill_no_memory(tmp_path: Path) -> None:
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array([bytes(2**20)], pa.binary()))
     pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet", store_schema=False)

@@ -208,7 +208,6 @@ def lzw(array: np.ndarray, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_lzw_is_read_as_it_was_written_and_refused_where_it_is_damaged(dtype: str, capfd: Any) -> None:
     """imagecodecs' decoder of damaged streams writes beyond its memory: this ended the process within 2,000 of them."""
