@@ -105,7 +105,10 @@ def test_times_are_told_in_words() -> None:
 
 
 def test_it_costs_nothing() -> None:
-    began = time.process_time()
-    for _ in progress(range(100_000), "counting"):
-        pass
-    assert time.process_time() - began < 1  # 10 microseconds of a processor each; what else runs does not count
+    times = []
+    for _ in range(3):  # what else runs on the machine costs some of them more
+        began = time.perf_counter()
+        for _ in progress(range(100_000), "counting"):
+            pass
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1  # 10 microseconds each, on a slow machine

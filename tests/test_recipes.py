@@ -10,6 +10,7 @@ from conftest import made_picture
 
 from underpaint.cli import parser
 from underpaint.errors import InputError
+from underpaint.methods import METHODS, SimMIM
 from underpaint.recipes import RECIPES
 from underpaint.recipes.recipe import checked, method_settings, override, plain
 from underpaint.recipes.request import read_recipe
@@ -108,6 +109,25 @@ def test_settings_are_the_constructors_arguments() -> None:
     assert settings["method"] == {"name": "mae"}  # the other method's settings do not follow
     override(settings, "init", "timm:x")
     assert settings["init"] == "timm:x"
+
+
+@pytest.mark.quick
+def test_a_method_that_is_made_anew_has_its_new_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, whose cell is run again."""
+
+    class Mine(SimMIM):
+        margin: int = 3
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    assert checked({"method": {"name": "mine", "margin": 4}}).method["margin"] == 4
+
+    class MineAgain(SimMIM):
+        room: float = 0.5
+
+    monkeypatch.setitem(METHODS, "mine", MineAgain)
+    found = checked({"method": {"name": "mine", "room": 0.25}}).method
+    assert found["room"] == 0.25
+    assert "margin" not in found
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

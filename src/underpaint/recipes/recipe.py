@@ -75,7 +75,7 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
         "method", {key: value for key, value in method.items() if key != "name"}, METHODS[method["name"]].__init__
     )
     try:
-        parsed = _parser(method["name"]).parse_object(given, defaults=True).as_dict()
+        parsed = _parser(METHODS[method["name"]]).parse_object(given, defaults=True).as_dict()
     except Exception as error:
         raise InputError(f"recipe: {one_line(error)}") from error
     recipe = Recipe(
@@ -93,12 +93,13 @@ def checked(settings: Mapping[str, Any]) -> Recipe:
 
 
 @cache
-def _parser(method: str) -> jsonargparse.ArgumentParser:
-    """Of the sections of a recipe; to make one takes as long as to read ten recipes."""
+def _parser(method: type) -> jsonargparse.ArgumentParser:
+    """Of the sections of a recipe; to make one takes as long as to read ten recipes. (Not by a name, which a notebook may give
+    to another class.)"""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
-    parser.add_class_arguments(METHODS[method], "method", skip={"encoder"})
+    parser.add_class_arguments(method, "method", skip={"encoder"})
     return parser
 
 
