@@ -104,6 +104,7 @@ def test_times_are_told_in_words() -> None:
     assert [lasting(s) for s in (0.0, 59.0, 90.0, 5_000.0, 5_400.0)] == ["0 s", "59 s", "2 min", "83 min", "1.5 h"]
 
 
+@pytest.mark.unhooked  # under the shape-checking hook the checks of arguments are most of the time
 def test_it_costs_nothing() -> None:
     times = []
     for _ in range(3):  # what else runs on the machine costs some of them more
@@ -111,4 +112,4 @@ def test_it_costs_nothing() -> None:
         for _ in progress(range(100_000), "counting"):
             pass
         times.append(time.perf_counter() - began)
-    assert min(times) < 1  # 10 microseconds each, on a slow machine
+    assert min(times) < 0.1  # a microsecond each, on a slow machine: it takes 0.15
