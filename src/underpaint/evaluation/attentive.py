@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ RATES = (1e-3, 3e-3, 1e-2)  # of AdamW, at their highest
 WEIGHT_DECAY = 0.05
 WARM_UP = 0.1  # share of the steps
 EVALUATION_TOKENS = 2**18  # that are looked at together
+NORMALIZED_BYTES = (
+    5e8  # of patch tokens in float32 that are normalised once; more are in each batch, without a second copy
+)
 
 
 def attentive(
@@ -55,12 +59,13 @@ def attentive_head(
     task = as_task(train_patches, train_y, test_patches, test_y)
     fit, held = hold_out(task.train, seed)
     best = RATES[len(RATES) // 2]  # where there is nothing to choose by
+    tokens = Tokens.of(train_patches)
     if len(held):
-        probes = _train(train_patches, task.train, fit, RATES, epochs, seed)
-        found = [(_predict(probe, train_patches, held) == task.train[held]).mean() for probe in probes]
+        probes = _train(tokens, task.train, fit, RATES, epochs, seed)
+        found = (_predict(probes, tokens, held) == task.train[held]).mean(axis=1)
         best = RATES[int(np.argmax(found))]
-    (probe,) = _train(train_patches, task.train, np.arange(len(task.train)), [best], epochs, seed)
-    predicted = _predict(probe, test_patches, np.arange(len(test_patches)))
+    (probe,) = _train(tokens, task.train, np.arange(len(task.train)), [best], epochs, seed)
+    (predicted,) = _predict([probe], Tokens(test_patches, False), np.arange(len(test_patches)))
     return Probe.of(task.hits(predicted), {"rate": best}, task.classes[predicted]), AttentiveHead(probe)
 
 
@@ -90,15 +95,25 @@ class AttentiveProbe(nn.Module):
         self.classify_bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b classes"]:
-        dim = tokens.shape[-1]
-        query = self.query.view(self.heads, 1, -1) / math.sqrt(dim // self.heads)
-        keys = (query @ self.key.view(self.heads, -1, dim)).squeeze(1) * self.key_scale  # one vector a head
-        attention = (tokens @ keys.T).softmax(dim=1)
-        pooled = attention.transpose(1, 2) @ tokens  # [b, heads, d]
-        pooled = pooled * self.value_scale + self.value_shift
-        values = torch.einsum("bhd,hed->bhe", pooled, self.value.view(self.heads, -1, dim)).flatten(1)
-        seen = F.linear(values + self.value_bias, self.output)
-        return F.linear(self.norm(seen), self.classify, self.classify_bias)
+        return scores([self], tokens)[0]
+
+
+def scores(probes: Sequence[AttentiveProbe], tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "r b classes"]:
+    """What each of several probes says of the same tokens, which are read once for the heads of all."""
+    (images, count, dim), rates, heads = tokens.shape, len(probes), probes[0].heads
+    weight = {name: torch.stack([getattr(one, name) for one in probes]) for name, _ in probes[0].named_parameters()}
+    query = weight["query"].view(rates * heads, 1, -1) / math.sqrt(dim // heads)
+    keys = (query @ weight["key"].view(rates * heads, -1, dim)).view(rates, heads, dim)  # one vector a head
+    keys = (keys * weight["key_scale"][:, None]).view(rates * heads, dim)
+    attention = (keys @ tokens.reshape(-1, dim).T).view(rates * heads, images, count).softmax(dim=2)
+    pooled = (attention.transpose(0, 1) @ tokens).transpose(0, 1)  # [rates * heads, b, d]
+    # scale and shift act on the projection, not on what is projected: [b, rates * heads, d] is many times as large
+    value = (weight["value"] * weight["value_scale"][:, None]).view(rates * heads, -1, dim)
+    bias = (weight["value"] @ weight["value_shift"][:, :, None]).squeeze(2) + weight["value_bias"]
+    values = (pooled @ value.transpose(1, 2)).view(rates, heads, images, -1).transpose(1, 2).reshape(rates, images, dim)
+    seen = (values + bias[:, None]) @ weight["output"].transpose(1, 2)
+    seen = torch.stack([one.norm(each) for one, each in zip(probes, seen, strict=True)])
+    return torch.baddbmm(weight["classify_bias"][:, None], seen, weight["classify"].transpose(1, 2))
 
 
 class AttentiveHead(nn.Module):
@@ -126,8 +141,25 @@ def normalized(tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
     return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
 
 
+class Tokens(NamedTuple):
+    """Patch tokens of which the probe takes batches."""
+
+    patches: Float[Tensor, "n t d"]
+    ready: bool  # normalised already
+
+    @classmethod
+    def of(cls, patches: Float[Tensor, "n t d"]) -> "Tokens":
+        """To be taken many times."""
+        few = 4 * patches.numel() <= NORMALIZED_BYTES
+        return cls(normalized(patches), True) if few else cls(patches, False)
+
+    def batch(self, members: Int[Tensor, "b"], device: torch.device) -> Float[Tensor, "b t d"]:
+        chosen = self.patches[members.to(self.patches.device)].to(device)
+        return chosen if self.ready else normalized(chosen)
+
+
 def _train(
-    patches: Float[Tensor, "n t d"],
+    tokens: Tokens,
     labels: Int[np.ndarray, "n"],
     members: Int[np.ndarray, "k"],
     rates: Sequence[float],
@@ -135,11 +167,11 @@ def _train(
     seed: int,
 ) -> list[AttentiveProbe]:
     """A probe for every rate, trained on the images `members`; all start alike and see the same batches."""
-    device = patches.device
+    device, dim = tokens.patches.device, tokens.patches.shape[2]
     classes = int(labels.max()) + 1
-    probes = [AttentiveProbe(patches.shape[2], classes, torch.Generator().manual_seed(seed)).to(device) for _ in rates]
+    probes = [AttentiveProbe(dim, classes, torch.Generator().manual_seed(seed)).to(device) for _ in rates]
     groups = [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     batch = min(len(members), max(16, min(256, len(members) // 16)))
     an_epoch = len(members) // batch
     steps, warm_up = epochs * an_epoch, max(1, round(WARM_UP * epochs * an_epoch))
@@ -155,24 +187,23 @@ def _train(
         factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * share))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        tokens, wanted = normalized(patches[chosen.to(device)]), targets[chosen].to(device)
-        losses = [F.cross_entropy(probe(tokens), wanted) for probe in probes]
+        found, wanted = scores(probes, tokens.batch(chosen, device)), targets[chosen].to(device)
+        # the sum over the rates of mean losses: each probe's gradient is its own
+        loss = F.cross_entropy(found.flatten(0, 1), wanted.repeat(len(rates)), reduction="sum") / len(chosen)
         optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
+        loss.backward()
         optimizer.step()
     return [probe.eval() for probe in probes]
 
 
 @torch.no_grad()
-def _predict(
-    probe: AttentiveProbe, patches: Float[Tensor, "n t d"], members: Int[np.ndarray, "k"]
-) -> Int[np.ndarray, "k"]:
-    """The likeliest class of each image of `members`."""
-    device = probe.query.device
-    batch = max(1, EVALUATION_TOKENS // patches.shape[1])
-    parts = torch.from_numpy(members).to(patches.device).split(batch)
-    scores = [probe(normalized(patches[part].to(device))) for part in parts]
-    return torch.cat(scores).argmax(dim=1).cpu().numpy()
+def _predict(probes: Sequence[AttentiveProbe], tokens: Tokens, members: Int[np.ndarray, "k"]) -> Int[np.ndarray, "r k"]:
+    """The likeliest class of each image of `members`, by each probe."""
+    device = probes[0].query.device
+    batch = max(1, EVALUATION_TOKENS // tokens.patches.shape[1])
+    parts = torch.from_numpy(members).split(batch)
+    said = [scores(probes, tokens.batch(part, device)).argmax(dim=2) for part in parts]
+    return torch.cat(said, dim=1).cpu().numpy()
 
 
 def _weight(outputs: int, inputs: int, deviation: float, generator: torch.Generator) -> nn.Parameter:
