@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from underpaint.evaluation.attentive import AttentiveProbe, normalized
+from underpaint.evaluation.linear import cross_entropy
 
 attentive_module: Any = import_module("underpaint.evaluation.attentive")
 
@@ -80,3 +81,17 @@ def test_probes_of_all_rates_at_once_are_those_one_by_one(monkeypatch: pytest.Mo
     assert (said == found.argmax(2).numpy()).all()
     assert (said != expected).mean() < 0.02
     assert ((said == labels).mean(axis=1) > 0.5).all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("classes", [2, 10, 40])
+def test_the_slope_of_the_linear_probe_is_that_of_autograd(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 12, generator=generator)
+    y = torch.randint(classes, (300,), generator=generator)
+    weights = torch.randn(classes, 13, generator=generator).requires_grad_()
+    expected = F.cross_entropy(F.linear(x, weights[:, :-1], weights[:, -1]), y)
+    expected.backward()
+    value, slope = cross_entropy(x, y, weights.detach())
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slope, weights.grad, rtol=1e-5, atol=1e-7)

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from underpaint.console import Going
 from underpaint.evaluation.results import Probe
@@ -117,18 +116,30 @@ def _fit(
         line_search_fn="strong_wolfe",
     )
 
+    @torch.no_grad()
     def loss() -> Tensor:
-        optimizer.zero_grad()
         weights = free * unit
-        scores = torch.addmm(weights[:, -1], x, weights[:, :-1].T)
-        value = F.cross_entropy(scores, y) + 0.5 * decay * weights[:, :-1].square().sum()
-        value.backward()
+        value, slope = cross_entropy(x, y, weights)
+        plain = weights.clone()
+        plain[:, -1] = 0
+        free.grad = (slope + decay * plain) * unit
         going.advance()
-        return value
+        return value + 0.5 * decay * plain.square().sum()
 
-    with torch.enable_grad(), Going("linear probe, steps", total=None) as going:
+    with Going("linear probe, steps", total=None) as going:
         optimizer.step(loss)
     return free.detach() * unit
+
+
+def cross_entropy(
+    x: Float[Tensor, "n r"], y: Int[Tensor, "n"], weights: Float[Tensor, "k r1"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "k r1"]]:
+    """The mean cross-entropy of an affine map (its bias comes last), and its gradient. Written out, with a row of scores a class:
+    the softmax then goes down contiguous rows, and of ten classes all takes a quarter of the time."""
+    share = torch.addmm(weights[:, -1:], weights[:, :-1], x.T).log_softmax(dim=0)
+    value = -share.gather(0, y[None]).mean()
+    share.exp_().scatter_add_(0, y[None], share.new_full((1, len(y)), -1.0))
+    return value, torch.cat([share @ x, share.sum(dim=1, keepdim=True)], dim=1) / len(y)
 
 
 def _predict(weights: Float[Tensor, "k r1"], x: Float[Tensor, "n r"]) -> Int[np.ndarray, "n"]:
