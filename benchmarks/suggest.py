@@ -66,7 +66,8 @@ def main() -> None:
     features: dict[str, tuple[Features, Features]] = {}
     for name, each in (("encoder", bundle), ("untrained", bundle.random_init(0))):
         features[name] = tuple(stored_features(each, part, with_patches=False) for part in (train, test))  # type: ignore
-    features["pixels"] = tuple(pixel_features(raw_pixels, part, bundle.size) for part in (train, test))  # type: ignore
+    raw = {"pixels": raw_pixels}
+    features["pixels"] = tuple(pixel_features(raw, part, bundle.size)["pixels"] for part in (train, test))  # type: ignore
     y, wanted = (part.labels_of(features["encoder"][k].samples) for k, part in enumerate((train, test)))
     keys = ("data", "by", "features", "probe", "budget", "seed")
     done = {tuple(line[key] for key in keys): line for line in read_lines(given.out)}

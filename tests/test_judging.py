@@ -1,7 +1,9 @@
 """What makes the judgement fast, held against the plain way: the same values."""
 
+import json
 import math
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from underpaint.cli import main
 from underpaint.evaluation.attentive import AttentiveProbe, normalized
 from underpaint.evaluation.linear import cross_entropy
 
 attentive_module: Any = import_module("underpaint.evaluation.attentive")
+features_module: Any = import_module("underpaint.evaluation.features")
+visualizations_module: Any = import_module("underpaint.evaluation.visualizations")
 
 
 def plain_scores(probe: AttentiveProbe, tokens: Tensor) -> Tensor:
@@ -95,3 +100,43 @@ def test_the_slope_of_the_linear_probe_is_that_of_autograd(classes: int) -> None
     value, slope = cross_entropy(x, y, weights.detach())
     torch.testing.assert_close(value, expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(slope, weights.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_looks_at_its_images_once_before_and_once_after_training(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probes, the judgement and its pictures; the encoder before training is seen by the first probe alone."""
+    counts: list[tuple[bool, int]] = []
+
+    def counting(encoder: Any, batches: Any, **given: Any) -> Any:
+        found = plain(encoder, batches, **given)
+        counts.append((isinstance(encoder, torch.nn.Module), len(found.pooled)))
+        return found
+
+    plain = features_module.extract
+    monkeypatch.setattr(features_module, "extract", counting)
+    monkeypatch.setattr(visualizations_module, "extract", counting)
+    out = tmp_path / "run"
+    command = [
+        "pretrain",
+        str(pictures),
+        "--out",
+        str(out),
+        "--method",
+        "mae",
+        "--image-size",
+        "32",
+        "--patch-size",
+        "8",
+    ]
+    small = [f"encoder.{name}" for name in ("embed_dim=32", "depth=1", "num_heads=1")]
+    small += ["method.decoder_dim=32", "method.decoder_depth=1"]
+    command += ["--encoder", "vit_tiny_patch16_224", "--steps", "2", "--batch-size", "16", "--probe-every", "2"]
+    assert main([*command, *(word for setting in small for word in ("--set", setting))]) == 0
+    assert sum(count for network, count in counts if network) == 2 * 90
+    assert sum(count for network, count in counts if not network) == 90  # raw pixels and HOG
+    judged = json.loads((out / "probes.json").read_text())
+    lines = [json.loads(line)["probe"] for line in (out / "metrics.jsonl").read_text().splitlines() if "probe" in line]
+    for who, probe in (("untrained", lines[0]), ("encoder", lines[-1])):
+        for kind in ("linear", "attentive", "knn"):
+            assert judged[who][kind]["accuracy"] == probe[kind]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pictures
+from PIL import Image
 
 import underpaint
 from underpaint.data import ImageSet, Indices, Source, load_images, open_source, pretraining_indices
@@ -122,9 +123,68 @@ def test_the_last_probe_the_judgement_and_the_pictures_share_one_pass(
     assert shared[1].counts == alone[1].counts
     for name, (probe,) in alone[1].probes.items():
         assert (shared[1].probes[name][0].correct != probe.correct).mean() < 0.05, name
-    known = seen.known(judge.splits)
+    known = seen.known(judge)
     write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(known, known))
-    assert sum(counts) - 120 == 2 * (96 + 6)  # the colours of patches alone, of the pool and of what is shown
+    assert sum(counts) - 120 == 2 * (96 + 6)  # the colours of patches alone: the attentive probe has tokens of 60 of 96
     looks = (tmp_path / "out" / "looks.json").read_text()
     write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "again")
     assert (tmp_path / "again" / "looks.json").read_text() == looks
+
+
+def test_what_was_glanced_at_is_extended_and_no_probe_is_fitted_twice(
+    tmp_path: Path, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = judge_of(write_pictures(tmp_path / "pictures", 120))
+    assert judge.splits is not None
+    monkeypatch.setattr(probes_module, "QUICK_TRAIN", 40)
+    monkeypatch.setattr(probes_module, "ATTENTIVE_TRAIN", 60)
+    whole = judge.see(encoder, STANDARDIZE)
+    glance = judge.glance(encoder, STANDARDIZE)
+    glanced = judge.quick(encoder, STANDARDIZE, glance)
+    counts: list[int] = []
+    encoder.register_forward_hook(lambda module, given, made: counts.append(len(given[0])))
+    seen = judge.see(encoder, STANDARDIZE, glance)
+    assert sum(counts) == 96 - 40  # the test part was known, and 40 of those to train on
+    assert glance.bytes == 4 * 32 * (40 + 24) * (1 + 16)
+    for one, other in ((seen.sides, whole.sides), (seen.tokens, whole.tokens)):
+        assert one is not None and other is not None
+        for side, expected in zip(one, other, strict=True):
+            assert (side.features.samples == expected.features.samples).all()
+            torch.testing.assert_close(side.features.pooled, expected.features.pooled, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(side.features.patches, expected.features.patches, rtol=1e-5, atol=1e-5)
+    fitted: list[int] = []
+    plain = probes_module.probe_features
+    monkeypatch.setattr(
+        probes_module, "probe_features", lambda *given, **more: fitted.append(1) or plain(*given, **more)
+    )
+    assert judge.quick(encoder, STANDARDIZE, seen) == glanced  # found already
+    assert not fitted
+    judge.worth(encoder, STANDARDIZE, seen=seen)
+    judge.worth(encoder, STANDARDIZE, seen=seen)
+    assert len(fitted) == 3
+
+
+def test_pictures_of_what_is_known_need_no_encoder(tmp_path: Path, encoder: Any) -> None:
+    judge = judge_of(write_pictures(tmp_path / "pictures", 120))
+    known = judge.see(encoder, STANDARDIZE).known(judge)
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "plain")
+    encoder.register_forward_hook(lambda *given: pytest.fail("extracted again"))
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(known, known))
+    for name in ("features.png", "neighbours.png"):
+        made, plain = (np.asarray(Image.open(tmp_path / at / name), int) for at in ("out", "plain"))
+        assert np.abs(made - plain).max() <= 1, name  # other batches, other rounding
+
+
+def test_without_labels_the_rank_and_the_pictures_share_one_pass(tmp_path: Path, encoder: Any) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in sorted(write_pictures(tmp_path / "made", 60).rglob("*.png")):
+        path.rename(folder / path.name)
+    judge = judge_of(folder)
+    assert judge.splits is None
+    counts: list[int] = []
+    encoder.register_forward_hook(lambda module, given, made: counts.append(len(given[0])))
+    seen = judge.see(encoder, STANDARDIZE, judge.glance(encoder, STANDARDIZE))
+    assert judge.worth(encoder, STANDARDIZE, seen=seen).rank == judge.quick(encoder, STANDARDIZE, seen)["rank"]
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(seen.known(judge),) * 2)
+    assert sum(counts) == 60 + 2 * (60 + 6)  # the colours of patches alone

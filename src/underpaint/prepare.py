@@ -77,6 +77,7 @@ class Session:
         shout: says what a person should know.
         last: the step at whose end the encoder is judged; None where a comparison does that.
         seen: what was seen of the encoder there.
+        start: what the first probe saw of the untrained one, where it could be kept.
     """
 
     fabric: Fabric
@@ -92,6 +93,7 @@ class Session:
     shout: Shout = say
     last: int | None = None
     seen: Seen | None = None
+    start: Seen | None = None
 
     def batches(
         self, first: int, seed: int, on_skip: Callable[[dict[str, str]], None] | None = None

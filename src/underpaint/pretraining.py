@@ -60,6 +60,7 @@ from underpaint.train.stepper import Stepper
 
 # images that are restored at each probe, and their pixels at most: the page holds all of these pictures
 PICTURED, PICTURED_SIDE = 4, 160
+KEPT = 5e8  # bytes of features of the untrained encoder that are kept from the first probe for the judgement
 UNREPEATABLE = r"(\S+) does not have a deterministic implementation"  # torch's words
 
 
@@ -352,9 +353,14 @@ def _look(session: Session, step: int) -> dict[str, float]:
             session.run.path / "pictures" / f"restore-{step:08d}.webp",
             largest=PICTURED_SIDE,
         )
+    suite = session.suite
     if step == session.last:
-        session.seen = session.suite.see(method.encoder, standardize)
-    return session.suite.quick(method.encoder, standardize, session.seen)
+        seen = session.seen = suite.see(method.encoder, standardize)
+    else:
+        seen = suite.glance(method.encoder, standardize)
+        if not step and session.last is not None and seen.bytes <= KEPT:
+            session.start = seen
+    return suite.quick(method.encoder, standardize, seen)
 
 
 def _judge(session: Session, untrained: Backbone) -> None:
@@ -366,12 +372,12 @@ def _judge(session: Session, untrained: Backbone) -> None:
             f"judging the encoder, {'what it started from' if session.recipe.init else 'the untrained one'}, raw pixels and HOG ..."
         )
     report = {"restoration": by_first(lambda: suite.restoration(session.method, standardize))}
-    seen, start = session.seen or suite.see(encoder, standardize), suite.see(untrained, standardize)
+    seen, start = session.seen or suite.see(encoder, standardize), suite.see(untrained, standardize, session.start)
     report |= suite.final(seen, start, standardize)
 
     def write() -> None:
         run.write_json("probes.json", report)
-        known = seen.known(suite.splits), start.known(suite.splits)
+        known = seen.known(suite), start.known(suite)
         write_visualizations(seen.encoder, start.encoder, suite, standardize, run.path / "pictures", before, known)
         for line in run_text(run.path):
             session.shout(line)

@@ -100,10 +100,23 @@ class Context:
         key = (who, id(split))
         if key not in self._features:
             if who in PIXELS:
-                self._features[key] = pixel_features(PIXELS[who], split, self.bundle.size)
+                made = pixel_features(PIXELS, split, self.bundle.size)
+                self._features.update({(name, id(split)): found for name, found in made.items()})
+            elif (part := self._part(who, split)) is not None:
+                self._features[key] = part
             else:
                 self._features[key] = stored_features(self.encoders[who], split, with_patches=self.with_patches)
         return self._features[key]
+
+    def _part(self, who: str, split: Split) -> Features | None:
+        """Those of a part of the labelled images, where those of all are known."""
+        for other in () if self.whole is None else self.whole.labelled:
+            found = self.whole._features.get((who, id(other))) if self.whole is not None else None
+            if found is not None and other.images is split.images and np.isin(split.indices, other.indices).all():
+                rows = torch.from_numpy(np.flatnonzero(np.isin(found.samples, split.indices)))
+                patches = found.patches[rows] if len(found.patches) == len(found.samples) else found.patches[:0]
+                return Features(found.pooled[rows], patches, found.samples[rows.numpy()])
+        return None
 
     @cached_property
     def all_labelled(self) -> tuple[Split, Split]:

@@ -6,7 +6,7 @@ memory of a few.
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -130,17 +130,26 @@ def counted(batches: Iterable[Batch], what: str, total: int) -> Generator[Batch,
 
 
 class Known(NamedTuple):
-    """Pooled features that an encoder made of some images of a set."""
+    """Features that an encoder made of some images of a set."""
 
     images: ImageSet
     features: Features
 
-    def of(self, images: ImageSet, samples: Sequence[int]) -> Float[Tensor, "n d"] | None:
-        """Those of the images with these numbers; None where they are not all known."""
+    def pooled(self, images: ImageSet, samples: Sequence[int]) -> Float[Tensor, "n d"] | None:
+        """Of the images with these numbers; None where they are not all known."""
+        rows = self._rows(images, samples)
+        return None if rows is None else self.features.pooled[rows]
+
+    def patches(self, images: ImageSet, samples: Sequence[int]) -> Float[Tensor, "n t d"] | None:
+        """The same, of their patch tokens."""
+        tokens = self.features.patches
+        rows = self._rows(images, samples) if tokens.shape[1] and len(tokens) == len(self.features.samples) else None
+        return None if rows is None else tokens[rows]
+
+    def _rows(self, images: ImageSet, samples: Sequence[int]) -> list[int] | None:
         places = {sample: row for row, sample in enumerate(self.features.samples.tolist())}
-        if images is not self.images or any(sample not in places for sample in samples):
-            return None
-        return self.features.pooled[[places[sample] for sample in samples]]
+        known = images is self.images and all(sample in places for sample in samples)
+        return [places[sample] for sample in samples] if known else None
 
 
 class _Tokens:
@@ -248,20 +257,77 @@ def shared_features(
         return None
     if not pooled:
         raise InputError("there are no images to extract features from, or none can be read")
+    return Features(torch.cat(pooled), _together(patches), torch.cat(samples).numpy())
+
+
+def _together(patches: Sequence[Float[Tensor, "_ t d"]]) -> Float[Tensor, "k t d"]:
+    """In full precision where all are, and fit."""
     half = any(part.dtype == torch.float16 for part in patches)
     half = half or 4 * sum(part.numel() for part in patches) > FULL_PRECISION_BYTES
-    whole = torch.cat([_kept(part, torch.float16 if half else torch.float32) for part in patches])
-    return Features(torch.cat(pooled), whole, torch.cat(samples).numpy())
+    return torch.cat([_kept(part, torch.float16 if half else torch.float32) for part in patches])
 
 
-def pixel_features(features: Callable[[Tensor], Tensor], split: Split, size: tuple[int, int]) -> Features:
-    """What images give without any network, by a function of images in [0, 1]."""
+def completed_features(
+    encoder: Callable[[Tensor], Encoded],
+    standardize: Standardize,
+    split: Split,
+    size: tuple[int, int],
+    *,
+    with_patches: Chosen,
+    known: Features | None,
+) -> Features | None:
+    """The same as `shared_features` of a split whose indices ascend; what is `known` of the encoder, each image with its patch
+    tokens where these are asked for, is not extracted again.
+
+    Raises:
+        InputError: none of the images can be read.
+    """
+    indices = np.asarray(split.indices, np.int64)
+    if known is None or several():  # what the first process knows, the others do not
+        return shared_features(encoder, standardize, split, size, with_patches=with_patches)
+    whole = np.isin(known.samples, indices)
+    rest = indices[~np.isin(indices, known.samples)]
+    parts, wanted = (
+        [],
+        indices if with_patches is True else with_patches if isinstance(with_patches, np.ndarray) else rest[:0],
+    )
+    if whole.any():
+        rows, tokens = np.flatnonzero(whole), np.flatnonzero(whole & np.isin(known.samples, wanted))
+        patches = known.patches[torch.from_numpy(tokens)] if len(wanted) else known.patches[:0, :0]
+        parts.append(Features(known.pooled[torch.from_numpy(rows)], patches, known.samples[rows]))
+    if len(rest):
+        try:
+            left = Split(split.images, rest)
+            parts.append(features_of(encoder, standardize, left, size, with_patches=with_patches))
+        except InputError:  # none of these
+            if not parts:
+                raise
+    samples = np.concatenate([part.samples for part in parts])
+    order = np.argsort(samples)
+    pooled = torch.cat([part.pooled for part in parts])[torch.from_numpy(order)]
+    if not len(wanted):
+        return Features(pooled, pooled.new_empty(len(pooled), 0, pooled.shape[1]), samples[order])
+    held = np.concatenate([part.samples[np.isin(part.samples, wanted)] for part in parts])
+    patches = _together([part.patches for part in parts if len(part.patches)])
+    return Features(pooled, patches[torch.from_numpy(np.argsort(held))], samples[order])
+
+
+def pixel_features(
+    kinds: Mapping[str, Callable[[Tensor], Tensor]], split: Split, size: tuple[int, int]
+) -> dict[str, Features]:
+    """What images give without any network, by functions of images in [0, 1]; the images are read once for all."""
+    widths: dict[str, int] = {}
 
     def encoded(images: Tensor) -> Encoded:
-        return backbones.Features(features(images), images.new_empty(len(images), 0, 0))
+        made = {name: kind(images) for name, kind in kinds.items()}
+        widths.update({name: vectors.shape[1] for name, vectors in made.items()})
+        return backbones.Features(torch.cat(list(made.values()), dim=1), images.new_empty(len(images), 0, 0))
 
     batches = counted(eval_batches(split.images, size=size, indices=split.indices), "features", len(split.indices))
-    return extract(encoded, batches, with_patches=False)
+    found = extract(encoded, batches, with_patches=False)
+    parts = found.pooled.split([widths[name] for name in kinds], dim=1)
+    none = found.pooled.new_empty(len(found.pooled), 0, 0)
+    return {name: Features(part.contiguous(), none, found.samples) for name, part in zip(kinds, parts, strict=True)}
 
 
 def stored_features(bundle: EncoderBundle, split: Split, *, with_patches: bool) -> Features:

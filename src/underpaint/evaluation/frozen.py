@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from underpaint.computing import autocast, full, in_full
 from underpaint.evaluation.attentive import AttentiveHead, attentive_head
-from underpaint.evaluation.base import ENCODER, PIXELS, Kept, Row
+from underpaint.evaluation.base import ENCODER, PIXELS, UNTRAINED, Kept, Row
 from underpaint.evaluation.baselines import majority
 from underpaint.evaluation.bundle import EncoderBundle
 from underpaint.evaluation.classify import MAJORITY, Classification
-from underpaint.evaluation.features import Features
+from underpaint.evaluation.features import Features, Known
 from underpaint.evaluation.keep import Saved
 from underpaint.evaluation.knn import knn
 from underpaint.evaluation.linear import linear_head
@@ -97,9 +97,17 @@ class FrozenProbe(Classification[NoSettings, Fitted]):
         if row.who == ENCODER and pictures not in self.context.drawn:  # once for all probes
             self.context.drawn.add(pictures)
             bundle, seed = self.context.bundle, self.context.options.seed
-            untrained = bundle.random_init(seed).encoder
+            untrained = self.context.encoders.get(UNTRAINED) or bundle.random_init(seed)
             suite = ProbeSuite(self.train.images, self.data, bundle.size, seed)
-            write_visualizations(bundle.encoder, untrained, suite, bundle.standardize, pictures)
+            known = [
+                [Known(split.images, self.context.features(who, split)) for split in self.data]
+                if who in self.context.encoders
+                else []
+                for who in (ENCODER, UNTRAINED)
+            ]
+            write_visualizations(
+                bundle.encoder, untrained.encoder, suite, bundle.standardize, pictures, known=(known[0], known[1])
+            )
 
 
 class NearestNeighbours(FrozenProbe):

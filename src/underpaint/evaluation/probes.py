@@ -21,7 +21,14 @@ from underpaint.draws import Draws
 from underpaint.errors import InputError
 from underpaint.evaluation.attentive import attentive
 from underpaint.evaluation.baselines import hog, majority, raw_pixels
-from underpaint.evaluation.features import Features, Known, counted, pixel_features, shared_features
+from underpaint.evaluation.features import (
+    Features,
+    Known,
+    completed_features,
+    counted,
+    pixel_features,
+    shared_features,
+)
 from underpaint.evaluation.knn import knn
 from underpaint.evaluation.linear import linear
 from underpaint.evaluation.rank import effective_rank
@@ -74,23 +81,44 @@ class Sides(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """What the probes at the end see of an encoder, made in one pass over the images.
+    """What probes see of an encoder, made in one pass over the images.
 
     Attributes:
         encoder: as it is judged (`recalibrate_bn`).
         sides: with pooled features; None without labels, and in a process that only helps the first one.
         tokens: of fewer images, with patch tokens too.
+        pool: without labels, features of some of the images pretrained on.
+        found: what probes found of it already, by kind and images: none is fitted twice.
     """
 
     encoder: Backbone
     sides: Sides | None = None
     tokens: Sides | None = None
+    pool: Features | None = None
+    found: dict[tuple[str, bytes, bytes, int], Probe] = field(default_factory=dict)
 
-    def known(self, parts: tuple[Split, Split] | None) -> list[Known]:
-        """The pooled features, for pictures."""
-        if self.sides is None or parts is None:
-            return []
-        return [Known(part.images, side.features) for part, side in zip(parts, self.sides, strict=True)]
+    def probe(self, kind: str, train: Labelled, test: Labelled, seed: int) -> Probe:
+        """One of `KINDS`."""
+        key = (kind, train.features.samples.tobytes(), test.features.samples.tobytes(), seed)
+        if key not in self.found:
+            self.found[key] = probe_features(train, test, seed=seed, kinds=[kind])[kind]
+        return self.found[key]
+
+    def known(self, suite: "ProbeSuite") -> list[Known]:
+        """The features, for pictures."""
+        found = [] if self.pool is None else [Known(suite.pool, self.pool)]
+        for sides in (self.sides, self.tokens):
+            if sides is not None and suite.splits is not None:
+                found += [Known(part.images, side.features) for part, side in zip(suite.splits, sides, strict=True)]
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what is held."""
+        held = [side.features for sides in (self.sides, self.tokens) for side in sides or ()]
+        held += [] if self.pool is None else [self.pool]
+        tensors = {t.data_ptr(): t.numel() * t.element_size() for f in held for t in (f.pooled, f.patches)}
+        return sum(tensors.values())
 
 
 def probe_features(train: Labelled, test: Labelled, *, seed: int = 0, kinds: Sequence[str] = KINDS) -> dict[str, Probe]:
@@ -183,9 +211,12 @@ class ProbeSuite:
         return [line for images in sets.values() for line in images.skipped]
 
     def shown(self, device: torch.device | str) -> Tensor:
-        """The same few images for every picture, in [0, 1]."""
-        few = list(range(min(6, len(self.pool))))
+        """The same few images for every picture, in [0, 1]: those of `shown_samples` that can be read."""
+        few = self.shown_samples()
         return next(iter(eval_batches(self.pool, size=self.size, indices=few))).images.to(device)
+
+    def shown_samples(self) -> list[int]:
+        return list(range(min(6, len(self.pool))))
 
     def recalibrate_bn(self, encoder: Backbone, standardize: Standardize) -> Backbone:
         """What is judged and kept of an encoder: where it has batch norms, a copy with the statistics of clean images,
@@ -222,43 +253,62 @@ class ProbeSuite:
             found[name] = {"error": ratio, "standard_error": float(spread) / len(left) ** 0.5}
         return found
 
-    def see(self, encoder: Backbone, standardize: Standardize) -> Seen:
-        """An encoder's features of the labelled images, for `quick` and `worth`: patch tokens of as many as fit."""
+    def glance(self, encoder: Backbone, standardize: Standardize) -> Seen:
+        """An encoder's features of the images of a quick probe."""
         encoder = self.recalibrate_bn(encoder, standardize)
         if self.splits is None:
-            return Seen(encoder)
+            few = Split(self.pool, evenly(len(self.pool), QUICK_TEST).tolist())
+            return Seen(encoder, pool=shared_features(encoder, standardize, few, self.size, with_patches=False))
+        x, y = (self._labelled(encoder, standardize, split, True) for split in self._quick(encoder))
+        sides = None if x is None or y is None else Sides(x, y)
+        return Seen(encoder, sides, sides)
+
+    def see(self, encoder: Backbone, standardize: Standardize, known: Seen | None = None) -> Seen:
+        """An encoder's features of the labelled images, for `quick` and `worth`: patch tokens of as many as fit. `known` is what
+        was seen of the same weights already."""
+        if self.splits is None:
+            if known is None:
+                return self.glance(encoder, standardize)
+            return Seen(self.recalibrate_bn(encoder, standardize), pool=known.pool)
+        encoder = self.recalibrate_bn(encoder, standardize)
         pooled, tokens = [], []
-        for split, most in zip(self.full(), (ATTENTIVE_TRAIN, FULL_TEST), strict=True):
+        before = (None, None) if known is None or known.tokens is None else known.tokens
+        for split, most, had in zip(self.full(), (ATTENTIVE_TRAIN, FULL_TEST), before, strict=True):
             chosen = split.subset(self._most(encoder, most), SUBSET)
-            found = shared_features(encoder, standardize, split, self.size, with_patches=np.asarray(chosen.indices))
+            found = completed_features(
+                *(encoder, standardize, split, self.size),
+                with_patches=np.asarray(chosen.indices),
+                known=None if had is None else had.features,
+            )
             if found is not None:
                 rows = np.flatnonzero(np.isin(found.samples, chosen.indices))
                 without = found.pooled.new_empty(len(found.pooled), 0, found.pooled.shape[1])
                 pooled.append(Labelled.of(found._replace(patches=without), split))
                 some = Features(found.pooled[torch.from_numpy(rows)], found.patches, found.samples[rows])
                 tokens.append(Labelled.of(some, chosen))
-        return Seen(encoder, Sides(*pooled), Sides(*tokens)) if pooled else Seen(encoder)
+        found = {} if known is None else known.found
+        return Seen(encoder, Sides(*pooled), Sides(*tokens), found=found) if pooled else Seen(encoder)
 
     def quick(self, encoder: Backbone, standardize: Standardize, seen: Seen | None = None) -> dict[str, float]:
         """Named numbers for a line of metrics, of what was `seen` of the encoder where that is given; of several processes,
         which share the work, the first has them."""
-        encoder = self.recalibrate_bn(encoder, standardize) if seen is None else seen.encoder
+        seen = self.glance(encoder, standardize) if seen is None else seen
         if self.splits is None:
-            few = Split(self.pool, evenly(len(self.pool), QUICK_TEST).tolist())
-            found = shared_features(encoder, standardize, few, self.size, with_patches=False)
-            return {} if found is None else {"rank": effective_rank(found.pooled)}
-        train = self.splits[0].subset(self._most(encoder, QUICK_TRAIN), SUBSET)
-        test = self.splits[1].subset(self._most(encoder, QUICK_TEST), SUBSET)
-        if seen is None:
-            x, y = (self._labelled(encoder, standardize, split, True) for split in (train, test))
-        else:
-            x, y = (None, None) if seen.tokens is None else (seen.tokens.train.part(train), seen.tokens.test.part(test))
-        if x is None or y is None:
+            return {} if seen.pool is None else {"rank": effective_rank(seen.pool.pooled)}
+        if seen.tokens is None:
             return {}
+        x, y = (side.part(split) for side, split in zip(seen.tokens, self._quick(seen.encoder), strict=True))
         numbers = {"rank": _rank(x.features.pooled)}
-        for name, probe in probe_features(x, y, seed=self.seed).items():
-            numbers |= {name: probe.accuracy, f"{name}_error": probe.standard_error}
+        for kind in KINDS:
+            probe = seen.probe(kind, x, y, self.seed)
+            numbers |= {kind: probe.accuracy, f"{kind}_error": probe.standard_error}
         return numbers
+
+    def _quick(self, encoder: Backbone) -> tuple[Split, Split]:
+        """The labelled images of a quick probe."""
+        assert self.splits is not None
+        most = (self._most(encoder, QUICK_TRAIN), self._most(encoder, QUICK_TEST))
+        return self.splits[0].subset(most[0], SUBSET), self.splits[1].subset(most[1], SUBSET)
 
     def final(self, encoder: Seen, untrained: Seen, standardize: Standardize) -> dict[str, Any]:
         """What `probes.json` holds: all probes in full, of what was seen of the encoder and of what it started from, and of the
@@ -365,18 +415,14 @@ class ProbeSuite:
         if seen.sides is None or seen.tokens is None:
             return Worth({}, math.nan)
         (x, y), (tokens, test_tokens) = seen.sides, seen.tokens
-        found = {
-            **probe_features(x, y, seed=self.seed, kinds=["linear"]),
-            **probe_features(tokens, test_tokens, seed=self.seed, kinds=["attentive"]),
-            **probe_features(x, y, seed=self.seed, kinds=["knn"]),
-        }
-        probes = {name: [probe] for name, probe in found.items()}
+        sides = {"linear": seen.sides, "attentive": seen.tokens, "knn": seen.sides}
+        probes = {kind: [seen.probe(kind, *both, self.seed)] for kind, both in sides.items()}
         counts = {"attentive_train": len(tokens.labels), "attentive_test": len(test_tokens.labels)}
         fewest = []
         for split in self.few(draws).draws if draws else []:
             # tokens of one draw at a time, and none where half precision would not make them fit
             held = self.attentive_fits(encoder, len(split.indices))
-            drawn = self._labelled(encoder, standardize, split, held)
+            drawn = self._labelled(encoder, standardize, split, held, (tokens if held else x).features)
             assert drawn is not None  # several processes ask for no draws
             fewest.append(int(np.unique(drawn.labels, return_counts=True)[1].min()))
             few = probe_features(drawn, y, seed=self.seed, kinds=["linear"])
@@ -393,24 +439,31 @@ class ProbeSuite:
         """The probes of raw pixels and HOG, which need no network; nothing without labels."""
         if self.splits is None:
             return {}
-        train, test = self.full()
+        kinds = {"raw_pixels": raw_pixels, "hog": hog}
+        train, test = (pixel_features(kinds, split, self.size) for split in self.full())
+        few_labels = self.few(draws).draws if draws else []
+        drawn = [pixel_features(kinds, split, self.size) for split in few_labels]
         found = {}
-        for name, pixels in (("raw_pixels", raw_pixels), ("hog", hog)):
-            x, y = (Labelled.of(pixel_features(pixels, split, self.size), split) for split in (train, test))
+        for name in kinds:
+            x, y = (Labelled.of(made[name], split) for made, split in zip((train, test), self.full(), strict=True))
             both = probe_features(x, y, seed=self.seed, kinds=["linear", "knn"])
             probes = {kind: [probe] for kind, probe in both.items()}
-            for split in self.few(draws).draws if draws else []:
-                drawn = Labelled.of(pixel_features(pixels, split, self.size), split)
-                few = probe_features(drawn, y, seed=self.seed, kinds=["linear"])
+            for made, split in zip(drawn, few_labels, strict=True):
+                few = probe_features(Labelled.of(made[name], split), y, seed=self.seed, kinds=["linear"])
                 probes.setdefault("few_linear", []).append(few["linear"])
             found[name] = Worth(probes, _rank(x.features.pooled))
         return found
 
     def _labelled(
-        self, encoder: Backbone, standardize: Standardize, split: Split, with_patches: bool
+        self,
+        encoder: Backbone,
+        standardize: Standardize,
+        split: Split,
+        with_patches: bool,
+        known: Features | None = None,
     ) -> Labelled | None:
         """None in a process that only helps the first one."""
-        found = shared_features(encoder, standardize, split, self.size, with_patches=with_patches)
+        found = completed_features(encoder, standardize, split, self.size, with_patches=with_patches, known=known)
         return None if found is None else Labelled.of(found, split)
 
     def _most(self, encoder: Backbone, count: int) -> int:

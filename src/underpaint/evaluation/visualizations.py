@@ -4,7 +4,7 @@ Nothing random is left: the same encoder and images give the same files. Where f
 pictures, and of constant ones there is no map.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from underpaint.backbones import Backbone
 from underpaint.data import ImageSet, eval_batches
-from underpaint.evaluation.features import Known, extract
+from underpaint.evaluation.features import Images, Known, extract
 from underpaint.evaluation.probes import ProbeSuite
 from underpaint.evaluation.splits import Split, stratified
 from underpaint.files import replacing, write_json
@@ -54,7 +54,10 @@ def write_visualizations(
     for name in ("features.png", "neighbours.png", "map.png", "looks.json"):
         (folder / name).unlink(missing_ok=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _write_features({before: untrained, "pretrained": encoder}, suite, standardize, folder / "features.png")
+        networks = {before: untrained, "pretrained": encoder}
+        _write_features(
+            networks, suite, standardize, folder / "features.png", {before: known[1], "pretrained": known[0]}
+        )
         compared = _Compared.of(encoder, untrained, suite, standardize, known)
         looks: dict[str, object] = {"images": len(compared.tiles)}
         if compared.finite and compared.count:
@@ -116,17 +119,30 @@ def principal(x: Float[np.ndarray, "n d"], most: int = 3) -> Float[np.ndarray, "
     return vectors * np.where(largest < 0, -1.0, 1.0)
 
 
-def _write_features(networks: Mapping[str, Backbone], suite: ProbeSuite, standardize: Standardize, path: Path) -> None:
+def _write_features(
+    networks: Mapping[str, Backbone],
+    suite: ProbeSuite,
+    standardize: Standardize,
+    path: Path,
+    known: Mapping[str, Sequence[Known]],
+) -> None:
     """The shown images, and the colours of their patches before and after training."""
     grid = networks["pretrained"].grid(*suite.size)
     count = max(1, min(PATCH_IMAGES, PATCH_TOKENS // (grid[0] * grid[1])))
     sample = _some(suite.pool, count, suite.seed)
-    images = suite.shown(standardize.mean.device)
+    first, images = suite.shown_samples(), suite.shown(standardize.mean.device)
+
+    def tokens(network: Backbone, those: Sequence[Known], samples: list[int], batches: Iterable[Images]) -> Tensor:
+        for one in those:
+            if (found := one.patches(suite.pool, samples)) is not None:
+                return found.float()
+        return extract(network, batches, transform=standardize).patches.float()
+
     columns = {"original": images.cpu()}
     for caption, network in networks.items():
         batches = eval_batches(suite.pool, size=suite.size, indices=sample, device=standardize.mean.device)
-        fitted = extract(network, batches, transform=standardize).patches.float()
-        shown = extract(network, [_Shown(images)], transform=standardize).patches.float()
+        fitted = tokens(network, known[caption], sample, batches)
+        shown = tokens(network, known[caption], first, [_Shown(images)])
         if not (torch.isfinite(fitted).all() and torch.isfinite(shown).all()):
             return
         colours = Colours.of(fitted.flatten(0, 1))(shown)
@@ -178,7 +194,7 @@ class _Compared:
                 tiles += small(batch.images, TILE)
                 seen += batch.samples
                 for network, kept, those in ((encoder, pretrained, known[0]), (untrained, before, known[1])):
-                    found = next((x for one in those if (x := one.of(part.images, batch.samples)) is not None), None)
+                    found = next((x for k in those if (x := k.pooled(part.images, batch.samples)) is not None), None)
                     if found is None:
                         found = extract(network, [batch], transform=standardize, with_patches=False).pooled
                     kept.append(found)
