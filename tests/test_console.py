@@ -102,6 +102,7 @@ def test_names_that_are_not_utf8_are_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_times_are_told_in_words() -> None:
     assert [lasting(s) for s in (0.0, 59.0, 90.0, 5_000.0, 5_400.0)] == ["0 s", "59 s", "2 min", "83 min", "1.5 h"]
+    assert [lasting(3_600.0 * hours) for hours in (47, 48, 100)] == ["47.0 h", "2.0 days", "4.2 days"]
 
 
 @pytest.mark.unhooked  # under the shape-checking hook the checks of arguments are most of the time

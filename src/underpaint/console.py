@@ -106,10 +106,12 @@ class Going:
 
 
 def lasting(seconds: float) -> str:
-    """A time in words: "40 s", "12 min", "3.5 h"."""
+    """A time in words: "40 s", "12 min", "3.5 h", "4.2 days"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"
+    if seconds < 5_400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3_600:.1f} h" if seconds < 48 * 3_600 else f"{seconds / 86_400:.1f} days"
 
 
 def _display(transient: bool = False) -> Progress:

@@ -1,5 +1,6 @@
 """The plan of a run that says little: a look at images and machine, what `recipes.plan` chooses, and how it is told."""
 
+import math
 import os
 import re
 import time
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from timm.models import is_model_in_modules
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from underpaint.backbones import create_arguments, describe_encoder
 from underpaint.backbones.protocols import Backbone
@@ -23,11 +26,10 @@ from underpaint.data.decode import Header, Unreadable, decode, read_header
 from underpaint.errors import InputError
 from underpaint.patches import Standardize
 from underpaint.prepare import Opened, construct, parts_text, passes_text, planned_steps, rate_text
-from underpaint.recipes.plan import WORDS, Looked, Machine, plan, share_of
+from underpaint.recipes.plan import WORDS, Looked, Machine, plan, share_of, supposed_speed
 from underpaint.recipes.recipe import checked
 from underpaint.recipes.request import laid_over
-from underpaint.train.devices import matrix_rate, memory
-from underpaint.train.run_folder import processor
+from underpaint.train.devices import device_name, matrix_rate, memory
 from underpaint.train.speed import Cost, counted, out_of_memory
 
 HEADERS, DECODED, LOOKING = (
@@ -35,6 +37,7 @@ HEADERS, DECODED, LOOKING = (
     8,
     2.0,
 )  # images whose headers, and whose pixels, are read, and seconds that each may take
+SHORT = 60.0  # seconds of a run of which nothing need be said before it is measured
 ALIKE = 1.15  # times the proportions of the tenth percentile are those of the ninetieth, or images are not alike
 FEW = 1_000  # images on fewer of which five minutes of pretraining brought nothing (docs/log.md, nuclei)
 PROCESS = 0.85 * 2**30  # bytes, before a step
@@ -114,7 +117,7 @@ def machine_of(fabric: Fabric, recipe: Recipe) -> Machine:
     """What a run computes on, with the rate of matrix products in its precision measured."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = "cuda" if fabric.device.type == "cuda" else "cpu"
-    name = f"{processor()}, {cores} cores" if kind == "cpu" else torch.cuda.get_device_name(fabric.device)
+    name = device_name(fabric.device) + (f", {cores} cores" if kind == "cpu" else "")
     rate = matrix_rate(fabric, recipe.measured.get("precision", "32"))
     return Machine(kind, name, cores, fabric.world_size, rate * fabric.world_size, memory(fabric.device))
 
@@ -151,12 +154,14 @@ def cost_of(recipe: Recipe) -> tuple[Cost, Backbone]:
     Raises:
         InputError: encoder, method and image size do not go together.
     """
-    method = construct(replace(recipe, init=None, measured=dict(recipe.measured))).method
     channels = recipe.data.channels
-    if (words := method.prepare(Standardize([0.0] * channels, [1.0] * channels))) is not None:
-        words.ready = True  # random words cost as much as fitted ones
     try:
-        return counted(method, channels, recipe.data.image_size), method.encoder
+        with torch.random.fork_rng(devices=[]):
+            with _Unfilled():
+                method = construct(replace(recipe, init=None, measured=dict(recipe.measured))).method
+            if (words := method.prepare(Standardize([0.0] * channels, [1.0] * channels))) is not None:
+                words.ready = True  # random words cost as much as fitted ones
+            return counted(method, channels, recipe.data.image_size), method.encoder
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -164,6 +169,38 @@ def cost_of(recipe: Recipe) -> tuple[Cost, Backbone]:
         raise InputError(
             f"out of memory with two images of {height}x{width} px; a smaller encoder or image size is needed"
         ) from error
+
+
+class _Unfilled(TorchFunctionMode):
+    """Tensors are not filled with random numbers, which takes most of the time in which a large network is made."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def estimated(fabric: Fabric, recipe: Recipe, images: int) -> str | None:
+    """How long a run on so many images will take, in a line, by a count of its operations; None where it takes no minute
+    by a rough one, or its minutes were said.
+
+    Raises:
+        InputError: encoder, method and image size do not go together.
+    """
+    if recipe.run.minutes:
+        return None
+    machine, batch = machine_of(fabric, recipe), recipe.optimiser.batch_size
+    family = family_of(str(recipe.encoder["name"]))
+    rough = supposed_speed(recipe, machine, family)
+    steps = planned_steps(recipe, images, math.nan)
+    if steps * batch / rough < SHORT:
+        return None
+    cost, encoder = cost_of(recipe)
+    speed = machine.flops * share_of(machine, encoder.dim) / cost.flops
+    return (
+        f"about {lasting(steps * batch / speed)} by a count: {steps:,} steps of {batch}, {speed:,.0f} images/s "
+        f"({cost.flops / 1e9:.2g} GFLOP an image, {machine.flops / 1e9:,.0f} GFLOP/s)"
+    )
 
 
 def told(found: Planned) -> list[str]:

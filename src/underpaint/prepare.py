@@ -564,5 +564,6 @@ def _measure(session: Session, stepper: Stepper, calibrate: Callable[..., dict[s
         lambda seconds: planned_steps(recipe, len(session.images), seconds),
         session.shout,
         session.clock,
+        exact=bool(recipe.run.minutes),
     )
     recipe.measured |= by_first(lambda: {**calibrated, **found})

@@ -26,7 +26,7 @@ from underpaint.evaluation.visualizations import write_visualizations
 from underpaint.files import refuse_inside
 from underpaint.locking import locked
 from underpaint.methods import Restores
-from underpaint.planning import planned, told
+from underpaint.planning import estimated, planned, told
 from underpaint.prepare import (
     Opened,
     Session,
@@ -196,6 +196,12 @@ def _session(
         shout(constructed.matched)
     if opened is None:
         opened = open_data(recipe, shout)
+        if (
+            shout is say
+            and "steps" not in recipe.measured
+            and (told_first := estimated(fabric, recipe, len(opened.indices)))
+        ):
+            shout(told_first)
     kept = check_unchanged(recipe, run, opened, shout) if main else {}
     # the first one of a machine fills the cache there, the others find it
     with node_first(), quiet(shout is silent):

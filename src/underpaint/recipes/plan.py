@@ -273,6 +273,15 @@ def _speed(
     return machine.flops * share_of(machine, network.width) / flops
 
 
+def supposed_speed(recipe: Recipe, machine: Machine, family: str) -> float:
+    """Images a second of a recipe, by its encoder's name alone."""
+    said = {f"encoder.{name}": value for name, value in recipe.encoder.items()}
+    size = recipe.data.image_size
+    patch = int(recipe.encoder.get("patch_size") or max(SIDES.values()))
+    looked = Looked(1, *size, recipe.data.channels, True)
+    return _speed(_network_said(said), size, patch, looked, machine, str(recipe.method["name"]), family)
+
+
 def share_of(machine: Machine, width: int) -> float:
     """Of the rate of a large matrix product that steps of a network so wide reach."""
     if machine.kind == "cuda":

@@ -1,7 +1,9 @@
 """Devices and processes, and what is read from a device late."""
 
+import json
 import os
 import time
+from contextlib import suppress
 
 import torch
 from jaxtyping import Float
@@ -11,7 +13,12 @@ from torch import Tensor
 
 from underpaint.computing import autocast, best_precision, products
 from underpaint.config import Recipe
+from underpaint.data.sources.base import cache_root
+from underpaint.files import write_json
 from underpaint.train.ranks import TIMEOUT, join, kept_by_torchrun
+from underpaint.train.run_folder import processor
+
+MEASURED, AGAIN = 0.4, 0.05  # seconds in which a matrix rate is measured: at first, and where one is kept
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
@@ -59,8 +66,29 @@ def memory(device: torch.device) -> int:
 
 
 def matrix_rate(fabric: Fabric, precision: str) -> float:
-    """FLOP a second of a large matrix product on one device in a run's precision: the best within 0.4 seconds, since
-    another program's turn in between says nothing of the machine."""
+    """FLOP a second of a large matrix product on one device in a run's precision: the best that was measured here, since
+    another program's turn in between says nothing of the machine. It is kept below the cache, by device, threads,
+    precision and version of torch, and a glance shows whether it is too low."""
+    kept, name = cache_root() / "matrix-rates.json", device_name(fabric.device)
+    key = f"{name}, {torch.get_num_threads()} threads, {precision}, torch {torch.__version__}"
+    rates: dict[str, float] = {}
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged
+        rates = {str(each): float(rate) for each, rate in json.loads(kept.read_text()).items()}
+    before = rates.get(key, 0.0)
+    found = max(before, _matrix_rate(fabric, precision, AGAIN if before else MEASURED))
+    if found > 1.02 * before:
+        with suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, rates | {key: round(found)})
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """For people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def _matrix_rate(fabric: Fabric, precision: str, seconds: float) -> float:
     cuda = fabric.device.type == "cuda"
     size = 8_192 if cuda else 1_024
     with (
@@ -71,7 +99,7 @@ def matrix_rate(fabric: Fabric, precision: str) -> float:
     ):
         left, right = (torch.randn(size, size, device=fabric.device) for _ in range(2))
         best, first = float("inf"), time.perf_counter()
-        while best == float("inf") or time.perf_counter() - first < 0.4:
+        while best == float("inf") or time.perf_counter() - first < seconds:
             began = time.perf_counter()
             torch.mm(left, right)
             if cuda:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from underpaint.console import Going
 from underpaint.data import Batch
 from underpaint.errors import InputError
 from underpaint.masking import each_tensor
@@ -34,6 +35,9 @@ from underpaint.train.stepper import Stepper
 
 TINY_FACTOR = 1e-3  # of the learning rate, in steps that leave no trace
 TOO_LARGE = "out of memory with a batch of 1: a smaller encoder or image size is needed"
+MOST_SECONDS, SHARE = 20.0, 0.05  # that steps are timed at most: seconds, and of the run
+SETTLING, STEADY = 10.0, 1.1  # seconds until steps take equal times, and by what factor equal times may differ
+LONG_STEP = 10.0  # seconds of a step that is not made to be timed
 COMPILE_WORTH_TRYING = 20 * 60  # seconds of training below which compiling (a minute on two cores) cannot pay
 # what is said when memory runs out, in small letters: by the allocators of a CPU, of CUDA (and its driver: CUDA_ERROR_OUT_OF_MEMORY)
 # and of pinned memory; by cuBLAS, which has none left for its handle, too; by cuSOLVER; by cuDNN 8 and 9, and by torch where
@@ -137,24 +141,31 @@ def measure(
     steps_for: Callable[[float], int],
     shout: Callable[[str], None],
     clock: Callable[[], float] = time.perf_counter,
+    exact: bool = False,
 ) -> dict[str, object]:
     """Seconds a step, memory in GiB, whether to compile, and in how many parts a batch fits into memory.
+
+    It takes 20 seconds or 5 % of the run, whichever is less, and a step (of an eighth of the images where one of all would
+    take longer than 10 seconds) where that is more. Compiling, where it is tried, comes on top.
 
     Args:
         compiled: True or False as the recipe says, None to find out.
         steps_for: how many steps the run will have at so many seconds a step.
         clock: seconds, by which steps are timed.
+        exact: the length of the run follows from this, so it may take 10 seconds of any run until steps take equal times.
 
     Raises:
         InputError: not even one image fits.
     """
-    asked = current.accumulation
-    _fit(current, batches[0])
+    asked, began = current.accumulation, clock()
+    first, taken = _fit(current, batches[0], clock)
+    first = _longest(current, first)
     if current.accumulation > asked:
         shout(
             f"a batch of {current.batch_size} does not fit into memory: it is computed in {current.accumulation} parts"
         )
-    seconds = _seconds(current, batches, clock)
+    limit = min(MOST_SECONDS, max(SHARE * first * steps_for(first), SETTLING if exact else 0.0))
+    seconds = _seconds(current, batches, clock, limit - _longest(current, clock() - began), first) or first
     worth = seconds * steps_for(seconds) > COMPILE_WORTH_TRYING and current.fabric.world_size == 1
     pays = False
     if compiled or (compiled is None and worth):
@@ -166,7 +177,8 @@ def measure(
             began = clock()
             other = current.compile()
             try:
-                faster = _seconds(other, batches, clock)
+                warm(other, batches[0])
+                faster = _seconds(other, batches, clock, MOST_SECONDS, seconds) or seconds
                 cost = clock() - began
                 steps = steps_for(seconds)
                 pays = faster * steps + cost < 0.98 * seconds * steps
@@ -178,22 +190,32 @@ def measure(
                 shout(f"cannot be compiled here: {str(error).splitlines()[0]}")
     return {
         "seconds_per_step": round(seconds, 6),
-        "memory_gib": round(_memory(current) / 2**30, 2),
+        "memory_gib": round(max(_memory(current), taken) / 2**30, 2),
         "compile": pays,
         "accumulation": current.accumulation,
     }
 
 
-def _seconds(current: Stepper, batches: Sequence[Batch], clock: Callable[[], float], limit: float = 6.0) -> float:
-    """The median time of a step, data wait not counted; state and gradients are put back."""
-    with _throwaway(current):
-        for batch in batches[:2]:
-            _timed(current, batch, clock)
-        times: list[float] = []
-        began = clock()
-        while len(times) < 12 and (len(times) < 3 or _longest(current, clock() - began) < limit):
-            times.append(_timed(current, batches[len(times) % len(batches)], clock))
-    return statistics.median(times)
+def _seconds(
+    current: Stepper, batches: Sequence[Batch], clock: Callable[[], float], limit: float, expected: float
+) -> float | None:
+    """The time of a step, data wait not counted: the median of the last three, once they take equal times, or another one
+    would end beyond the limit in seconds; None where the first would, which takes about as long as `expected`. State and
+    gradients are put back.
+
+    First steps are slow: they touch memory that a process has not had before, and kernels are chosen in them."""
+    times: list[float] = []
+    began = clock()
+    with _throwaway(current), Going("timing steps") as going:
+        while len(times) < 12:
+            spent = _longest(current, clock() - began)
+            last = times[-3:]
+            settled = len(last) == 3 and max(last) < STEADY * min(last) and spent > 1.0
+            if settled or spent + (last[-1] if last else expected) > limit:
+                break
+            times.append(_longest(current, _timed(current, batches[len(times) % len(batches)], clock)))
+            going.advance()
+    return statistics.median(times[-3:]) if times else None
 
 
 def _longest(current: Stepper, seconds: float) -> float:
@@ -235,34 +257,45 @@ class _throwaway:
         self.current.renew_scaler(self.scale)
 
 
-def _fit(current: Stepper, batch: Batch) -> None:
+def _fit(current: Stepper, batch: Batch, clock: Callable[[], float]) -> tuple[float, float]:
     """Divide batches into as many parts as memory asks for; all processes come to the same.
 
     A CPU's memory is not refused, it ends the process: so an eighth of a part is tried first, and the whole is
     extrapolated from what it took.
 
+    Returns:
+        Seconds that a step took; and where only a part of one was made, the bytes that this process would hold in a whole one,
+        else 0.
+
     Raises:
         InputError: not even one image fits.
     """
-    while not _fits(current, batch):
+    while (took := _fits(current, batch, clock)) is None:
         if (parts := current.finer) is None:
             raise InputError(TOO_LARGE)
         current.accumulation = parts
     fabric = current.fabric
     most = fabric.all_reduce(torch.tensor(float(current.accumulation), device=fabric.device), reduce_op="max")
     current.accumulation = int(torch.as_tensor(most))
+    return took
 
 
-def _fits(current: Stepper, batch: Batch) -> bool:
-    """Whether a step on this batch fits into memory, in the parts that it is computed in."""
+def _fits(current: Stepper, batch: Batch, clock: Callable[[], float]) -> tuple[float, float] | None:
+    """What `_fit` says of a step on this batch, in the parts that it is computed in; None where it does not fit into memory."""
     part = current.local_batch // current.accumulation
+    began = clock()
     if current.fabric.device.type == "cpu" and part >= 64:
         before = restart_peak()
         runs = _runs(current, _rows(batch, part // 8), 1)
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
         if not runs or (before and (peak() - before) * part / (part // 8) > 0.9 * free):
-            return False
-    return _runs(current, batch, current.accumulation)
+            return None
+        if before and (seconds := (clock() - began) * current.local_batch / (part // 8)) > LONG_STEP:
+            still = 16.0 * sum(each.numel() for each in current.task.parameters() if each.requires_grad)
+            grown = max(0.0, peak() - before - still)  # what grows with the images
+            return seconds, before + still + grown * part / (part // 8)
+        began = clock()
+    return (clock() - began, 0.0) if _runs(current, batch, current.accumulation) else None
 
 
 def _rows(batch: Batch, count: int) -> Batch:
