@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -45,6 +46,11 @@ def made(name: str, kind: str = "vit", **settings: Any) -> Any:
         words.ready = True  # any map from images to words and back
         words.requires_grad_(False).eval()
     return method.train()
+
+
+def slow_but(*kept: str) -> list[Any]:
+    """All methods as parameters, of which only these are tried in `make test`."""
+    return [pytest.param(name, marks=() if name in kept else pytest.mark.slow) for name in sorted(METHODS)]
 
 
 def photographs(count: int = 4, size: int = 32) -> Tensor:

@@ -44,12 +44,20 @@ def test_a_signal_is_answered_at_once_or_noted_and_the_second_one_at_once(number
     assert signal.getsignal(number) == before
 
 
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing ended early."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main(["pretrain", str(pictures), *COMMAND.split(), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.xdist_group("signals")
 @pytest.mark.parametrize("which", ["0", "2", "4"])
 def test_a_probe_is_left_at_once_and_made_when_the_run_goes_on(
-    which: str, pictures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+    which: str, whole: Path, pictures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     command = ["pretrain", str(pictures), *COMMAND.split(), "--out"]
-    assert main([*command, str(tmp_path / "whole")]) == 0
     real, steps = ProbeSuite.quick, []
 
     def slow(*arguments: Any) -> Any:
@@ -70,10 +78,10 @@ def test_a_probe_is_left_at_once_and_made_when_the_run_goes_on(
     timed = ("seconds", "images_per_second", "data_wait")
     lines = [
         [{key: value for key, value in line.items() if key not in timed} for line in Run(run).lines("metrics.jsonl")]
-        for run in (tmp_path / "whole", tmp_path / "run")
+        for run in (whole, tmp_path / "run")
     ]
     assert lines[0] == lines[1]
-    files = [(tmp_path / name / "encoder.safetensors").read_bytes() for name in ("whole", "run")]
+    files = [(run / "encoder.safetensors").read_bytes() for run in (whole, tmp_path / "run")]
     assert files[0] == files[1]
 
 
