@@ -24,7 +24,7 @@ check: install
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(PYTEST) -m "quick and not slow and not unhooked"
+	$(PYTEST) -m "quick and not seconds and not slow and not unhooked"
 
 test: install
 	$(PYTEST) -m "not slow and not unhooked"

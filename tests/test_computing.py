@@ -554,7 +554,6 @@ def test_what_is_trained_beside_has_the_best_precision_or_that_of_its_run(
     assert task.seen == {kind}
 
 
-@pytest.mark.quick
 def test_a_tokenizer_of_a_run_is_trained_in_its_precision(pictures: Path, tmp_path: Path, monkeypatch: Any) -> None:
     found: list[str | None] = []
 

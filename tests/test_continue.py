@@ -79,7 +79,6 @@ def test_a_pull_moves_each_weight_its_share_of_the_way_back_after_the_step() -> 
     assert not torch.equal(pulled[name], free[name])  # decay to 0 is for what has no start
 
 
-@pytest.mark.quick
 def test_the_larger_the_pull_the_nearer_to_the_start() -> None:
     far = [distance(*moved(6, pull=pull)) for pull in (0.0, 20.0, 80.0)]
     assert far[0] > 1.5 * far[1] > 2 * far[2] > 0

@@ -208,6 +208,7 @@ def test_cache_holds_the_images(tmp_path, cache):
     assert [p.name for p in cache.iterdir() if "." in p.name] == []
 
 
+@pytest.mark.seconds
 def test_cache_is_used_again_and_made_again(tmp_path, cache, monkeypatch):
     data = write_images(tmp_path / "data")
     write_broken(data)
@@ -237,6 +238,7 @@ def test_cache_is_used_again_and_made_again(tmp_path, cache, monkeypatch):
     assert len(list(cache.iterdir())) == 2  # a changed file makes another set
 
 
+@pytest.mark.seconds
 def test_workers_build_the_same_cache(tmp_path, monkeypatch):
     data, made = write_images(tmp_path / "data", 70), []
     for workers in (0, 2):
@@ -246,6 +248,7 @@ def test_workers_build_the_same_cache(tmp_path, monkeypatch):
     assert all(np.array_equal(one.raw(n), two.raw(n)) for n in range(70))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("cache_limit", [2.0, 0.0])
 def test_broken_files_are_reported_and_never_fatal(tmp_path, cache_limit):
     data = write_images(tmp_path / "data")
@@ -359,6 +362,7 @@ def test_a_signal_to_the_group_leaves_workers_to_the_main_process(number):
     assert list(ordered_map(disposition, range(4), 2)) == [True] * 4
 
 
+@pytest.mark.seconds
 def test_workers_do_not_change_batches(images):
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -370,11 +374,13 @@ def test_workers_do_not_change_batches(images):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.seconds
 def test_resumed_batches_are_the_unbroken_ones(images):
     unbroken = first(images, 9)
     assert_same(unbroken[5:], first(images, 4, first_batch=5))
 
 
+@pytest.mark.seconds
 def test_ranks_rows_make_up_the_batch(images):
     whole = first(images, 4)
     parts = [first(images, 4, rank=rank, world=2) for rank in range(2)]
@@ -385,6 +391,7 @@ def test_ranks_rows_make_up_the_batch(images):
         Crops(images, size=SIZE, batch_size=8, seed=0, world=3)
 
 
+@pytest.mark.seconds
 def test_a_pickled_set_gives_the_same(images):
     assert_same(first(images), first(pickle.loads(pickle.dumps(images))))
 
@@ -410,6 +417,7 @@ def test_a_set_smaller_than_the_batch_repeats(tmp_path):
     assert not torch.equal(batches[0].images[0], batches[0].images[samples[3:6].index(samples[0]) + 3])
 
 
+@pytest.mark.seconds
 def test_eval_batches_resize_and_crop_the_centre(images):
     batches = list(eval_batches(images, size=SIZE, batch_size=7))
     samples = [s for batch in batches for s in batch.samples]
@@ -435,6 +443,7 @@ def test_streamed_large_jpegs_are_reduced_to_the_same_picture(tmp_path):
     assert (batch.images - expected).abs().max() < 0.05
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("kind", "cache_limit", "least"), [("png", 2.0, 0.94), ("png", 0.0, 0.94), ("jpeg", 2.0, 0.92), ("jpeg", 0.0, 0.94)]
 )
@@ -477,6 +486,7 @@ def test_reducing_stays_within_the_range_of_the_image(dtype, tmp_path):
     assert np.abs(batch.images[0, 0].numpy() - np.asarray(expected)).max() < 0.15
 
 
+@pytest.mark.seconds
 def test_another_sample_stands_in_for_a_broken_one_in_each_epoch(tmp_path):
     data = write_images(tmp_path, 24)
     (data / "000.png").write_bytes(b"broken")
@@ -517,6 +527,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch, rows: int, in_flight: int | Non
     return part
 
 
+@pytest.mark.seconds
 def test_batches_in_parts_are_the_same_batches(images, monkeypatch):
     whole = first(images, 3)
     judged = list(eval_batches(images, size=SIZE, batch_size=7))
@@ -530,6 +541,7 @@ def test_batches_in_parts_are_the_same_batches(images, monkeypatch):
     assert_same(*(list(eval_batches(images, size=SIZE, batch_size=7, workers=w)) for w in (0, 2)))
 
 
+@pytest.mark.seconds
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
 @pytest.mark.parametrize("bounded", [True, False])
 def test_bytes_in_flight_are_bounded(bounded, tmp_path, monkeypatch):
@@ -565,6 +577,7 @@ def test_bytes_in_flight_are_bounded(bounded, tmp_path, monkeypatch):
     assert most > part
 
 
+@pytest.mark.seconds
 def test_no_cutout_is_larger_than_is_said(tmp_path):
     draws = np.random.default_rng(0)
     for n, (height, width) in enumerate([(10, 900), (900, 10), (300, 300), (8, 8)]):
@@ -625,6 +638,7 @@ def test_what_is_ahead_fits_into_shared_memory(shared, processes, size, found, m
         assert (workers * prefetch + 2) * size <= min(1024, shared // 4 // processes)
 
 
+@pytest.mark.seconds
 def test_an_input_error_of_a_worker_is_one_line(tmp_path):
     images = load(write_images(tmp_path, 8), cache_limit=0.0)
     for file in tmp_path.iterdir():
@@ -646,6 +660,7 @@ def test_want_of_shared_memory_is_one_line(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.seconds
 def test_workers_leave_the_gpu_alone(images, monkeypatch):
     """They are forked, and a forked process that touches it fails."""
     expected = first(images, 3)

@@ -87,7 +87,6 @@ def standardised(images: ImageSet) -> np.ndarray:
 # -- one range for all -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick
 def test_an_image_in_train_and_test_is_one_and_the_same(deep: Path) -> None:
     settings = plain(checked({}))
     for path, value in {"data.path": str(deep), "data.image_size": [16, 16], "data.channels": 1}.items():
@@ -207,7 +206,6 @@ def test_weights_to_start_from_bring_their_deviation_only_with_their_range(
     assert "the images of --init had another range" in said[0]
 
 
-@pytest.mark.quick
 def test_images_of_another_type_are_refused_in_one_line(tmp_path: Path) -> None:
     deep = microscope(tmp_path / "deep")
     scaling = load(deep).scaling
@@ -318,7 +316,6 @@ def test_a_pixel_of_8_bit_colour_is_missing_only_where_all_its_colours_are(tmp_p
         load_images(open_source(tmp_path), [1], size=SIZE)
 
 
-@pytest.mark.quick
 def test_what_a_range_leaves_out_is_said(tmp_path: Path, capsys: Any) -> None:
     rng = np.random.default_rng(3)
     for k in range(12):
@@ -368,7 +365,6 @@ def test_sparse_spots_on_nothing_keep_their_range(tmp_path: Path) -> None:
     assert (images.scaling.low, images.scaling.high) == ((50,), (1950,))
 
 
-@pytest.mark.quick
 def test_scalings_that_differ_little_share_no_cache(deep: Path) -> None:
     measured = load(deep).scaling
     near = replace(measured, high=(measured.high[0], measured.high[1], measured.high[2] + 2**-10))

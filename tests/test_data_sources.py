@@ -544,6 +544,7 @@ PACKS = {  # file: images by split, classes
 }
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("pack", list(PACKS))
 def test_shared_packs(pack):
     if not (SHARED / pack).exists():
@@ -560,6 +561,7 @@ def test_shared_packs(pack):
     assert len(set(names(source))) == len(source.entries)
 
 
+@pytest.mark.seconds
 def test_a_source_of_ones_own_is_one_file_and_a_line(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

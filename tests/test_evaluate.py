@@ -242,7 +242,6 @@ def test_attentive_looks_at_the_token_that_matters():
     assert difference > 4 * error
 
 
-@pytest.mark.quick
 def test_attentive_does_not_depend_on_the_evaluation_batch(monkeypatch: pytest.MonkeyPatch):
     x, y, test_x, test_y = made_tokens()
     whole = attentive(x, y, test_x, test_y, epochs=3)

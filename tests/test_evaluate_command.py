@@ -183,7 +183,6 @@ def test_a_killed_loop_goes_on_as_if_nothing_had_happened(
     assert torch.equal(next(third.network.parameters()), next(whole.network.parameters()))
 
 
-@pytest.mark.quick
 def test_a_loop_ends_in_time_and_learns(tmp_path: Path) -> None:
     toy = Toy()
     told = toy.run(tmp_path, Duration(1, minutes=0.02))
@@ -476,7 +475,6 @@ def test_outliers(run: Path, pictures: Path, scenes: Path, tmp_path: Path) -> No
     assert len(list((out / "outliers").glob("*.png"))) == len(found["rows"]) == 6
 
 
-@pytest.mark.quick
 def test_outlier_scores() -> None:
     rng = np.random.default_rng(0)
     train = torch.from_numpy(rng.normal(size=(5000, 4)) * [1, 2, 3, 4] + 5)

@@ -210,7 +210,6 @@ def test_rank_and_restoration_read_images_from_the_first_to_the_last(
 # -- few labels --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick
 def test_few_labels_are_drawn_from_all_images_alike_for_networks_and_floors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +233,6 @@ def test_few_labels_are_drawn_from_all_images_alike_for_networks_and_floors(
     assert "few_attentive" not in judge.worth(Recorder(), IDENTITY, 2).probes
 
 
-@pytest.mark.quick
 def test_there_is_no_row_of_few_labels_where_a_class_has_too_few(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path, 90, size=16)
     for file in sorted((folder / "class1").iterdir())[12:]:

@@ -142,7 +142,6 @@ def test_what_is_planned_can_be_built(method: str, said: dict[str, Any]) -> None
     assert cost.made > 1e4
 
 
-@pytest.mark.quick
 def test_the_count_of_a_step_is_that_of_the_log() -> None:
     """GFLOP an image, docs/log.md 2026-11-21: by the formula, and counted (energy with its second derivatives)."""
     for name, logged in (("mae", 0.13), ("energy", 0.70), ("simmim", 0.34)):

@@ -33,6 +33,7 @@ def answers(commands: list[list[str]]) -> list[tuple[int, str, str, list[str]]]:
     return json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.seconds
 def test_nothing_heavy_is_imported_to_help_to_list_or_to_complain(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "recipe.yaml").write_text("measured: {steps: 100}")
@@ -70,6 +71,7 @@ def test_nothing_heavy_is_imported_to_help_to_list_or_to_complain(pictures: Path
         assert not heavy, arguments
 
 
+@pytest.mark.seconds
 def test_a_misspelt_setting_of_a_method_is_known_by_its_class(pictures: Path, tmp_path: Path) -> None:
     asked = ["pretrain", str(pictures), "--out", str(tmp_path / "run"), "--set", "method.hidden=1"]
     ((status, _, err, _),) = answers([asked])

@@ -256,7 +256,6 @@ def test_a_batch_is_drawn_from_all_of_a_window() -> None:
 # Shards
 
 
-@pytest.mark.quick
 def test_local_shards_are_opened_once_and_no_file_is_looked_at_for_an_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +315,6 @@ def test_remote_shards_are_as_local_ones(tmp_path: Path, web: Callable[..., Web]
     assert same(batches(loaded(source)), batches(loaded(local)))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_read_of_remote_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     """An epoch brings each piece once to this machine, whatever the number of processes; going on in the middle of it brings
@@ -372,7 +370,6 @@ def test_what_is_read_of_remote_shards(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(resumed) < 0.75 * len(pieces)
 
 
-@pytest.mark.quick
 def test_what_stays_on_the_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces_module, "PIECE", 4096)
     images = loaded(in_memory(), window=6_000)
@@ -474,7 +471,6 @@ def test_errors_of_remote_shards_are_one_line(
     fails("hf://datasets/somebody/something", "needs the package fsspec: pip install underpaint[hub]")
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bucket_that_goes_away_ends_the_run_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int

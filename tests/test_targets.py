@@ -134,7 +134,6 @@ class Cosines(Target):
         return functional.interpolate(means, scale_factor=float(times * images.shape[-1] // level.shape[-1]))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", ["mae", "localmim"])
 def test_a_target_of_ones_own_is_learned_and_drawn(name: str) -> None:
     method, images = small(name, 32, 32, target=Cosines()), photographs(4, 3, 32, 32)

@@ -812,7 +812,6 @@ def test_an_official_file_is_evaluated_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "results.json").is_file()
 
 
-@pytest.mark.quick
 def test_a_file_that_does_not_fit_ends_a_command_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,7 +127,6 @@ def test_a_parquet_file_with_text_that_is_none(place: str, tmp_path: Path) -> No
         open_source(tmp_path / "a.parquet")
 
 
-@pytest.mark.quick
 def test_braces_that_are_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "LARGEST_PATTERN", 1_000)
     with pytest.raises(InputError, match=r"wds:\{1\.\.: Unbalanced braces"):

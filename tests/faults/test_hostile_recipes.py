@@ -30,7 +30,6 @@ HOSTILE = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_recipe_is_one_line(name: str, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture) -> None:
     text, said = HOSTILE[name]
