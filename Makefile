@@ -7,7 +7,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist l
 # without the shape-checking hook, under which nothing compiles
 UNHOOKED := -o addopts="-q --strict-markers -p no:cacheprovider"
 
-.PHONY: install demo test check test-slow lowest docs bench format
+.PHONY: install demo test check types quick test-slow lowest docs bench format
 
 install: .venv/.installed
 
@@ -23,7 +23,13 @@ demo: install
 check: install
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/ruff check src tests benchmarks scripts
+	$(MAKE) --jobs 2 --output-sync types quick
+
+# beside one another: the types take one core
+types:
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+quick:
 	$(PYTEST) -m "quick and not seconds and not slow and not unhooked"
 
 test: install
