@@ -142,6 +142,9 @@ class Length:
     devices: int | None = setting(None, "GPUs, or processes on a CPU", unset="all GPUs, or 1", low=1, high=1_024)
     nodes: int = setting(1, "machines", low=1, high=65_536)
     probe_every: int | None = setting(None, "between probes", unit="steps", unset="a quarter of the run", low=1)
+    probe_share: float = setting(
+        0.1, "of the training's time that judging it may take, on the way and at the end together", low=0, high=100
+    )
     checkpoint_every: int | None = setting(None, "between checkpoints", unit="steps", unset="about two minutes", low=1)
     log_every: int | None = setting(None, "between log lines", unit="steps", unset="about 200 lines a run", low=1)
     loggers: list[str] = field(

@@ -24,6 +24,7 @@ from underpaint.data import Batch, keep
 from underpaint.errors import InputError, Stopped
 from underpaint.evaluation.visualizations import write_visualizations
 from underpaint.files import refuse_inside
+from underpaint.judging import full_sizes, probe_every, quick_sizes
 from underpaint.locking import locked
 from underpaint.methods import Restores
 from underpaint.planning import estimated, planned, told
@@ -258,9 +259,13 @@ def _train(session: Session, stepper: Stepper, resumed: bool, stop_at: float | N
     if session.fabric.is_global_zero:
         run.write_recipe(recipe)
     session.last = measured["steps"] if stop_at is None else None
+    if stop_at is None:
+        session.suite.quick_sizes = tuple(measured.setdefault("quick_probe", list(quick_sizes(recipe))))
+        if "judgement" in measured:
+            session.suite.full_sizes = tuple(measured["judgement"])
     every = (measured["log_every"], measured["probe_every"], measured["checkpoint_every"])
     plan = Plan(duration, schedule_of(recipe), *every, stop_at)
-    training = Training(stepper, plan, run, _watch(session, stepper), session.clock)
+    training = Training(stepper, plan, run, _watch(session, plan), session.clock)
     going_on = training.resume() if resumed else training.start_anew()
     if going_on:
         session.shout(f"going on from step {training.at.step} of {measured['steps']}")
@@ -306,7 +311,7 @@ def _write_page(session: Session, going: bool = True) -> None:
             say(f"note: report.html could not be written ({type(error).__name__}: {error})")
 
 
-def _watch(session: Session, stepper: Stepper) -> Watch:
+def _watch(session: Session, plan: Plan) -> Watch:
     """What looks at a run while it trains: probe and picture, exported encoder, loggers."""
 
     def export() -> Callable[[], None]:
@@ -327,17 +332,38 @@ def _watch(session: Session, stepper: Stepper) -> Watch:
 
         return write
 
+    def probe(step: int) -> dict[str, float]:
+        began = session.clock()
+        found = _look(session, step)
+        if not step and session.last is not None and "judgement" not in session.recipe.measured:
+            _spend(session, plan, session.clock() - began)
+        return found
+
     def divided(parts: int) -> None:
         session.recipe.measured["accumulation"] = parts
         session.run.write_recipe(session.recipe)
 
     return Watch(
         names=lambda batch: [session.images.names[k] for k in batch.samples],
-        probe=lambda step: _look(session, step),
+        probe=probe,
         export=export,
         divided=divided,
         resume_loggers=lambda step: Loggers(session.run, session.recipe.run.loggers, step),
     )
+
+
+def _spend(session: Session, plan: Plan, seconds: float) -> None:
+    """By what the first probe took: how often there is another one, and how many images judge at the end."""
+    recipe, suite, judges = session.recipe, session.suite, session.suite.splits
+    seconds = by_first(lambda: max(seconds, 1e-6))
+    if judges is not None:
+        seen = sum(min(most, len(part.indices)) for most, part in zip(suite.quick_sizes, judges, strict=True))
+        suite.full_sizes = full_sizes(recipe, seen, seconds)
+    if recipe.run.probe_every is None:
+        plan.probe_every = recipe.measured["probe_every"] = probe_every(recipe, seconds)
+    recipe.measured["judgement"] = list(suite.full_sizes)
+    if session.fabric.is_global_zero:
+        session.run.write_recipe(recipe)
 
 
 def recalibrated(session: Session, encoder: Backbone) -> Backbone:

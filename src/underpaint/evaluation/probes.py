@@ -179,6 +179,8 @@ class ProbeSuite:
     seed: int
     seen: int = 0  # images of the test part that were pretrained on, without their labels
     left_out: int = 0  # classes that do not judge, since a probe of so many would take hours
+    quick_sizes: tuple[int, int] = (QUICK_TRAIN, QUICK_TEST)  # images of a quick probe, to fit it and to test it
+    full_sizes: tuple[int, int] = (FULL_TRAIN, FULL_TEST)  # of the judgement at the end
 
     @classmethod
     def of(
@@ -307,8 +309,8 @@ class ProbeSuite:
     def _quick(self, encoder: Backbone) -> tuple[Split, Split]:
         """The labelled images of a quick probe."""
         assert self.splits is not None
-        most = (self._most(encoder, QUICK_TRAIN), self._most(encoder, QUICK_TEST))
-        return self.splits[0].subset(most[0], SUBSET), self.splits[1].subset(most[1], SUBSET)
+        train, test = (self._most(encoder, most) for most in self.quick_sizes)
+        return self.splits[0].subset(train, SUBSET), self.splits[1].subset(test, SUBSET)
 
     def final(self, encoder: Seen, untrained: Seen, standardize: Standardize) -> dict[str, Any]:
         """What `probes.json` holds: all probes in full, of what was seen of the encoder and of what it started from, and of the
@@ -349,7 +351,8 @@ class ProbeSuite:
     def full(self) -> tuple[Split, Split]:
         """The labelled images of the probes at the end."""
         assert self.splits is not None
-        return self.splits[0].subset(FULL_TRAIN, SUBSET), self.splits[1].subset(FULL_TEST, SUBSET)
+        train, test = self.full_sizes
+        return self.splits[0].subset(train, SUBSET), self.splits[1].subset(test, SUBSET)
 
     def notes(self, counts: dict[str, int], draws: int = 0) -> list[str]:
         """What must be known to read the probes, in sentences: how few images some of them have, and whether the encoder
@@ -361,6 +364,13 @@ class ProbeSuite:
         if self.left_out:
             said.append(
                 f"The {MOST_CLASSES:,} classes with the most images judge, of {MOST_CLASSES + self.left_out:,} in all."
+            )
+        if self.full_sizes < (FULL_TRAIN, FULL_TEST) and len(train.indices) < min(
+            FULL_TRAIN, len(self.splits[0].indices)
+        ):
+            said.append(
+                f"The probes saw {len(train.indices):,} and {len(test.indices):,} of the labelled images, for the share of the "
+                "run's time that judging it may take (run.probe_share); `underpaint evaluate` takes all."
             )
         if self.seen:
             said.append(
