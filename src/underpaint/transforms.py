@@ -67,11 +67,15 @@ class Transform:
         made = []
         for number, image in enumerate(several):
             try:
-                made.append(centred(encoded(image), self.scaling, self.size))
+                made.append(self.unit_of(encoded(image)))
             except Unreadable as error:
                 name = image if isinstance(image, str | Path) else f"image {number}"
                 raise InputError(f"{name}: {error}") from error
         return torch.cat(made)
+
+    def unit_of(self, data: bytes) -> Float[Tensor, "1 c height width"]:
+        """One image file in [0, 1]; raises Unreadable."""
+        return centred(data, self.scaling, self.size)
 
     def __call__(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "b c height width"]:
         """Standardised; raises as `unit`."""
