@@ -187,7 +187,9 @@ def _vit(network: Any, subject: Subject) -> Built:
     }
     hidden = block.mlp.fc1.out_features
     if dino:
-        settings["mlp_ratio"] = hidden / network.embed_dim
+        if hidden % network.embed_dim:
+            raise Lacking("its blocks are no whole number of times wider inside")
+        settings["mlp_ratio"] = hidden // network.embed_dim
         table = DINO
         for number in range(len(network.blocks)):
             for which in "12":
