@@ -44,6 +44,9 @@ def write_onnx(subject: Subject, folder: Path) -> Written:
     that it took in a try."""
     import onnxruntime
 
+    if subject.task == "detect":
+        why = "torch.export does not take a detector's loops over as many objects as an image has"
+        raise subject.refused("onnx", why, "torchscript or safetensors")
     network, example = OnUnit(subject).eval(), _example(subject)
     tries = [_dimensions(subject, size) for size in ((True, False) if _any_size(subject) else (False,))]
     program, reason = None, ""
@@ -62,7 +65,7 @@ def write_onnx(subject: Subject, folder: Path) -> Written:
                 )
             break
         except Exception as error:  # of every stage of it, by which it says that it cannot
-            reason = one_line(error)
+            reason = one_line(error.__cause__ or error)
     if program is None:
         raise subject.refused("onnx", f"torch cannot export it ({reason[:200]})", "torchscript or safetensors")
     facts = facts_of(subject) | {"opset": OPSET, "any_size": 2 in (dimensions or {})}
