@@ -13,6 +13,7 @@ from conftest import write_pictures
 from forked import CommandLine
 from PIL import Image
 from test_transforms import saved
+from timm.optim import create_optimizer_v2
 from tiny import ENCODERS
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -83,7 +84,7 @@ def test_timm_gives_our_features_and_is_trained_on(made: Made, tmp_path: Path) -
     encoder = underpaint.load_encoder(made.run)
     images = encoder.transform(made.images())
     with torch.no_grad():
-        model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        model: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         close(model(images), encoder(images).pooled)
         with Image.open(made.images()[0]) as image:
             named = usage(out, image=image)
@@ -93,7 +94,7 @@ def test_timm_gives_our_features_and_is_trained_on(made: Made, tmp_path: Path) -
     torch.manual_seed(0)
     model = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=3, drop_path_rate=0.1)
     assert list(model.pretrained_cfg["mean"]) == list(encoder.takes.mean)  # pyright: ignore[reportOptionalMemberAccess]
-    optimiser = timm.optim.create_optimizer_v2(model, opt="adamw", lr=3e-3, layer_decay=0.75)
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=3e-3, layer_decay=0.75)
     images, labels = encoder.transform(made.images(18)), torch.arange(18) // 15
     losses = []
     for _ in range(12):
@@ -107,7 +108,7 @@ def test_timm_gives_our_features_and_is_trained_on(made: Made, tmp_path: Path) -
 def test_torchvision_detects_on_an_exported_backbone(tmp_path: Path) -> None:
     """A ResNet, as `features_only` makes a backbone of it; without our code, a step is taken and images are looked at."""
     out = underpaint.export(saved(tmp_path / "encoder", "resnet"), "timm", tmp_path / "out")
-    taken = timm.create_model(f"local-dir:{out}", pretrained=True, features_only=True, out_indices=[-1])
+    taken: Any = timm.create_model(f"local-dir:{out}", pretrained=True, features_only=True, out_indices=[-1])
 
     class Backbone(torch.nn.Module):
         out_channels = taken.feature_info.channels()[-1]
