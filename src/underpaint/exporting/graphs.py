@@ -65,7 +65,7 @@ def write_onnx(subject: Subject, folder: Path) -> Written:
                 )
             break
         except Exception as error:  # of every stage of it, by which it says that it cannot
-            reason = one_line(error.__cause__ or error)
+            reason = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
     if program is None:
         raise subject.refused("onnx", f"torch cannot export it ({reason[:200]})", "torchscript or safetensors")
     facts = facts_of(subject) | {"opset": OPSET, "any_size": 2 in (dimensions or {})}
