@@ -34,6 +34,7 @@ from underpaint.exporting import export as exporting
 from underpaint.exporting.subject import open_subject
 from underpaint.patches import Standardize
 
+pytestmark = pytest.mark.xdist_group("export")  # one process makes the run
 TINY = {"encoder.embed_dim": 32, "encoder.depth": 2, "encoder.num_heads": 2}
 
 
