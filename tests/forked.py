@@ -26,6 +26,7 @@ IMPORTED = (
     "sklearn.manifold",
     "underpaint.comparison.run",
     "underpaint.evaluation.runner",
+    "underpaint.exporting.export",
     "underpaint.prediction",
     "underpaint.report",
     "underpaint.tokenize",

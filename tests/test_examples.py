@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from conftest import made_picture
+from test_transforms import saved
 
 import underpaint
 from underpaint.masking import MASKS
@@ -48,8 +51,17 @@ def unchanged() -> Iterator[None]:
         names.update(kept)
 
 
-@pytest.mark.usefixtures("unchanged")
-@pytest.mark.parametrize("page", ["README.md", "docs/explore.md", "docs/extending.md"])
+@pytest.fixture
+def beside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with an encoder in runs/first and an image in photos/."""
+    saved(tmp_path / "runs" / "first", "vit")
+    (tmp_path / "photos").mkdir()
+    made_picture(np.random.default_rng(0), 1).save(tmp_path / "photos" / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("unchanged", "beside_a_run")
+@pytest.mark.parametrize("page", ["README.md", "docs/explore.md", "docs/export.md", "docs/extending.md"])
 def test_python_in_the_documentation_runs(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks

@@ -28,7 +28,20 @@ def small(name: str) -> Recipe:
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    "name", ["pretrain", "compare", "evaluate", "predict", "embed", "explore", "suggest", "restore", "score", "recipe"]
+    "name",
+    [
+        "pretrain",
+        "compare",
+        "evaluate",
+        "predict",
+        "embed",
+        "explore",
+        "suggest",
+        "restore",
+        "score",
+        "recipe",
+        "export",
+    ],
 )
 def test_a_command_is_a_function_that_tells_what_it_takes(name: str) -> None:
     function = getattr(underpaint, name)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from underpaint.evaluation.options import Options
     from underpaint.evaluation.runner import evaluate
     from underpaint.exploring import explore
+    from underpaint.exporting.export import export
     from underpaint.inference import restore, score
     from underpaint.methods import CAE, CIM, MAE, BEiT, ConditionalEnergy, Energy, LocalMIM, Method, Objective, SimMIM
     from underpaint.prediction import embed, predict
@@ -42,6 +43,7 @@ __all__ = [
     "encoder",
     "evaluate",
     "explore",
+    "export",
     "load_encoder",
     "predict",
     "pretrain",
@@ -59,6 +61,7 @@ ROOMS = {
     "compare": "comparison.run",
     "evaluate": "evaluation.runner",
     "explore": "exploring",
+    "export": "exporting.export",
     "suggest": "suggesting",
     "Options": "evaluation.options",
     "pretrain": "pretraining",

@@ -14,6 +14,7 @@ from underpaint.config import COMPARED, FLAGS, LENGTHS, PLANNED, declaration
 from underpaint.errors import InputError, Stopped
 from underpaint.evaluation import EVALUATIONS
 from underpaint.evaluation.options import Options
+from underpaint.exporting import FORMATS, require
 from underpaint.files import check_writable, place_of, refuse_inside
 from underpaint.methods import LISTED
 from underpaint.signals import Interrupted, answered_signals, requeue
@@ -362,6 +363,25 @@ def _tokenizer(given: argparse.Namespace) -> None:
     make_tokenizer(given.data, given.out, words, minutes=given.minutes, groups=given.groups, seed=given.seed)
 
 
+def _export_takes(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "encoder",
+        metavar="RUN",
+        help="a run, a folder of evaluate or that of one of its tasks, a file of weights, a Hugging Face folder, or timm:NAME",
+    )
+    told = "; ".join(f"{name}: {each.line}" for name, each in FORMATS.items())
+    made.add_argument("--to", required=True, choices=FORMATS, help=told)
+    made.add_argument("--out", type=Path, required=True, help="a folder; an export that is there is replaced")
+
+
+def _export(given: argparse.Namespace) -> None:
+    _encoder_at(given.encoder)
+    require(given.to, given.out)
+    from underpaint.exporting.export import export
+
+    export(given.encoder, given.to, given.out)
+
+
 def _report_takes(made: argparse.ArgumentParser) -> None:
     made.add_argument("run_folder", metavar="RUN|DIR", type=Path)
 
@@ -476,6 +496,12 @@ COMMANDS = {
         "tokenizer photos/ --kind kmeans --image-size 64 --stride 8 --out words.safetensors",
         _tokenizer_takes,
         _tokenizer,
+    ),
+    "export": _Command(
+        "an encoder, or what evaluate trained, for timm, transformers, ONNX or TorchScript, with a model card",
+        "export runs/first --to timm --out exported",
+        _export_takes,
+        _export,
     ),
     "watch": _Command(
         "where a run stands, in one line: step, speed, loss, probe, verdict so far, time left",

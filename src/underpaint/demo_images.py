@@ -44,8 +44,8 @@ def write_demo_images(
     windows = [max(window, size) for window in WINDOWS]
     for number, name in enumerate(PHOTOGRAPHS):
         generator = np.random.default_rng([seed, number])
-        photograph = _read(name)
-        width, height = photograph.size
+        whole = photograph(name)
+        width, height = whole.size
         middle = int(width * TRAIN_SHARE)
         if max(windows) > min(height, width - middle):
             raise InputError(
@@ -59,13 +59,13 @@ def write_demo_images(
                 window = windows[index % len(windows)]
                 x = int(generator.integers(left, right - window + 1))
                 y = int(generator.integers(0, height - window + 1))
-                crop = photograph.crop((x, y, x + window, y + window))
+                crop = whole.crop((x, y, x + window, y + window))
                 crop = crop.resize((size, size), Image.Resampling.BICUBIC)
                 crop.save(place / f"{index:04d}.png", compress_level=1)
     return list(PHOTOGRAPHS)
 
 
-def _read(name: str) -> Image.Image:
+def photograph(name: str) -> Image.Image:
     """A photograph as RGB, straight from the files of its package: the package's own reader may want a cache folder."""
     package, file = PHOTOGRAPHS[name]
     try:

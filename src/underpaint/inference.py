@@ -9,16 +9,7 @@ import torch
 from underpaint.backbones import load_encoder, scaling_for, standardize_for
 from underpaint.config import Recipe
 from underpaint.console import Going, say
-from underpaint.data import (
-    Unreadable,
-    centre_boxes,
-    crop_resize,
-    eval_batches,
-    load_images,
-    open_source,
-    settle_scaling,
-)
-from underpaint.data.images import Decoding, decode_as
+from underpaint.data import Unreadable, eval_batches, load_images, open_source, settle_scaling
 from underpaint.errors import InputError
 from underpaint.files import AS_IT_IS, check_writable, replacing
 from underpaint.methods import METHODS, Method, Restores
@@ -26,6 +17,7 @@ from underpaint.patches import Standardize
 from underpaint.recipes.recipe import method_options
 from underpaint.report.figures.pictures import sheet
 from underpaint.train.run_folder import Run
+from underpaint.transforms import centred, encoded
 
 
 def load_method(path: str | Path) -> tuple[Method, Standardize, Recipe]:
@@ -55,8 +47,7 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
         raise InputError(f"{run}: {recipe.method['name']} makes no pictures; there is nothing to restore")
     if corruption is not None and corruption not in method.tasks:
         raise InputError(f"--corruption {corruption}: this run was trained on {', '.join(method.tasks)}")
-    size, channels = recipe.data.image_size, method.encoder.channels
-    scaling = scaling_for(run)
+    size, scaling = recipe.data.image_size, scaling_for(run)
     if scaling is None:
         raise InputError(
             f"{run}: its encoder.json does not say how images are scaled, so nothing can be restored with it"
@@ -64,15 +55,9 @@ def restore(run: str | Path, images: Sequence[str | Path], out: str | Path, *, c
     rows = []
     for image in images:
         try:
-            data = Path(image).read_bytes()
-            array = decode_as(data, Decoding(channels, recipe.data.max_pixels, 2 * min(size), scaling), None)
-        except OSError as error:
-            raise InputError(f"{image}: {error.strerror}; give image files") from error
+            rows.append(centred(encoded(image), scaling, size, recipe.data.max_pixels))
         except Unreadable as error:
             raise InputError(f"{image}: {error}; give image files") from error
-        whole = torch.from_numpy(array).permute(2, 0, 1)[None]
-        boxes = torch.from_numpy(centre_boxes([array.shape[:2]], size))
-        rows.append(scaling.unit(crop_resize(whole, boxes, torch.zeros(1, dtype=torch.bool), size)))
     frames = method.restore(standardize(torch.cat(rows)), task=corruption)
     sheet({caption: standardize.inverse(frame) for caption, frame in frames.items()}, Path(out))
 

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 
 from underpaint.backbones import from_arguments
 from underpaint.computing import autocast
@@ -14,9 +15,10 @@ from underpaint.console import say
 from underpaint.data import eval_batches, open_source, stored_scaling
 from underpaint.errors import InputError
 from underpaint.evaluation import EVALUATIONS, evaluation
+from underpaint.evaluation.base import AnyEvaluation
 from underpaint.evaluation.bundle import EncoderBundle, open_bundle
 from underpaint.evaluation.features import HALF_LIMIT, counted
-from underpaint.evaluation.keep import kept
+from underpaint.evaluation.keep import Saved, kept
 from underpaint.files import check_writable, refuse_inside, replacing, utf8, write_json
 from underpaint.patches import Standardize
 from underpaint.report import write_report
@@ -40,6 +42,35 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
     folder = Path(out)
     refuse_inside(out, images)
     check_writable(folder)
+    kind, saved, bundle, model = rebuilt(trained)
+    source = open_source(images)
+    bundle = bundle.scaled(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        written = kind.write(model, saved, bundle, source, folder)
+        told = {
+            "format": 1,
+            "task": saved["task"],
+            "trained": str(trained),
+            "images": str(images),
+            "count": written.images,
+        }
+        rest = {name: value for name, value in asdict(written).items() if name != "images"}
+        write_json(folder / "predictions.json", told | rest)
+        say(f"done: {write_report(folder)}")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
+
+
+def rebuilt(trained: str | Path) -> tuple[AnyEvaluation, Saved, EncoderBundle, nn.Module]:
+    """What an evaluation trained: its kind, description, encoder and network, in eval mode, on the GPU where there is one.
+
+    Args:
+        trained: a folder of `underpaint evaluate`, or that of one of its tasks.
+
+    Raises:
+        InputError: nothing trained there, or it is damaged.
+    """
     saved, weights = kept(Path(trained))
     name = str(saved.get("task")).partition("-")[0]
     if name not in EVALUATIONS:
@@ -67,23 +98,7 @@ def predict(trained: str | Path, images: str | Path, out: str | Path) -> None:
         raise InputError(
             f"{trained}: model.json is damaged, or does not fit model.safetensors ({reason}); evaluate anew in another folder"
         ) from error
-    source = open_source(images)
-    bundle = bundle.scaled(source)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        written = kind.write(model.to(device).eval(), saved, bundle, source, folder)
-        told = {
-            "format": 1,
-            "task": saved["task"],
-            "trained": str(trained),
-            "images": str(images),
-            "count": written.images,
-        }
-        rest = {name: value for name, value in asdict(written).items() if name != "images"}
-        write_json(folder / "predictions.json", told | rest)
-        say(f"done: {write_report(folder)}")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
+    return kind, saved, bundle, model.to(device).eval()
 
 
 @torch.no_grad()

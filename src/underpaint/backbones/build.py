@@ -45,6 +45,7 @@ from underpaint.errors import InputError
 from underpaint.files import replacing, write_json
 from underpaint.patches import Standardize
 from underpaint.reading import one_line, read_object
+from underpaint.transforms import Transform
 
 FORMAT = 1
 PLAIN: tuple[tuple[type[nn.Module], Any], ...] = (
@@ -272,6 +273,7 @@ def save_encoder(
     description = {
         "format": FORMAT,
         "create_model": arguments,
+        "image_size": image_size_of(backbone),
         "pooling": backbone.pooling,
         "mean": standardize.mean.flatten().tolist(),
         "std": standardize.std.flatten().tolist(),
@@ -282,6 +284,12 @@ def save_encoder(
         "versions": {"underpaint": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
     write_json(folder / "encoder.json", description)
+
+
+def image_size_of(backbone: Backbone) -> list[int] | None:
+    """Height and width in pixels of the images that an encoder was trained on; None where it does not say."""
+    size = getattr(backbone, "image_size", None)
+    return None if size is None else list(size)
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -347,19 +355,36 @@ def read_description(file: Path, format: int) -> dict[str, Any]:
         ):
             raise ValueError("they are finite numbers, one of each for every channel")
         stored_scaling(description.get("scaling"))
+        if (size := description.get("image_size")) is not None:
+            height, width = size
+            if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+                raise ValueError(f"image_size {size}: it is height and width in pixels")
     # of what is not there, no list, no numbers, too large, of other names: TypeError, KeyError, RuntimeError, ...
     except Exception as error:
-        raise InputError(f"{file}: 'mean', 'std' or 'scaling' is damaged: {one_line(error)}") from error
+        raise InputError(f"{file}: 'mean', 'std', 'scaling' or 'image_size' is damaged: {one_line(error)}") from error
     return description
 
 
 def load_encoder(path: str | Path, image_size: tuple[int, int] | None = None) -> Backbone:
-    """The pretrained encoder of a run, in eval mode. It takes standardised images (`standardize_for`); `image_size` is that
-    of images to train it on, where it takes any."""
+    """The pretrained encoder of a run, in eval mode, with its `transform`: features of files, PIL images or arrays are
+
+    `encoder = underpaint.load_encoder(run); features = encoder(encoder.transform(["a.jpg", image]))`
+
+    with `features.pooled` [b, d] and `features.patches` [b, n, d]. `image_size` is that of images to train it on, and of the
+    transform, where it takes any.
+
+    Raises:
+        InputError: no encoder there, or a damaged one.
+    """
     description = describe_encoder(path)
-    backbone = from_arguments(description["create_model"], image_size)
+    size = image_size or description.get("image_size")
+    backbone = from_arguments(description["create_model"], None if size is None else (size[0], size[1]))
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     load_weights(backbone.model, folder / "encoder.safetensors")
+    scaling, taken = stored_scaling(description.get("scaling")), image_size_of(backbone)
+    if scaling is not None and taken is not None and (size or description["create_model"].get("img_size")):
+        mean, std = (tuple(description[name]) for name in ("mean", "std"))
+        backbone.takes = Transform(scaling, mean, std, (taken[0], taken[1]))
     backbone.eval()
     return backbone
 

@@ -84,7 +84,7 @@ class NaFlex(Plain):
         if added is not None:
             tokens = placed(tokens, added, index)
         first = [one for one in (embeds.cls_token, embeds.reg_token) if one is not None]
-        tokens = torch.cat([*(one.expand(len(tokens), -1, -1).to(tokens.dtype) for one in first), tokens], dim=1)
+        tokens = torch.cat([*(one.expand(tokens.shape[0], -1, -1).to(tokens.dtype) for one in first), tokens], dim=1)
         return self.model.norm_pre(embeds.pos_drop(tokens))
 
     def places(self, index: Int[Tensor, "b k"] | None) -> Any:

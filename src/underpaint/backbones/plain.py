@@ -33,7 +33,7 @@ def placed(
     tokens: Float[Tensor, "b k d"], positions: Float[Tensor, "#b n d"], index: Int[Tensor, "b k"] | None
 ) -> Float[Tensor, "b k d"]:
     """The tokens of the patches `index` (of all where None), with the positions of those added."""
-    return tokens + (positions if index is None else take(positions.expand(len(tokens), -1, -1), index))
+    return tokens + (positions if index is None else take(positions.expand(tokens.shape[0], -1, -1), index))
 
 
 class Plain(TokenBackbone):
@@ -161,7 +161,7 @@ class Plain(TokenBackbone):
             first = torch.cat([t for name in names if (t := getattr(model, name, None)) is not None], dim=1)
             if embedded_prefix and model.pos_embed is not None:
                 first = first + model.pos_embed[:, :prefix]
-            tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+            tokens = torch.cat([first.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         return getattr(model, "norm_pre", nn.Identity())(model.pos_drop(tokens))
 
     def places(self, index: Int[Tensor, "b k"] | None) -> Any:

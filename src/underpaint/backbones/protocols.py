@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from underpaint.computing import full
 from underpaint.draws import Draws
+from underpaint.errors import InputError
 from underpaint.masking import Mask, Masking
+from underpaint.transforms import Picture, Transform
 
 
 class Features(NamedTuple):
@@ -36,6 +38,7 @@ class Backbone(nn.Module):
     stride: int  # pixels of a side of a position of the final feature map
     pooling = "mean of the last map"  # what the vector of an image is, in `encoder.json`
     recomputes = False  # see `recompute_blocks`
+    takes: Transform | None = None  # what it asks of images; known of encoders that were loaded
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -52,6 +55,21 @@ class Backbone(nn.Module):
     def pyramid(self, images: Float[Tensor, "b c height width"]) -> list[tuple[Tensor, int]]:
         """Feature maps [b, d, rows, columns] with their strides in pixels, fine to coarse."""
         raise NotImplementedError
+
+    def transform(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "b c height width"]:
+        """Files, PIL images or arrays ([h, w] or [h, w, c], in the units of the files that it was trained on) to what this
+        encoder takes, as `evaluate` and `embed` read theirs: the centre, standardised, on the device of the weights.
+
+        Raises:
+            InputError: an image that cannot be read or is of another kind; an encoder that was not loaded.
+        """
+        if self.takes is None:
+            raise InputError(
+                "this encoder does not say what it asks of images: underpaint.load_encoder(RUN) does, with "
+                "image_size=(height, width) where RUN was written before underpaint said it"
+            )
+        weight = next(self.parameters())
+        return self.takes(images).to(weight.device, weight.dtype)
 
     def recompute_blocks(self) -> None:
         """From here on, keep what is between blocks alone, and compute their inside again on the way back.

@@ -129,7 +129,7 @@ def _own(text: str, image_size: tuple[int, int] | None, untrained: bool, seed: i
     described = describe_encoder(text)
     arguments = copy.deepcopy(described["create_model"])
     own = arguments.get("img_size")
-    size = image_size or _pair(own) or _trained_size(Path(text))
+    size = image_size or _pair(own) or _pair(described.get("image_size")) or _trained_size(Path(text))
     if size is None:
         raise InputError(f"{text}: does not say for which images it was trained; give --image-size")
     _divides(size, _pair(arguments.get("patch_size")) or (1, 1))  # before a network is made

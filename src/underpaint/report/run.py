@@ -28,7 +28,7 @@ from underpaint.report.reading import (
 )
 from underpaint.report.results import PROBES, Result, of_run, restoration_of
 from underpaint.report.standing import Standing, probes_of, standing
-from underpaint.report.tables import table, terminal
+from underpaint.report.tables import Table, table, terminal
 from underpaint.report.verdict import MEASURABLE, Decision, Verdict, change_sentence, changes, decide, judge
 from underpaint.report.words import capital, count_text, cut, points_text, short, time_text
 
@@ -108,7 +108,7 @@ def run_page(run: Path, going: bool | None = None) -> RunPage:
     )
 
 
-def run_text(run: Path) -> list[str]:
+def run_text(run: Path, form: Callable[[Table], list[str]] = terminal) -> list[str]:
     """What a terminal shows at the end of a run: the page's table of probes, its sentences, what to do, and notes."""
     probes, lines, recipe = (
         read_json(run / "probes.json"),
@@ -122,7 +122,7 @@ def run_text(run: Path) -> list[str]:
         said.insert(0, f"The start is {result.start}.")
     if not result.row("pretrained")["linear"].known:
         return [*said, "No labels: give --labels to know what the encoder is worth.", *texts(probes, "notes")]
-    return [*terminal(table(result, tuple(PROBES))), *said, *texts(probes, "notes")]
+    return [*form(table(result, tuple(PROBES))), *said, *texts(probes, "notes")]
 
 
 FACTS = {"method": ("method", "name"), "encoder": ("encoder", "name"), "data": ("data", "path")}  # of the recipe
