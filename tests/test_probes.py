@@ -147,7 +147,8 @@ def test_what_was_glanced_at_is_extended_and_no_probe_is_fitted_twice(
     assert sum(counts) == 96 - 40  # the test part was known, and 40 of those to train on
     assert glance.bytes == 4 * 32 * (40 + 24) * (1 + 16)
     for one, other in ((seen.sides, whole.sides), (seen.tokens, whole.tokens)):
-        assert one is not None and other is not None
+        assert one is not None
+        assert other is not None
         for side, expected in zip(one, other, strict=True):
             assert (side.features.samples == expected.features.samples).all()
             torch.testing.assert_close(side.features.pooled, expected.features.pooled, rtol=1e-5, atol=1e-5)
@@ -185,6 +186,7 @@ def test_without_labels_the_rank_and_the_pictures_share_one_pass(tmp_path: Path,
     counts: list[int] = []
     encoder.register_forward_hook(lambda module, given, made: counts.append(len(given[0])))
     seen = judge.see(encoder, STANDARDIZE, judge.glance(encoder, STANDARDIZE))
+    known = seen.known(judge)
     assert judge.worth(encoder, STANDARDIZE, seen=seen).rank == judge.quick(encoder, STANDARDIZE, seen)["rank"]
-    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(seen.known(judge),) * 2)
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(known, known))
     assert sum(counts) == 60 + 2 * (60 + 6)  # the colours of patches alone
