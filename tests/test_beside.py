@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from underpaint.evaluation.results import means
 
 TINY = {"encoder.embed_dim": 32, "encoder.depth": 1, "encoder.num_heads": 2, "method.decoder_dim": 32}
 PUBLIC = "timm:test_vit"
+features_module: Any = import_module("underpaint.evaluation.features")
+visualizations_module: Any = import_module("underpaint.evaluation.visualizations")
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +63,32 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def test_public_weights_from_scratch_and_ours_stand_in_one_table(
-    run: Path, pictures: Path, public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    pictures: Path,
+    public: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "worth"
     command = ["evaluate", str(run), "--data", str(pictures), "--image-size", "32", "--out", str(out), "--task"]
+    monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / "cache"))  # where no features are yet
+    extracted: list[int] = []
+    plain = features_module.extract
+
+    def counting(encoder: Any, batches: Any, **given: Any) -> Any:
+        found = plain(encoder, batches, **given)
+        extracted.append(len(found.samples) if isinstance(encoder, torch.nn.Module) else 0)
+        return found
+
+    monkeypatch.setattr(features_module, "extract", counting)
+    monkeypatch.setattr(visualizations_module, "extract", counting)
     assert main([*command, "linear", "--beside", PUBLIC]) == 0
+    # all see the images once, shares of the labels and neighbours included (the untrained one has the same weights, since the
+    # rate of a run's only step is 0); the colours of patches need tokens, which a linear task does not
+    assert sum(extracted) == 2 * 240 + 2 * 192
     task = results(out)["tasks"]["linear"]
+    assert task["gains"]["encoder over untrained"]["accuracy"] == 0
     assert list(task["rows"]) == ["encoder", PUBLIC, "untrained", "raw pixels", "HOG", "majority"]
     assert set(task["gains"]) == {"encoder over untrained", f"encoder over {PUBLIC}"}
     gain = task["gains"][f"encoder over {PUBLIC}"]

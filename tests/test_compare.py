@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from asking import compare, pretrain
 from scipy import stats
 
-from underpaint.comparison.run import Found, arms_of, load_worth, save_worth
+from underpaint.comparison.run import Found, Judging, arms_of, load_worth, save_worth
 from underpaint.comparison.statistics import Arm, Difference, Part, difference, standing
 from underpaint.comparison.verdict import order, verdict
 from underpaint.errors import InputError
@@ -483,6 +485,9 @@ def test_turns_cut_in_other_places_make_the_same_run(pictures: Path, tmp_path: P
 
 # --- whole comparisons ----------------------------------------------------------------------------------------------
 
+EXTRACTED: list[int] = []  # images that a network saw in one pass, while a comparison judged
+features_module: Any = import_module("underpaint.evaluation.features")
+visualizations_module: Any = import_module("underpaint.evaluation.visualizations")
 GIVEN: dict[str, Any] = {
     "methods": ["mae", "energy"],
     "minutes": 0.03,
@@ -498,8 +503,29 @@ GIVEN: dict[str, Any] = {
 def compared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("comparison") / "which"
     os.environ["UNDERPAINT_CACHE"] = str(folder.parent / "cache")
-    # a clock that is read, not one that runs: 0.03 s a step, so this comparison could be repeated
-    return folder, compare(pictures, folder, clock=machine(lambda now: 0.01), **GIVEN)
+    plain, judge = features_module.extract, Judging.all
+
+    def counting(encoder: Any, batches: Any, **given: Any) -> Any:
+        found = plain(encoder, batches, **given)
+        EXTRACTED.append(len(found.pooled) if isinstance(encoder, torch.nn.Module) else 0)
+        return found
+
+    def judging(self: Judging) -> Found:
+        EXTRACTED.clear()
+        return judge(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (features_module, visualizations_module):
+            patch.setattr(module, "extract", counting)
+        patch.setattr(Judging, "all", judging)
+        # a clock that is read, not one that runs: 0.03 s a step, so this comparison could be repeated
+        return folder, compare(pictures, folder, clock=machine(lambda now: 0.01), **GIVEN)
+
+
+@pytest.mark.xdist_group("compare")
+def test_every_encoder_looks_at_the_images_once(compared: tuple[Path, dict[str, Any]]) -> None:
+    # the untrained one's patch tokens are not held until all is judged: each run's colours of patches ask for them again
+    assert sum(EXTRACTED) == (1 + 2) * 90 + 2 * (72 + 6)
 
 
 @pytest.mark.xdist_group("compare")

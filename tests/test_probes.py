@@ -186,6 +186,7 @@ def test_without_labels_the_rank_and_the_pictures_share_one_pass(tmp_path: Path,
     counts: list[int] = []
     encoder.register_forward_hook(lambda module, given, made: counts.append(len(given[0])))
     seen = judge.see(encoder, STANDARDIZE, judge.glance(encoder, STANDARDIZE))
+    known = seen.known(judge)
     assert judge.worth(encoder, STANDARDIZE, seen=seen).rank == judge.quick(encoder, STANDARDIZE, seen)["rank"]
-    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(seen.known(judge),) * 2)
+    write_visualizations(encoder, encoder, judge, STANDARDIZE, tmp_path / "out", known=(known, known))
     assert sum(counts) == 60 + 2 * (60 + 6)  # the colours of patches alone

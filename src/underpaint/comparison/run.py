@@ -32,6 +32,7 @@ from underpaint.config import Recipe
 from underpaint.console import say
 from underpaint.data import ImageSet
 from underpaint.errors import InputError
+from underpaint.evaluation.features import Known
 from underpaint.evaluation.probes import SHOTS, ProbeSuite, Worth
 from underpaint.evaluation.results import Probe
 from underpaint.evaluation.visualizations import write_visualizations
@@ -39,6 +40,7 @@ from underpaint.files import refuse_inside, replacing, write_json, write_text
 from underpaint.inference import load_method
 from underpaint.locking import locked
 from underpaint.methods import Restores
+from underpaint.patches import Standardize
 from underpaint.prepare import build, construct, load_data, open_data
 from underpaint.recipes.recipe import checked, plain
 from underpaint.report import verdict as verdict_of_run
@@ -259,15 +261,20 @@ class Judging:
         say("judging: raw pixels, HOG and untrained encoders, then every run ...")
         self.baselines()
         first = next(iter(self.plan.recipes.values()))
-        untrained = [self.start("untrained encoder", "untrained", _seeded(first, k, None)) for k in self.plan.seeds]
+        seen: dict[int, list[Known]] = {}
+        untrained = [
+            self.start("untrained encoder", "untrained", _seeded(first, k, None), seen.setdefault(k, []))
+            for k in self.plan.seeds
+        ]
         self.found.kinds["untrained encoder"] = ("start", True)
         if first.init:
-            self.start("public weights", "public", _seeded(first, 0, first.init))
+            self.start("public weights", "public", _seeded(first, 0, first.init), [])
             self.found.kinds["public weights"] = ("start", False)
         for name in self.plan.recipes:
             if name not in self.plan.left_out:
                 for seed in self.plan.seeds:
-                    self.run(name, seed, untrained[seed])
+                    # with --init, runs see images standardised as its weights want them
+                    self.run(name, seed, untrained[seed], [] if first.init else seen[seed])
                 self.found.kinds[name] = ("method", True)
         return self.found
 
@@ -286,18 +293,26 @@ class Judging:
             self.found.worths[title] = [self.judged(name, 0, partial(baseline, name))]
             self.found.kinds[title] = ("floor", False)
 
-    def start(self, title: str, name: str, recipe: Recipe) -> Backbone:
+    def worth(self, encoder: Backbone, standardize: Standardize, known: list[Known]) -> Worth:
+        """All probes of an encoder; what they saw of it is noted in `known`, for pictures."""
+        seen = self.suite.see(encoder, standardize)
+        known += seen.known(self.suite)
+        return self.suite.worth(encoder, standardize, DRAWS, seen)
+
+    def start(self, title: str, name: str, recipe: Recipe, known: list[Known]) -> Backbone:
         """What a method starts from."""
         method, standardize = build(recipe, self.images)
-        make = partial(self.suite.worth, method.encoder, standardize, DRAWS)
+        make = partial(self.worth, method.encoder, standardize, known)
         self.found.worths.setdefault(title, []).append(self.judged(name, recipe.run.seed, make))
+        known[:] = [each.without_patches() for each in known]  # held until all runs are judged
         return method.encoder
 
-    def run(self, name: str, seed: int, untrained: Backbone) -> None:
-        """A method's run, and its page."""
+    def run(self, name: str, seed: int, untrained: Backbone, before: list[Known]) -> None:
+        """A method's run, and its page; of the encoder `untrained` is known what was seen `before`."""
         run = Run(self.folder / "runs" / f"{name}-{seed}")
         encoder, standardize = load_encoder(run.path), standardize_for(run.path)
-        worth = self.judged(f"run-{name}", seed, partial(self.suite.worth, encoder, standardize, DRAWS))
+        after: list[Known] = []
+        worth = self.judged(f"run-{name}", seed, partial(self.worth, encoder, standardize, after))
         worths = self.found.worths
         worths.setdefault(name, []).append(worth)
         if not (run.path / "pictures" / "looks.json").is_file():  # the last of what is found here
@@ -306,7 +321,8 @@ class Judging:
             restoration = self.suite.restoration(load_method(run.path)[0], standardize)
             run.write_json("probes.json", {"restoration": restoration} | self.suite.summary(known, encoder))
             other = self.suite.recalibrate_bn(untrained, standardize)
-            write_visualizations(encoder, other, self.suite, standardize, run.path / "pictures")
+            pictures = run.path / "pictures"
+            write_visualizations(encoder, other, self.suite, standardize, pictures, known=(after, before))
         write_report(run.path)
 
 

@@ -146,6 +146,11 @@ class Known(NamedTuple):
         rows = self._rows(images, samples) if tokens.shape[1] and len(tokens) == len(self.features.samples) else None
         return None if rows is None else tokens[rows]
 
+    def without_patches(self) -> "Known":
+        features = self.features
+        none = features.pooled.new_empty(len(features.pooled), 0, features.pooled.shape[1])
+        return self._replace(features=features._replace(patches=none))
+
     def _rows(self, images: ImageSet, samples: Sequence[int]) -> list[int] | None:
         places = {sample: row for row, sample in enumerate(self.features.samples.tolist())}
         known = images is self.images and all(sample in places for sample in samples)
