@@ -22,6 +22,7 @@ from scipy.stats import ks_2samp
 from torch.nn import functional
 from torchvision.transforms import RandomResizedCrop
 
+import underpaint.data.crop as crop_module
 import underpaint.data.images as images_module
 import underpaint.data.loader as loader_module
 import underpaint.data.parallel as parallel_module
@@ -100,6 +101,22 @@ def test_crop_resize_is_antialiased_interpolation_of_the_box(size):
         cut = images[n : n + 1, :, top : top + height, left : left + width]
         expected = functional.interpolate(cut, size, mode="bilinear", antialias=True, align_corners=False)[0]
         torch.testing.assert_close(result[n], expected.flip(2) if flips[n] else expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_large_images_are_resized_one_by_one_to_the_same(dtype, monkeypatch):
+    """By the products most operations are with zeros."""
+    images = torch.randint(0, 256, (5, 3, 150, 200)).to(dtype)
+    boxes, flips = (torch.from_numpy(each) for each in draw_crops(0, 0, range(5), [(150, 200)] * 5, target=(80, 90)))
+    assert flips.any()
+    found = []
+    for dense in (2**40, 0):
+        monkeypatch.setattr(crop_module, "DENSE", dense)
+        found.append(crop_resize(images, boxes, flips, (80, 90)) / 255)
+    torch.testing.assert_close(*found, atol=3e-5, rtol=0)
+    monkeypatch.undo()
+    monkeypatch.setattr(crop_module, "_resize_weights", None)
+    assert torch.equal(crop_resize(images, boxes, flips, (80, 90)) / 255, found[1])
 
 
 def test_crop_resize_never_reads_outside_the_box():
