@@ -4,13 +4,19 @@
 
 The photographs of `end_to_end.py` (400 x 533 px, JPEG), crops of 0.2 to 1 of their area. Decoders are compared too: Pillow
 with and without its `draft` (decoding at a reduced size), imagecodecs, torchvision's, and simplejpeg where it is installed.
-Everything runs with no workers and one thread; sources are taken in turns, the median of their rounds is told.
+"Into the cache" decodes all images once, with mean and deviation, into an empty cache. Everything runs on one core, with no
+workers and one thread; sources are taken in turns. Told are the median of their rounds and how many times torchvision's
+rate that is, the median of the ratios within a round.
 """
 
 import argparse
 import io
 import json
+import os
+import shutil
 import statistics
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -42,7 +48,7 @@ def of_torchvision(folder: Path, size: int) -> Iterator[int]:
             yield len(images)
 
 
-def of_ours(place: Path, size: int, cached: bool) -> Iterator[int]:
+def of_ours(place: Path | str, size: int, cached: bool) -> Iterator[int]:
     source = open_source(str(place))
     indices = range(min(IMAGES, len(source.entries)))
     images = load_images(source, indices, size=(size, size), channels=3, cache_limit=8.0 if cached else 0.0)
@@ -57,6 +63,32 @@ def parquet_of(folder: Path, file: Path) -> Path:
         rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
         pq.write_table(pa.table({"image": rows}), file)
     return file
+
+
+def shards_of(folder: Path, place: Path, count: int = 4) -> str:
+    paths = sorted(folder.rglob("*.jpg"))[:IMAGES]
+    place.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        if (file := place / f"{number:04}.tar").is_file():
+            continue
+        with tarfile.open(file, "w") as shard:
+            for path in paths[number::count]:
+                shard.add(path, path.name)
+    return f"wds:{place}/*.tar"
+
+
+def into_cache(folder: Path, size: int) -> Iterator[int]:
+    """All images decoded once, into a cache that is empty."""
+    while True:
+        kept = os.environ["UNDERPAINT_CACHE"]
+        os.environ["UNDERPAINT_CACHE"] = f"{kept}/cold"
+        source = open_source(str(folder))
+        images = load_images(
+            source, range(min(IMAGES, len(source.entries))), size=(size, size), channels=3, cache_limit=8.0
+        )
+        shutil.rmtree(f"{kept}/cold")
+        os.environ["UNDERPAINT_CACHE"] = kept
+        yield len(images)
 
 
 def decoders(files: list[bytes], size: int) -> dict[str, Callable[[bytes], Any]]:
@@ -93,12 +125,17 @@ def main() -> None:
     given.add_argument("--work", type=Path, default=ROOT / "runs" / "end-to-end")
     asked = given.parse_args()
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core, for which nothing starts processes
+    cache = tempfile.TemporaryDirectory(dir=asked.work.resolve() if asked.work.is_dir() else None)
+    os.environ["UNDERPAINT_CACHE"] = cache.name
     folder = photographs(asked.photographs, asked.work.resolve() / "photographs")
     file = parquet_of(folder, asked.work.resolve() / "photographs.parquet")
     sources = {
         "torchvision, ImageFolder": of_torchvision(folder, asked.size),
         "ours, folder": of_ours(folder, asked.size, False),
         "ours, parquet": of_ours(file, asked.size, False),
+        "ours, shards": of_ours(shards_of(folder, asked.work.resolve() / "shards"), asked.size, False),
+        "ours, into the cache": into_cache(folder, asked.size),
         "ours, kept decoded": of_ours(folder, asked.size, True),
     }
     print(json.dumps(environment()))
@@ -120,8 +157,16 @@ def main() -> None:
             for data in files:
                 way(data)
             times[name].append(len(files) / (time.perf_counter() - began))
-    for name, found in {**rates, **{f"decoding, {name}": value for name, value in times.items()}}.items():
-        print(json.dumps({"source": name, "images_per_second": round(statistics.median(found), 1)}))
+    first = rates["torchvision, ImageFolder"]
+    for name, found in rates.items():
+        ratio = statistics.median(one / other for one, other in zip(found, first, strict=True))
+        tell(name, found, times_torchvision=round(ratio, 2))
+    for name, found in times.items():
+        tell(f"decoding, {name}", found)
+
+
+def tell(name: str, found: list[float], **more: float) -> None:
+    print(json.dumps({"source": name, "images_per_second": round(statistics.median(found), 1), **more}))
 
 
 if __name__ == "__main__":

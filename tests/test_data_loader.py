@@ -22,6 +22,8 @@ from scipy.stats import ks_2samp
 from torch.nn import functional
 from torchvision.transforms import RandomResizedCrop
 
+import underpaint.data.crop as crop_module
+import underpaint.data.images as images_module
 import underpaint.data.loader as loader_module
 import underpaint.data.parallel as parallel_module
 from underpaint.data import (
@@ -99,6 +101,22 @@ def test_crop_resize_is_antialiased_interpolation_of_the_box(size):
         cut = images[n : n + 1, :, top : top + height, left : left + width]
         expected = functional.interpolate(cut, size, mode="bilinear", antialias=True, align_corners=False)[0]
         torch.testing.assert_close(result[n], expected.flip(2) if flips[n] else expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_large_images_are_resized_one_by_one_to_the_same(dtype, monkeypatch):
+    """By the products most operations are with zeros."""
+    images = torch.randint(0, 256, (5, 3, 150, 200)).to(dtype)
+    boxes, flips = (torch.from_numpy(each) for each in draw_crops(0, 0, range(5), [(150, 200)] * 5, target=(80, 90)))
+    assert flips.any()
+    found = []
+    for dense in (2**40, 0):
+        monkeypatch.setattr(crop_module, "DENSE", dense)
+        found.append(crop_resize(images, boxes, flips, (80, 90)) / 255)
+    torch.testing.assert_close(*found, atol=3e-5, rtol=0)
+    monkeypatch.undo()
+    monkeypatch.setattr(crop_module, "_resize_weights", None)
+    assert torch.equal(crop_resize(images, boxes, flips, (80, 90)) / 255, found[1])
 
 
 def test_crop_resize_never_reads_outside_the_box():
@@ -246,6 +264,91 @@ def test_workers_build_the_same_cache(tmp_path, monkeypatch):
         made.append(load(data, workers=workers))
     one, two = made
     assert all(np.array_equal(one.raw(n), two.raw(n)) for n in range(70))
+
+
+def statistics_of(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation, each image counting the same, by the definition."""
+    units = [array.reshape(-1, array.shape[2]) / 255 for array in arrays]
+    mean = np.mean([unit.mean(axis=0) for unit in units], axis=0)
+    return mean, np.sqrt(np.mean([(unit**2).mean(axis=0) for unit in units], axis=0) - mean**2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("broken", [0, 5])
+def test_statistics_are_those_of_evenly_spaced_images_that_can_be_read(broken, workers, tmp_path, monkeypatch):
+    """They are measured while images are decoded; which ones count is known only when all have been tried."""
+    monkeypatch.setattr(images_module, "SAMPLED_IMAGES", 7)
+    data = write_images(tmp_path / "data", 40)
+    for n in range(broken):
+        (data / f"{n:03}.png").write_bytes(b"broken")
+    images = load(data, workers=workers)
+    assert images.pixels is not None
+    chosen = np.linspace(0, 39 - broken, 7).round().astype(int).tolist()
+    mean, std = statistics_of([images.raw(k) for k in chosen])
+    np.testing.assert_allclose(images.mean, mean, rtol=1e-7)
+    np.testing.assert_allclose(images.std, std, rtol=1e-7)
+    others = statistics_of([images.raw(k) for k in range(7)])
+    assert abs(others[0] - mean).max() > 1e-4  # so that it would be seen
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_moments_are_the_means_of_values_and_squares(channels):
+    array = np.random.default_rng(0).integers(0, 256, (30, 41, channels), dtype=np.uint8)
+    unit = (array.astype(np.float32) / 255).reshape(-1, channels)  # as they were measured before there were histograms
+    for found, wanted in zip(images_module._moments(array[::-1]), (unit, unit**2), strict=True):
+        np.testing.assert_allclose(found, wanted.mean(axis=0, dtype=np.float64), rtol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_workers_measure_the_same_sample(kind, tmp_path, monkeypatch):
+    """Of a set that is streamed, and of 16 bit, whose range is measured too."""
+    draws = np.random.default_rng(0)
+    data = write_images(tmp_path / "data", 12) if kind == "png" else tmp_path / "data"
+    data.mkdir(exist_ok=True)
+    for n in range(12 if kind == "tif" else 0):
+        deep = draws.integers(1000, 5000, (20 + n, 30, 3), dtype=np.uint16)
+        tifffile.imwrite(data / f"{n:03}.tif", deep, photometric="rgb")
+    (data / f"003.{kind}").write_bytes(b"broken")
+    made = []
+    for workers in (0, 2):
+        monkeypatch.setenv("UNDERPAINT_CACHE", str(tmp_path / f"cache{workers}"))
+        made.append(load(data, workers=workers, cache_limit=0.0))
+    one, two = ((images.mean, images.std, images.scaling, images.skipped, images.notes) for images in made)
+    assert one == two
+    assert [skip["path"] for skip in one[3]] == [f"003.{kind}"]
+
+
+def test_large_images_have_a_process_for_each_core_and_small_ones_none(tmp_path, cache, monkeypatch):
+    asked = []
+
+    def counted(function: Any, keys: Any, workers: int, *rest: Any) -> Any:
+        asked.append(workers)
+        return ordered_map(function, keys, 0)
+
+    monkeypatch.setattr(images_module, "ordered_map", counted)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3), raising=False)
+    data = write_images(tmp_path / "data", 24)
+    load(data)
+    monkeypatch.setattr(parallel_module, "MANY_PIXELS", 24 * 20 * 20)
+    load(data, size=(8, 8))
+    load(data, size=(8, 8), cache_limit=0.0)
+    assert asked == [0, 3, 3]
+
+
+def test_each_block_of_the_cache_has_its_checksum(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(images_module, "BLOCK", 1000)
+    data = write_images(tmp_path / "data")
+    expected = load(data)
+    assert load(data).notes == expected.notes  # nothing is damaged
+    (folder,) = cache.iterdir()
+    with (folder / "pixels.bin").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.tell()
+        value = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([value ^ 1]))
+    damaged = load(data).notes
+    assert f"another checksum from byte {last // 1000 * 1000:,} on" in damaged[0]
 
 
 @pytest.mark.seconds

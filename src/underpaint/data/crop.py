@@ -7,9 +7,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
+from torch.nn import functional
 
 from underpaint.computing import products
 
+# operations of the two products, for an image, above which a CPU resizes image by image: most of them are with zeros
+DENSE = 2**23
 TRIES = 10  # shapes drawn until one fits the image; after that the last one is shrunk until it fits
 
 
@@ -79,6 +82,7 @@ def crop_resize(
 
     As `interpolate(mode="bilinear", antialias=True, align_corners=False)` of each cut-out. Two batched matrix
     products; pixels that do not touch the box have weight zero, so images of unlike sizes may be zero-padded to one.
+    On a CPU large images (`DENSE`) go through `interpolate` itself, one by one: the same to rounding.
 
     Args:
         images: any number type; values keep their units.
@@ -88,6 +92,9 @@ def crop_resize(
         float32.
     """
     b, c, height, width = images.shape
+    operations = 2 * c * width * size[0] * (height + size[1])
+    if images.device.type == "cpu" and operations > DENSE and torch.equal(boxes, boxes.round()):
+        return _resized_each(images, boxes, flips, size)
     rows = _resize_weights(boxes[:, 0], boxes[:, 2], height, size[0])
     columns = _resize_weights(boxes[:, 1], boxes[:, 3], width, size[1])
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
@@ -98,6 +105,21 @@ def crop_resize(
         mixed = torch.bmm(rows, wide.view(b, height, c * width)).view(b, size[0] * c, width)
         resized = torch.bmm(mixed, columns.transpose(1, 2)).view(b, size[0], c, size[1])
     return resized.permute(0, 2, 1, 3).contiguous()
+
+
+def _resized_each(
+    images: Num[Tensor, "b c height width"],
+    boxes: Float[Tensor, "b 4"],
+    flips: Bool[Tensor, "b"],
+    size: tuple[int, int],
+) -> Float[Tensor, "b c h w"]:
+    """`crop_resize` of boxes in whole pixels, image by image."""
+    resized = torch.empty(*images.shape[:2], *size)
+    for n, ((top, left, height, width), flip) in enumerate(zip(boxes.int().tolist(), flips.tolist(), strict=True)):
+        cut = images[n : n + 1, :, top : top + height, left : left + width].float()
+        found = functional.interpolate(cut, size, mode="bilinear", antialias=True)[0]
+        resized[n] = found.flip(2) if flip else found
+    return resized
 
 
 def _resize_weights(

@@ -6,14 +6,16 @@ import math
 import random
 import signal
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from underpaint.console import Going
@@ -35,6 +37,7 @@ from underpaint.data.sources.index import Indices, Names
 from underpaint.errors import InputError
 from underpaint.files import replacing_folder
 
+T = TypeVar("T")
 CACHE_VERSION = 3
 BLOCK = 2**22  # bytes of decoded pixels that have a checksum of their own
 VERIFIED = (
@@ -43,11 +46,13 @@ VERIFIED = (
 SAMPLED_HEADERS = 512  # read to estimate sizes and to choose the data set's type
 SAMPLED_IMAGES = 2_000  # decoded for mean, std and range; a quarter of it where nothing is cached
 SAMPLED_PIECES = 32  # of which images are sampled where pieces are brought as a whole
-CHUNK = 32  # images a worker decodes at a time
+CHUNK = 32  # images a worker decodes at a time, at most
+HANDED = 2**23  # bytes that a worker hands over at once, but for a single image that is larger
 STRIP = 2**24  # values that are resized at a time, at least a row of them
 SAMPLED_PIXELS = 2_000_000  # of which a range is measured, equally many an image
 STD_FLOOR = 1e-3  # of 8 bit: a quarter of a grey level
 Statistics = tuple[list[float], list[float]]  # mean, std
+Moments = tuple[np.ndarray, np.ndarray]  # of one image in [0, 1], per channel: means of its values and of their squares
 RANKS = {"uint8": 0, "uint16": 1, "float32": 2}
 
 
@@ -238,7 +243,7 @@ def load_images(
         channels: of every image: 1 and 3 convert between grey and colour, other numbers must be the files' own.
         cache_limit: GiB; a set estimated to be larger is streamed.
         max_pixels: larger images are refused.
-        workers: processes that decode; one for each core where None or 0 and there are many images.
+        workers: processes that decode; one for each core where None or 0 and there are many images, or large ones.
         scaling: that of the images that an encoder was pretrained on, for all that it meets later; measured on these
             images where None.
         nodata: where it is measured, a value that stands for missing pixels.
@@ -252,7 +257,6 @@ def load_images(
     indices = np.asarray(indices, np.int64)
     if window is not None:
         source.set_window(window * 2**30)
-    workers = workers or spare_workers(len(indices))
     limit = 2 * min(size)
     root = cache_root()
     key = _key(source, indices, channels, limit, max_pixels, scaling or nodata)
@@ -270,8 +274,12 @@ def load_images(
             if each == key or stored_scaling(stored["decoding"]["scaling"]) == scaling:
                 return _from_store(source, indices, folder, stored)
     headers = _headers(source, indices, max_pixels)
+
+    def processes(images: int) -> int:
+        return workers or spare_workers(images, images * _mean_pixels(headers))
+
     if scaling is None:
-        decoding, sample, notes = _measure(source, indices, headers, channels, max_pixels, limit, nodata)
+        decoding, sample, notes = _measure(source, indices, headers, channels, max_pixels, limit, nodata, processes)
     else:
         if len(scaling.low) != channels:
             raise InputError(f"{source.location}: wanted with {channels} channels; the encoder has {len(scaling.low)}")
@@ -280,11 +288,13 @@ def load_images(
     estimate = float(np.mean(sizes)) * len(indices) if sizes else 0.0
     statistics = None
     if not decoding.scaling.plain or any(header.nodata for header in headers):  # measured without missing pixels
-        statistics = _statistics_of_pixels(sample or _pixel_sample(source, indices, decoding), decoding.scaling)
+        statistics = _statistics_of_pixels(
+            sample or _pixel_sample(source, indices, decoding, processes), decoding.scaling
+        )
     if estimate > allowed:
-        made = _stream(source, indices, decoding, root / f"{key}-streamed", estimate, statistics, notes)
+        made = _stream(source, indices, decoding, root / f"{key}-streamed", estimate, statistics, notes, processes)
     else:
-        made = _build(source, indices, decoding, root / key, estimate, statistics, notes, workers)
+        made = _build(source, indices, decoding, root / key, estimate, statistics, notes, processes)
     made.notes = [*([damage] if damage else []), *made.notes]  # which the cache does not keep
     return made
 
@@ -301,7 +311,16 @@ def measure_scaling(
     """The scaling that `load_images` would measure on these images, and what a user should know of it."""
     indices = np.asarray(indices, np.int64)
     headers = _headers(source, indices, max_pixels)
-    decoding, _, notes = _measure(source, indices, headers, channels, max_pixels, 2 * min(size), nodata)
+    decoding, _, notes = _measure(
+        source,
+        indices,
+        headers,
+        channels,
+        max_pixels,
+        2 * min(size),
+        nodata,
+        lambda images: spare_workers(images, images * _mean_pixels(headers)),
+    )
     return decoding.scaling, notes
 
 
@@ -431,6 +450,11 @@ def _headers(source: Source, indices: np.ndarray, max_pixels: int) -> list[Heade
     return headers
 
 
+def _mean_pixels(headers: list[Header]) -> float:
+    """Pixels of an image on average; 0 where no header can be read."""
+    return float(np.mean([header.height * header.width for header in headers])) if headers else 0.0
+
+
 def _measure(
     source: Source,
     indices: np.ndarray,
@@ -439,8 +463,10 @@ def _measure(
     max_pixels: int,
     limit: int,
     nodata: float | None,
+    processes: Callable[[int], int],
 ) -> tuple[Decoding, list[np.ndarray] | None, list[str]]:
-    """Type, colour behind alpha and range of a set; the pixels that a range was measured on; and notes for the user."""
+    """Type, colour behind alpha and range of a set; the pixels that a range was measured on; and notes for the user.
+    `processes` decode so many images."""
     total, weight = np.zeros(channels), 0.0
     if any(header.alpha for header in headers):
         for i in _sampled(source, indices, SAMPLED_HEADERS // 4):
@@ -455,7 +481,7 @@ def _measure(
     decoding = Decoding(channels, max_pixels, limit, full)
     if types[-1] == "uint8":
         return decoding, None, []
-    sample = _pixel_sample(source, indices, decoding)
+    sample = _pixel_sample(source, indices, decoding, processes)
     if not sample:  # none can be read: said by those who try
         return decoding, None, []
     ranges, notes = [], []
@@ -475,19 +501,21 @@ def _named(channel: int, channels: int) -> str:
     return f"channel {channel + 1} of {channels}"
 
 
-def _pixel_sample(source: Source, indices: np.ndarray, decoding: Decoding) -> list[np.ndarray]:
+def _pixel_sample(
+    source: Source, indices: np.ndarray, decoding: Decoding, processes: Callable[[int], int]
+) -> list[np.ndarray]:
     """Pixels [k, c] drawn from each of some images, NaN where there is no value; the same at every call."""
-    chosen = _sampled(source, indices, SAMPLED_IMAGES // 4)
+    chosen = np.asarray(_sampled(source, indices, SAMPLED_IMAGES // 4))
     generator = np.random.default_rng(0)
     sample = []
-    for i in chosen:
-        try:
-            array, missing = _decode_known(source.read(i), decoding, decoding.limit)
-        except Unreadable:
+    image_bytes = 2.0 * decoding.limit**2 * decoding.channels * np.dtype(decoding.scaling.dtype).itemsize
+    for found in _decoded(_Known(source, chosen, decoding), len(chosen), processes(len(chosen)), image_bytes):
+        if isinstance(found, str):
             continue
-        pixels = _reduced(array, decoding.limit).astype(np.float32)
+        array, missing = found
+        pixels = array.astype(np.float32)
         if missing is not None:
-            pixels[_reduced(missing.astype(np.float32), decoding.limit) > 0] = np.nan
+            pixels[missing] = np.nan
         pixels = pixels.reshape(-1, pixels.shape[2])
         count = SAMPLED_PIXELS // len(chosen)
         sample.append(pixels if len(pixels) <= count else pixels[generator.integers(len(pixels), size=count)])
@@ -523,45 +551,81 @@ def _cached_bytes(header: Header, decoding: Decoding) -> float:
     return header.height * header.width * scale**2 * decoding.channels * itemsize
 
 
-class _DecodeChunk:
-    """Decodes the n-th chunk of entries; a class of its own, so that it pickles into workers."""
+@dataclass(frozen=True)
+class _Known:
+    """Decodes the image at a place among some entries; classes of their own, so that they pickle into workers."""
 
-    def __init__(self, source: Source, indices: np.ndarray, decoding: Decoding):
-        self._source = source
-        self._indices = indices
-        self._decoding = decoding
+    source: Source
+    indices: np.ndarray
+    decoding: Decoding
 
-    def __call__(self, chunk: int) -> list[np.ndarray | str]:
+    def __call__(self, place: int) -> tuple[np.ndarray, np.ndarray | None] | str:
+        """An image as it is kept, and where it has no value (None where all has one); or the reason why there is none."""
+        limit = self.decoding.limit
+        try:
+            array, missing = _decode_known(self.source.read(int(self.indices[place])), self.decoding, limit)
+        except Unreadable as error:
+            return str(error)
+        if missing is not None:
+            missing = _reduced(missing.astype(np.float32), limit) > 0
+        return _reduced(array, limit), missing
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Decodes as `_Known`, and gives the moments of the images at the places `measured`."""
+
+    known: _Known
+    measured: Collection[int]
+    pixels: bool = True  # whether images are wanted too
+
+    def __call__(self, place: int) -> tuple[np.ndarray | None, Moments | None] | str:
+        found = self.known(place)
+        if isinstance(found, str):
+            return found
+        array, _ = found
+        return array if self.pixels else None, _moments(array) if place in self.measured else None
+
+
+@dataclass(frozen=True)
+class _Chunk(Generic[T]):
+    """The results of the n-th chunk of places."""
+
+    one: Callable[[int], T | str]
+    count: int
+    size: int
+
+    def __call__(self, chunk: int) -> list[T | str]:
         return [self.one(place) for place in self.places(chunk)]
 
     def places(self, chunk: int) -> range:
-        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self._indices)))
-
-    def one(self, place: int) -> np.ndarray | str:
-        """An image, or the reason why there is none."""
-        try:
-            array = decode_as(self._source.read(int(self._indices[place])), self._decoding, self._decoding.limit)
-            return _reduced(array, self._decoding.limit)
-        except Unreadable as error:
-            return str(error)
+        return range(chunk * self.size, min((chunk + 1) * self.size, self.count))
 
 
-def _decoded(decode: _DecodeChunk, chunks: int, workers: int) -> Generator[list[np.ndarray | str], None, None]:
-    """The results of each chunk. Where a worker is lost, each image of the chunk gets a process of its own, and the one
-    that ends that, too, is left out."""
-    done = 0
+def _decoded(
+    one: Callable[[int], T | str], count: int, workers: int, image_bytes: float = 0.0
+) -> Generator[T | str, None, None]:
+    """The result of each place, in order, or the reason why there is none. Where a worker is lost, each image of the chunk
+    gets a process of its own, and the one that ends that, too, is left out.
+
+    Args:
+        image_bytes: of a result, so that workers hand over little at once.
+    """
+    even = math.ceil(count / (4 * max(1, workers)))  # so that no worker is left with much at the end
+    decode = _Chunk(one, count, max(1, min(CHUNK, even, int(HANDED / max(1.0, image_bytes)))))
+    done, chunks = 0, math.ceil(count / decode.size)
     while done < chunks:
         try:
-            with closing(ordered_map(decode, range(done, chunks), workers)) as found:
+            with closing(ordered_map(decode, range(done, chunks), min(workers, chunks - done))) as found:
                 for results in found:
-                    yield results
+                    yield from results
                     done += 1
         except WorkerLost:
-            yield [_alone(decode.one, place) for place in decode.places(done)]
+            yield from [_alone(one, place) for place in decode.places(done)]
             done += 1
 
 
-def _alone(decode: Callable[[int], np.ndarray | str], place: int) -> np.ndarray | str:
+def _alone(decode: Callable[[int], T | str], place: int) -> T | str:
     try:
         return next(ordered_map(decode, [place], 1))
     except WorkerLost as error:
@@ -578,20 +642,28 @@ def _build(
     estimate: float,
     statistics: Statistics | None,
     notes: list[str],
-    workers: int,
+    processes: Callable[[int], int],
 ) -> ImageSet:
     """Decode every image once, into a file where the cache folder can be written, else into memory."""
+    # measured while they are decoded: those of `_cached_statistics` where all can be read
+    measured = set() if statistics else set(_spread(range(len(indices)), SAMPLED_IMAGES))
+    one = _Kept(_Known(source, indices, decoding), measured)
+    image_bytes, moments = estimate / len(indices), dict[int, Moments]()
 
     def decode_into(write: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
-        return _decode_all(source, indices, decoding, workers, write)
+        results = _decoded(one, len(indices), processes(len(indices)), image_bytes)
+        return _decode_all(source, indices, results, write, moments)
 
     try:
         with replacing_folder(folder, durable=False) as partial:
             with (partial / "pixels.bin").open("wb") as file:
-                shapes, kept, skipped = decode_into(lambda array: file.write(array.tobytes()))
+                written = _Summed(file)
+                shapes, kept, skipped = decode_into(written.write)
             pixels = Pixels(partial / "pixels.bin", decoding.scaling.dtype, shapes)
-            stored = _to_store(decoding, estimate, statistics or _cached_statistics(pixels), skipped, notes)
-            np.savez(partial / "index.npz", shapes=shapes, kept=np.asarray(kept), sums=_sums(partial / "pixels.bin"))
+            stored = _to_store(
+                decoding, estimate, statistics or _cached_statistics(pixels, kept, moments), skipped, notes
+            )
+            np.savez(partial / "index.npz", shapes=shapes, kept=np.asarray(kept), sums=written.sums())
             _write_set(partial, stored)
         return _from_store(source, indices, folder, stored)
     except OSError as error:
@@ -599,7 +671,7 @@ def _build(
     chunks: list[np.ndarray] = []
     shapes, kept, skipped = decode_into(lambda array: chunks.append(array.reshape(-1)))
     pixels = Pixels(np.concatenate(chunks), decoding.scaling.dtype, shapes)
-    statistics = statistics or _cached_statistics(pixels)
+    statistics = statistics or _cached_statistics(pixels, kept, moments)
     return ImageSet(source, indices[kept], decoding, pixels, skipped, statistics, notes)
 
 
@@ -611,19 +683,24 @@ def _stream(
     estimate: float,
     statistics: Statistics | None,
     notes: list[str],
+    processes: Callable[[int], int],
 ) -> ImageSet:
     """Measure a sample; its statistics are kept, so that a second run starts at once."""
     skipped: list[dict[str, str]] = []
-    sample: list[np.ndarray] = []
-    for i in _sampled(source, indices, SAMPLED_IMAGES // 4):
-        try:
-            sample.append(_reduced(decode_as(source.read(i), decoding, decoding.limit), decoding.limit))
-        except Unreadable as error:
-            skipped.append({"path": source.entries[i].name, "reason": str(error)})
-    if not sample:
+    moments: list[Moments | None] = []
+    sample = np.asarray(_sampled(source, indices, SAMPLED_IMAGES // 4))
+    one = _Kept(_Known(source, sample, decoding), () if statistics else range(len(sample)), pixels=False)
+    for place, result in enumerate(_decoded(one, len(sample), processes(len(sample)))):
+        if isinstance(result, str):
+            skipped.append({"path": source.entries[sample[place]].name, "reason": result})
+        else:
+            moments.append(result[1])
+    if not moments:
         raise _none_readable(source, skipped)
     notes = [*notes, f"streamed: about {estimate / 2**30:.2f} GiB decoded, more than the limit of the cache"]
-    stored = _to_store(decoding, estimate, statistics or _statistics(sample), skipped, notes)
+    stored = _to_store(
+        decoding, estimate, statistics or _statistics([each for each in moments if each]), skipped, notes
+    )
     stored["streamed"] = True
     try:
         with replacing_folder(folder, durable=False) as partial:
@@ -636,27 +713,28 @@ def _stream(
 def _decode_all(
     source: Source,
     indices: np.ndarray,
-    decoding: Decoding,
-    workers: int,
+    results: Generator[tuple[np.ndarray | None, Moments | None] | str, None, None],
     write: Callable[[np.ndarray], Any],
+    moments: dict[int, Moments],
 ) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
-    """Give every readable image to `write`, in order; shapes [n, 3], places among `indices`, and what was skipped."""
+    """Give every readable image to `write`, in order, and note its moments by its place; shapes [n, 3], places among
+    `indices`, and what was skipped."""
     shapes: list[tuple[int, ...]] = []
     kept: list[int] = []
     skipped: list[dict[str, str]] = []
-    done = 0
-    decode_chunk = _DecodeChunk(source, indices, decoding)
-    with Going("decoding", len(indices)) as going:
-        for results in _decoded(decode_chunk, math.ceil(len(indices) / CHUNK), workers):
-            for result in results:
-                if isinstance(result, str):
-                    skipped.append({"path": source.entries[indices[done]].name, "reason": result})
-                else:
-                    write(result)
-                    shapes.append(result.shape)
-                    kept.append(done)
-                done += 1
-            going.advance(len(results))
+    with Going("decoding", len(indices)) as going, closing(results):
+        for place, result in enumerate(results):
+            if isinstance(result, str):
+                skipped.append({"path": source.entries[indices[place]].name, "reason": result})
+            else:
+                array, found = result
+                assert array is not None
+                write(array)
+                shapes.append(array.shape)
+                kept.append(place)
+                if found is not None:
+                    moments[place] = found
+            going.advance()
     if not kept:
         raise _none_readable(source, skipped)
     return np.asarray(shapes, dtype=np.int64), kept, skipped
@@ -667,19 +745,31 @@ def _none_readable(source: Source, skipped: list[dict[str, str]]) -> InputError:
     return InputError(f"{source.location}: none of {len(skipped)} images could be read, the first: {first}")
 
 
-def _cached_statistics(pixels: Pixels) -> Statistics:
-    return _statistics([pixels[i] for i in _spread(range(len(pixels.shapes)), SAMPLED_IMAGES)])
+def _cached_statistics(pixels: Pixels, kept: Sequence[int], moments: Mapping[int, Moments]) -> Statistics:
+    """Mean and std of evenly spaced images, of which `kept` says the places; `moments` has those of most, by place."""
+    chosen = _spread(range(len(pixels.shapes)), SAMPLED_IMAGES)
+    return _statistics([moments.get(kept[i]) or _moments(pixels[i]) for i in chosen])
 
 
-def _statistics(sample: list[np.ndarray]) -> Statistics:
-    """Mean and std of 8-bit images; they count the same whatever their size, as crops of them do."""
-    means, squares = [], []
-    for array in sample:
-        flat = array.reshape(-1, array.shape[2]).astype(np.float32) / 255
-        means.append(flat.mean(axis=0, dtype=np.float64))
-        squares.append((flat**2).mean(axis=0, dtype=np.float64))
-    mean = np.mean(means, axis=0)
-    std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 0))
+UNIT = np.arange(256, dtype=np.float32) / 255
+SQUARES = UNIT**2
+
+
+def _moments(array: np.ndarray) -> Moments:
+    """Of an 8-bit image [h, w, c]: by its histogram, since there are but 256 values."""
+    channels = array.shape[2]
+    if channels == 3:
+        counts = np.asarray(Image.fromarray(array).histogram()).reshape(3, 256)
+    else:
+        counts = np.stack([np.bincount(array[..., channel].reshape(-1), minlength=256) for channel in range(channels)])
+    shares = counts / (array.shape[0] * array.shape[1])
+    return shares @ UNIT.astype(np.float64), shares @ SQUARES.astype(np.float64)
+
+
+def _statistics(moments: list[Moments]) -> Statistics:
+    """Mean and std of images; they count the same whatever their size, as crops of them do."""
+    mean, squares = (np.mean([each[k] for each in moments], axis=0) for k in (0, 1))
+    std = np.sqrt(np.maximum(squares - mean**2, 0))
     return mean.tolist(), np.maximum(std, STD_FLOOR).tolist()
 
 
@@ -738,10 +828,27 @@ def _stored(folder: Path) -> dict[str, Any] | str | None:
     return stored
 
 
-def _sums(file: Path) -> np.ndarray:
-    """The CRC-32 of each block of a file."""
-    with file.open("rb") as opened:
-        return np.asarray([zlib.crc32(block) for block in iter(lambda: opened.read(BLOCK), b"")], dtype="<u4")
+class _Summed:
+    """Writes images into a file, with the CRC-32 of each block of it, so that nothing is read again for them."""
+
+    def __init__(self, file: BufferedWriter):
+        self._file = file
+        self._sums: list[int] = []  # of whole blocks
+        self._sum, self._room = 0, BLOCK  # of the last one, and the bytes that it still has room for
+
+    def write(self, array: np.ndarray) -> None:
+        left = memoryview(np.ascontiguousarray(array).data).cast("B")
+        self._file.write(left)
+        while len(left):
+            part, left = left[: self._room], left[self._room :]
+            self._sum, self._room = zlib.crc32(part, self._sum), self._room - len(part)
+            if not self._room:
+                self._sums.append(self._sum)
+                self._sum, self._room = 0, BLOCK
+
+    def sums(self) -> np.ndarray:
+        """Of every block, the last one too, which is shorter."""
+        return np.asarray([*self._sums, *([self._sum] if self._room < BLOCK else [])], dtype="<u4")
 
 
 def _damaged_block(file: Path, sums: np.ndarray) -> int | None:

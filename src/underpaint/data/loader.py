@@ -14,7 +14,7 @@ from torch import Tensor
 
 from underpaint.data.crop import centre_boxes, crop_resize, draw_crops
 from underpaint.data.decode import Unreadable
-from underpaint.data.images import ImageSet, resize
+from underpaint.data.images import ImageSet, Pending, resize
 from underpaint.data.parallel import ordered_map, reading_workers, within_memory
 from underpaint.data.shuffle import LARGE, shuffled
 from underpaint.data.sources.index import Indices
@@ -30,6 +30,10 @@ LONGEST = 2.75
 # bytes of cut-outs that are handed over at once, at most: a batch of more comes in parts. More would be too much where many
 # are read ahead, fewer would be too many small copies
 PART = 2**25
+
+# images of a streamed set whose boxes are drawn together, which takes little longer than for one; their files are held
+DRAWN = 8
+Draw = Callable[[slice | np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 # of a batch: its number, its first image and the one behind its last, and whether nothing of it follows
 Part = tuple[int, int, int, bool]
@@ -248,7 +252,7 @@ class Crops:
         if self._windows is not None:
             self.images.ahead(self._windows.ahead(batch, self._rows))
 
-        def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def draw(rows: slice | np.ndarray, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return draw_crops(
                 self.seed, epochs[rows], chosen, sizes, scale=self.crop_scale, flip=self.flip, target=self.size
             )
@@ -299,18 +303,28 @@ class _EvalRows:
         self._indices = indices
 
     def __call__(self, batch: int, rows: slice = slice(None)) -> _Cutouts:
-        def draw(rows: slice, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def draw(rows: slice | np.ndarray, chosen: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return centre_boxes(sizes, self._size), np.zeros(len(sizes), dtype=bool)
 
         samples = self._indices[batch * self._batch_size : (batch + 1) * self._batch_size][rows]
         return _cut(self._images, samples, self._size, draw, lambda row: iter(()))
 
 
+class _Drawn(NamedTuple):
+    """A row's image with its box, before it is decoded."""
+
+    row: int
+    sample: int
+    pending: Pending
+    box: np.ndarray
+    flip: bool
+
+
 def _cut(
     images: ImageSet,
     samples: np.ndarray,
     target: tuple[int, int],
-    draw: Callable[[slice, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    draw: Draw,
     stand_ins: Callable[[int], Iterator[int]],
 ) -> _Cutouts:
     """The stretches of the images that their boxes need; `draw(rows, samples, sizes)` gives boxes and flips, and
@@ -324,21 +338,48 @@ def _cut(
         pieces = [_piece(pixels[int(s)], box, None, target) for s, box in zip(samples, boxes, strict=True)]
         return _padded(pieces, flips, samples.tolist(), [])
     pieces, mirrored, used, skipped = [], [], [], []
-    for row, wanted in enumerate(samples.tolist()):
-        for sample in itertools.chain([wanted], stand_ins(row)):
-            try:
-                pending = images.pending(sample)
-                rows = slice(row, row + 1)
-                boxes, flips = draw(rows, np.asarray([sample]), np.asarray([pending.size]))
-                reduction = min(boxes[0, 2] / target[0], boxes[0, 3] / target[1]) / OVERSIZE
-                reduce_to = math.ceil(min(pending.size) / reduction) if reduction > 1 else None
-                pieces.append(_piece(pending.pixels(reduce_to), boxes[0], pending.size, target))
-            except Unreadable as error:
-                skipped.append({"path": images.names[sample], "reason": str(error)})
-                continue
-            mirrored.append(flips[0])
-            used.append(sample)
-            break
+
+    def opened(sample: int) -> Pending | None:
+        try:
+            return images.pending(sample)
+        except Unreadable as error:
+            skipped.append({"path": images.names[sample], "reason": str(error)})
+            return None
+
+    def drawn(rows: np.ndarray, chosen: np.ndarray, found: list[Pending | None]) -> list[_Drawn]:
+        """With their boxes, those that could be opened."""
+        there = [(row, each) for row, each in enumerate(found) if each is not None]
+        if not there:
+            return []
+        which = [row for row, _ in there]
+        boxes, flips = draw(rows[which], chosen[which], np.asarray([each.size for _, each in there]))
+        return [
+            _Drawn(int(rows[row]), int(chosen[row]), each, box, flip)
+            for (row, each), box, flip in zip(there, boxes, flips, strict=True)
+        ]
+
+    for start in range(0, len(samples), DRAWN):
+        rows = np.arange(start, min(start + DRAWN, len(samples)))
+        firsts = {each.row: each for each in drawn(rows, samples[rows], [opened(s) for s in samples[rows].tolist()])}
+        for row in rows.tolist():
+            others = (
+                each
+                for sample in stand_ins(row)
+                for each in drawn(np.asarray([row]), np.asarray([sample]), [opened(sample)])
+            )
+            first = [firsts.pop(row)] if row in firsts else []
+            for each in itertools.chain(first, others):
+                box, size = each.box, each.pending.size
+                reduction = min(box[2] / target[0], box[3] / target[1]) / OVERSIZE
+                reduce_to = math.ceil(min(size) / reduction) if reduction > 1 else None
+                try:
+                    pieces.append(_piece(each.pending.pixels(reduce_to), box, size, target))
+                except Unreadable as error:
+                    skipped.append({"path": images.names[each.sample], "reason": str(error)})
+                    continue
+                mirrored.append(each.flip)
+                used.append(each.sample)
+                break
     return _padded(pieces, np.asarray(mirrored, dtype=bool), used, skipped)
 
 

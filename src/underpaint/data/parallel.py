@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 K = TypeVar("K")
 BUS_ERROR = getattr(signal, "SIGBUS", 7)
-MANY = 2_000  # images from which on it pays to start processes for one pass over them
+MANY = 2_000  # images from which on it pays to start processes for one pass over them,
+MANY_PIXELS = 2**26  # or pixels: about half a second of decoding, ten times what starting them takes
 MOST = 8  # processes that read ahead, where nobody says how many
 EACH = 4  # results of one pass that a process must have to make, or starting it does not pay
 IN_FLIGHT = 2**30  # bytes of results that a process's workers may be ahead, with their pinned copies
@@ -156,9 +157,10 @@ def within_memory(workers: int, size: int) -> tuple[int, int]:
     return workers, min(2, ahead // workers)
 
 
-def spare_workers(images: int) -> int:
-    """Processes for a single pass over so many images, where nobody says how many: one for each core."""
-    if FORK is None or images < MANY:
+def spare_workers(images: int, pixels: float = 0.0) -> int:
+    """Processes for a single pass over so many images, with so many pixels in all, where nobody says how many: one for
+    each core."""
+    if FORK is None or (images < MANY and pixels < MANY_PIXELS):
         return 0
     cores = len(os.sched_getaffinity(0))
     return cores if cores > 1 else 0
