@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from underpaint.evaluation.results import LEVEL, mean_variance
 
@@ -85,7 +85,7 @@ class Difference(NamedTuple):
         if not (self.error > 0 and self.freedom > 0):
             return False
         point = 1 - LEVEL / (2 * claims)
-        return self.value**2 > sum(float(student.ppf(point, f)) ** 2 * v for v, f in self.parts if v > 0)
+        return self.value**2 > sum(float(stdtrit(f, point)) ** 2 * v for v, f in self.parts if v > 0)
 
 
 def standing(arm: Arm, probe: str) -> tuple[float, float]:

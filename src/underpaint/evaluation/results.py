@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
-from scipy.stats import t as student
+from scipy.special import stdtrit  # not scipy.stats, which takes most of a second to import
 
 from underpaint.console import progress
 from underpaint.errors import InputError
@@ -151,7 +151,7 @@ class Measured:
         freedom = (self.units if name in self.images else min(self.units, len(self.redrawn[name]))) - 1
         if not (error > 0 and freedom > 0):
             return False
-        return abs(difference) > float(student.ppf(1 - LEVEL / (2 * claims), freedom)) * error
+        return abs(difference) > float(stdtrit(freedom, 1 - LEVEL / (2 * claims))) * error
 
 
 def means(images: Mapping[str, Values], groups: Groups = None) -> Measured:
