@@ -32,11 +32,12 @@ def test_sizes_and_spacing_keep_the_budget() -> None:
         1_500,
         1_500,
     ]
-    assert full_sizes(ten_minutes, 3_429, 2.0) == (14_288, 2_858)
-    assert full_sizes(ten_minutes, 3_429, 0.2) == (50_000, 10_000)
+    assert full_sizes(ten_minutes, (2_449, 980), 3_429, 2.0) == (14_288, 2_858)
+    assert full_sizes(ten_minutes, (2_449, 980), 3_429, 0.2) == (50_000, 10_000)
     large = measured(25.0, 24)  # ViT-S/16 at 224 px
     assert quick_sizes(large) == (500, 200)  # the least that says something
-    assert full_sizes(large, 700, 100.0) == (5_000, 2_000)
+    assert full_sizes(large, (500, 200), 700, 100.0) == (1_000, 500)
+    assert full_sizes(large, (5_000, 400), 5_400, 1_000.0) == (5_000, 500)  # no fewer than a quick probe
     assert quick_sizes(measured(0.4, 100_000)) == (5_000, 2_000)
     assert seconds_allowed(measured(0.4, 1_500, share=0.5)) == pytest.approx(150)
     assert seconds_allowed(measured(0.4, 10)) == LEAST_SECONDS
@@ -70,7 +71,9 @@ def test_probes_of_a_run_are_spaced_by_what_the_first_one_took(
     seconds: float, probed: list[int], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(underpaint.pretraining, "quick_sizes", lambda recipe: (20, 8))
-    monkeypatch.setattr(underpaint.pretraining, "full_sizes", lambda recipe, images, took: (40, 12 if took > 3 else 8))
+    monkeypatch.setattr(
+        underpaint.pretraining, "full_sizes", lambda recipe, quick, images, took: (40, 12 if took > 3 else 8)
+    )
     run = pretrain(
         pictures,
         tmp_path / "run",

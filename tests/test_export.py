@@ -12,6 +12,7 @@ import yaml
 from conftest import write_pictures
 from forked import CommandLine
 from PIL import Image
+from test_regression import write_bright
 from test_transforms import saved
 from timm.optim import create_optimizer_v2
 from tiny import ENCODERS
@@ -433,3 +434,47 @@ def test_a_detector_as_torchscript(made: Made, tmp_path: Path) -> None:
             close(found[name].float(), wanted[name].float())
     assert len(counts) == 2
     assert main(["export", str(source), "--to", "onnx", "--out", str(tmp_path / "onnx")]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_an_attentive_probe_and_a_regression_in_every_format_that_takes_them(made: Made, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    bright, worth = write_bright(tmp_path / "bright", 30), tmp_path / "worth"
+    made.call("evaluate", made.run, "--data", bright, "--task", "regression", "--out", worth)
+    images = torch.rand(3, 3, 32, 32)
+    for source, name, shape in (
+        (made.worth / "attentive", "logits", (3, 3)),
+        (worth / "regression", "number", (3, 1)),
+    ):
+        wanted = open_subject(str(source)).outputs(images)[name]
+        assert wanted.reshape(3, -1).shape == shape
+        assert wanted.std() > 1e-4
+        made.call("export", source, "--to", "torchscript", "--out", tmp_path / f"{name}-script")
+        with torch.no_grad():
+            close(torch.jit.load(tmp_path / f"{name}-script" / "model.pt")(images)[0], wanted)
+        made.call("export", source, "--to", "safetensors", "--out", tmp_path / f"{name}-own")
+        close(open_subject(str(tmp_path / f"{name}-own")).outputs(images)[name], wanted)
+        made.call("export", source, "--to", "onnx", "--out", tmp_path / f"{name}-onnx")
+        session = ort.InferenceSession(tmp_path / f"{name}-onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+        close(torch.from_numpy(session.run([name], {"images": images.numpy()})[0]), wanted)
+    out = underpaint.export(worth / "regression", "timm", tmp_path / "regression-timm")
+    transform = underpaint.load_encoder(made.run).transform
+    with torch.no_grad():
+        plain: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        said = plain(transform(made.images(3)))
+    wanted = open_subject(str(worth / "regression")).outputs(transform.unit(made.images(3)))["number"]
+    close(said.flatten(), wanted.flatten())
+
+
+def test_a_convolutional_net_in_onnx_takes_any_size(made: Made, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    source = random_encoder(tmp_path / "encoder", TRANSFORMERS["ConvNext"])
+    made.call("export", source, "--to", "onnx", "--out", tmp_path / "out")
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["any_size"] == "true"
+    encoder = open_bundle(str(source))
+    for size in ((1, 32, 32), (2, 64, 96)):
+        images = torch.rand(size[0], 3, *size[1:])
+        with torch.no_grad():
+            wanted = encoder.encoder(encoder.standardize(images)).pooled
+        close(torch.from_numpy(session.run(["pooled"], {"images": images.numpy()})[0]), wanted)

@@ -7,7 +7,7 @@ from underpaint.config import Recipe
 from underpaint.evaluation.probes import FULL_TEST, FULL_TRAIN, QUICK_TEST, QUICK_TRAIN
 
 LEAST_SECONDS = 10.0  # of a short run, on the way and at the end
-FEWEST = (500, 200)  # images of a quick probe: to fit it, to test it
+FEWEST, FEWEST_AT_END = (500, 200), (1_000, 500)  # images of a quick probe, and at the end: to fit it, to test it
 PROBES = 4  # at the start and at each quarter; the last one is part of the judgement
 # of the time that training takes for an image: features of the whole image, where MAE's encoder sees a quarter of it
 FORWARD = 1.4
@@ -28,10 +28,11 @@ def quick_sizes(recipe: Recipe) -> tuple[int, int]:
     return _sizes(share, FEWEST, (QUICK_TRAIN, QUICK_TEST))
 
 
-def full_sizes(recipe: Recipe, images: int, seconds: float) -> tuple[int, int]:
-    """Images of the judgement at the end, where a quick probe of so many images took so many seconds."""
+def full_sizes(recipe: Recipe, quick: tuple[int, int], images: int, seconds: float) -> tuple[int, int]:
+    """Images of the judgement at the end, no fewer than of a `quick` probe, where one of so many images took so many seconds."""
     share = seconds_allowed(recipe) / (JUDGED * seconds / images * (FULL_TRAIN + FULL_TEST))
-    return _sizes(share, (QUICK_TRAIN, QUICK_TEST), (FULL_TRAIN, FULL_TEST))
+    fewest = max(quick[0], FEWEST_AT_END[0]), max(quick[1], FEWEST_AT_END[1])
+    return _sizes(share, fewest, (FULL_TRAIN, FULL_TEST))
 
 
 def probe_every(recipe: Recipe, seconds: float) -> int:

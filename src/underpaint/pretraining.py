@@ -358,7 +358,7 @@ def _spend(session: Session, plan: Plan, seconds: float) -> None:
     seconds = by_first(lambda: max(seconds, 1e-6))
     if judges is not None:
         seen = sum(min(most, len(part.indices)) for most, part in zip(suite.quick_sizes, judges, strict=True))
-        suite.full_sizes = full_sizes(recipe, seen, seconds)
+        suite.full_sizes = full_sizes(recipe, suite.quick_sizes, seen, seconds)
     if recipe.run.probe_every is None:
         plan.probe_every = recipe.measured["probe_every"] = probe_every(recipe, seconds)
     recipe.measured["judgement"] = list(suite.full_sizes)

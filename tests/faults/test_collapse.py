@@ -60,6 +60,7 @@ def collapsing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def judge(session: Session, untrained: Any) -> None:
         one_direction(session.method.encoder)
+        session.seen = None  # what was seen of it before
         real(session, untrained)
 
     monkeypatch.setattr(underpaint.pretraining, "_judge", judge)
@@ -93,6 +94,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def judged(session: Session, untrained: Any) -> None:
         untrained.model.patch_embed.norm._forward_hooks.clear()  # a copy from before training
+        session.start = None  # what was seen of it, blind
         judge(session, untrained)
 
     monkeypatch.setattr(underpaint.pretraining, "construct", blinded)
