@@ -44,7 +44,7 @@ def test_same_seed_same_images(tmp_path: Path):
 def test_parts_share_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With photographs whose value is the column, the columns of both parts do not meet."""
     ramp = np.tile(np.arange(256, dtype=np.uint8)[:, None], (100, 1, 3)).reshape(100, 256, 3)
-    monkeypatch.setattr(demo_images, "_read", lambda name: Image.fromarray(ramp))
+    monkeypatch.setattr(demo_images, "photograph", lambda name: Image.fromarray(ramp))
     write_demo_images(tmp_path, size=64, train_per_photo=40, test_per_photo=40)  # windows of 64: not resampled
     train, test = (
         np.stack([np.asarray(Image.open(p)) for p in (tmp_path / part).rglob("*.png")]) for part in ("train", "test")
