@@ -10,8 +10,9 @@ order, which twenty steps of these networks amplify to less than a thousandth, w
 draw moves some number by more than a hundredth.
 
 For each task of `evaluate` what results.json holds of it. Elsewhere its numbers may be off by `TASK_TOLERANCE`: shares of
-18 test images, of which rounding may move one. So for a whole comparison of two methods with two seeds, timed by a clock
-that moves on by 0.01 s whenever it is read.
+18 test images, of which rounding may move one; two of them under the attentive probe of few labels (`FEW_TOLERANCE`), which
+fits 30 images in hundreds of steps: one commit gave 0.767 and 0.678 on two processors. So for a whole comparison of two
+methods with two seeds, timed by a clock that moves on by 0.01 s whenever it is read.
 """
 
 import argparse
@@ -31,7 +32,7 @@ sys.path.insert(0, str(HERE / "tests"))  # for the pictures that the tests make
 KEPT = HERE / "tests" / "goldens"
 STEPS = 20
 TOLERANCE = 5e-3
-TASK_TOLERANCE = 0.06
+TASK_TOLERANCE, FEW_TOLERANCE = 0.06, 0.15
 
 VIT = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 BEIT = {**VIT, "name": "beit_base_patch16_224"}
@@ -220,10 +221,11 @@ def tasks_compared(found: Mapping[str, Any], kept: Mapping[str, Any], same_machi
         if now == was or (now != now and was != was):
             continue
         numbers = isinstance(was, int | float) and isinstance(now, int | float)
-        # another machine may choose another penalty, and say other numbers
-        if not same_machine and (not numbers or "/chosen/" in path):
+        # another machine may choose another penalty, and say other numbers; degrees of freedom are of a ratio of spreads
+        if not same_machine and (not numbers or "/chosen/" in path or path.endswith("/few_attentive/freedom")):
             continue
-        if same_machine or not abs(now - was) <= TASK_TOLERANCE * max(1.0, abs(was)):
+        tolerance = FEW_TOLERANCE if "/few_attentive" in path else TASK_TOLERANCE
+        if same_machine or not abs(now - was) <= tolerance * max(1.0, abs(was)):
             return f"{path} is {now}, was {was}"
     return ""
 

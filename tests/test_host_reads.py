@@ -224,6 +224,7 @@ ALLOWED = {
     "backbones/swin.py:Windows.__init__": BEFORE,
     "backbones/visible.py:_alike": BEFORE,
     "backbones/visible.py:soundly": BEFORE,
+    "data/crop.py:_resized_each": "on a CPU alone",
     "methods/energy/descent.py:Descent.begin": BEFORE,
     "methods/energy/descent.py:Descent.calibrate": BEFORE,
     "patches.py:Standardize.__init__": BEFORE,

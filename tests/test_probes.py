@@ -110,8 +110,7 @@ def test_the_last_probe_the_judgement_and_the_pictures_share_one_pass(
 ) -> None:
     folder = write_pictures(tmp_path / "pictures", 120)
     judge = judge_of(folder)
-    monkeypatch.setattr(probes_module, "QUICK_TRAIN", 40)
-    monkeypatch.setattr(probes_module, "QUICK_TEST", 15)
+    judge.quick_sizes = (40, 15)
     monkeypatch.setattr(probes_module, "ATTENTIVE_TRAIN", 60)
     alone = judge.quick(encoder, STANDARDIZE), judge.worth(encoder, STANDARDIZE)
     counts: list[int] = []
@@ -136,7 +135,7 @@ def test_what_was_glanced_at_is_extended_and_no_probe_is_fitted_twice(
 ) -> None:
     judge = judge_of(write_pictures(tmp_path / "pictures", 120))
     assert judge.splits is not None
-    monkeypatch.setattr(probes_module, "QUICK_TRAIN", 40)
+    judge.quick_sizes = (40, 2_000)
     monkeypatch.setattr(probes_module, "ATTENTIVE_TRAIN", 60)
     whole = judge.see(encoder, STANDARDIZE)
     glance = judge.glance(encoder, STANDARDIZE)
