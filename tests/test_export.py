@@ -458,11 +458,12 @@ def test_an_attentive_probe_and_a_regression_in_every_format_that_takes_them(mad
         session = ort.InferenceSession(tmp_path / f"{name}-onnx" / "model.onnx", providers=["CPUExecutionProvider"])
         close(torch.from_numpy(session.run([name], {"images": images.numpy()})[0]), wanted)
     out = underpaint.export(worth / "regression", "timm", tmp_path / "regression-timm")
-    transform = underpaint.load_encoder(made.run).transform
+    encoder = underpaint.load_encoder(made.run)
+    assert encoder.takes is not None
     with torch.no_grad():
         plain: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-        said = plain(transform(made.images(3)))
-    wanted = open_subject(str(worth / "regression")).outputs(transform.unit(made.images(3)))["number"]
+        said = plain(encoder.transform(made.images(3)))
+    wanted = open_subject(str(worth / "regression")).outputs(encoder.takes.unit(made.images(3)))["number"]
     close(said.flatten(), wanted.flatten())
 
 

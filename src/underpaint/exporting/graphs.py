@@ -47,28 +47,29 @@ def write_onnx(subject: Subject, folder: Path) -> Written:
     if subject.task == "detect":
         why = "torch.export does not take a detector's loops over as many objects as an image has"
         raise subject.refused("onnx", why, "torchscript or safetensors")
-    network, example = OnUnit(subject).eval(), _example(subject)
-    tries = [_dimensions(subject, size) for size in ((True, False) if _any_size(subject) else (False,))]
+    network = OnUnit(subject).eval()
     program, reason = None, ""
-    for dimensions in tries:
+    for sizes in (True, False) if _any_size(subject) else (False,):
         try:
             with _quiet():
                 program = torch.onnx.export(
                     network,
-                    (example,),
+                    (_example(subject, sizes),),
                     dynamo=True,
                     opset_version=OPSET,
                     input_names=["images"],
                     output_names=list(subject.names),
-                    dynamic_shapes=(dimensions,),
+                    dynamic_shapes=(_dimensions(subject, sizes),),
                     verbose=False,
                 )
-            break
+            if not sizes or _takes_any_size(program):
+                break
+            program = None  # the exporter fixed them, without a word
         except Exception as error:  # of every stage of it, by which it says that it cannot
             reason = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
     if program is None:
         raise subject.refused("onnx", f"torch cannot export it ({reason[:200]})", "torchscript or safetensors")
-    facts = facts_of(subject) | {"opset": OPSET, "any_size": 2 in (dimensions or {})}
+    facts = facts_of(subject) | {"opset": OPSET, "any_size": _takes_any_size(program)}
     program.model.metadata_props.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()})
     file = folder / "model.onnx"
     size = sum(each.numel() * each.element_size() for each in network.state_dict().values())
@@ -117,10 +118,13 @@ def write_torchscript(subject: Subject, folder: Path) -> Written:
     return Written(read, usage, facts)
 
 
-def _example(subject: Subject) -> Tensor:
-    """Images that a graph is made by: two, so that their number is seen to vary."""
+def _example(subject: Subject, sizes: bool = False) -> Tensor:
+    """Images that a graph is made by: two, so that their number is seen to vary; larger ones where their size may, since a
+    map that a size leaves one place of is taken for always so small."""
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(2 if subject.batched else 1, len(subject.mean), *subject.size, generator=generator)
+    height, width = subject.size
+    size = (2 * height, 3 * width) if sizes else subject.size
+    return torch.rand(2 if subject.batched else 1, len(subject.mean), *size, generator=generator)
 
 
 def _any_size(subject: Subject) -> bool:
@@ -132,8 +136,14 @@ def _any_size(subject: Subject) -> bool:
 def _dimensions(subject: Subject, sizes: bool) -> dict[int, Any] | None:
     dimensions: dict[int, Any] = {0: torch.export.Dim("batch")} if subject.batched else {}
     if sizes:
-        dimensions |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+        dimensions |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     return dimensions or None
+
+
+def _takes_any_size(program: Any) -> bool:
+    """Whether height and width of a graph's images are left open."""
+    shape = program.model.graph.inputs[0].shape
+    return not any(isinstance(shape[axis], int) for axis in (2, 3))
 
 
 @contextmanager
